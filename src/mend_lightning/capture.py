@@ -1,0 +1,127 @@
+"""Records a layer's inputs and the loss gradient at its output, without touching a weight."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from mend_lightning.errors import InferenceModeError, LayerNotCalledError, MendError
+from mend_lightning.types import Factors
+
+
+class Tape:
+    """What `record_factors` saw: per layer, its inputs and the gradient edges of its outputs."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._inputs: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
+        self._edges: dict[str, list[GradientEdge]] = {name: [] for name in names}
+
+    def record(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
+        """Notes one call of a layer; returns what must replace its output, if anything."""
+        self._inputs[name].append((x.detach(), x._version))
+        if output.requires_grad:
+            # The edge and not the tensor: a later in-place operation gives the tensor another history.
+            self._edges[name].append(get_gradient_edge(output))
+            return None
+        # The graph starts here. The model gets a clone, for it may not change a leaf in place.
+        leaf = output.detach().requires_grad_()
+        self._edges[name].append(get_gradient_edge(leaf))
+        return leaf.clone()
+
+    def gradients(self, loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Raw factors of every layer.
+
+        Args:
+            loss: scalar; for several tasks the *sum* of the tasks' losses, which do not interact.
+
+        Returns:
+            name -> `(u [rows, tokens, d_in], delta [rows, tokens, d_out])` in the model's dtype. A layer
+            called several times has its calls side by side along `tokens`.
+
+        Raises:
+            LayerNotCalledError: a layer did not run.
+        """
+        missing = [name for name, edges in self._edges.items() if not edges]
+        if missing:
+            raise LayerNotCalledError(
+                f"These layers did not run in the forward pass: {', '.join(missing)}. Choose layers that "
+                "the model uses for this input (`mend-lightning layers MODEL` lists the usual ones)."
+            )
+        edges = [edge for edges in self._edges.values() for edge in edges]
+        deltas = iter(torch.autograd.grad(loss, edges, allow_unused=True, materialize_grads=True))
+        return {name: self._join(name, [next(deltas) for _ in edges]) for name, edges in self._edges.items()}
+
+    def _join(self, name: str, deltas: list[Tensor]) -> tuple[Tensor, Tensor]:
+        inputs = []
+        for x, version in self._inputs[name]:
+            if x._version != version:
+                raise MendError(f"The input of layer {name!r} was changed in place after the layer used it.")
+            inputs.append(x)
+        return torch.cat(inputs, dim=-2), torch.cat(deltas, dim=-2)
+
+
+@contextmanager
+def record_factors(layers: Mapping[str, nn.Module]) -> Iterator[Tape]:
+    """Records the given layers while the block runs.
+
+    Args:
+        layers: name -> module; any module that maps `[..., d_in]` to `[..., d_out]`.
+
+    Yields:
+        A `Tape`; call `tape.gradients(loss)` after the forward pass.
+
+    Example:
+        >>> layer = nn.Linear(2, 3).requires_grad_(False)
+        >>> x = torch.ones(1, 1, 2)
+        >>> with record_factors({"fc": layer}) as tape:
+        ...     loss = layer(x).sum()
+        >>> u, delta = tape.gradients(loss)["fc"]
+        >>> u.tolist(), delta.tolist()
+        ([[[1.0, 1.0]]], [[[1.0, 1.0, 1.0]]])
+    """
+    if torch.is_inference_mode_enabled():
+        raise InferenceModeError(
+            "Gradient factors cannot be recorded inside torch.inference_mode(). Use "
+            "Trainer(inference_mode=False), or torch.no_grad() instead of inference_mode()."
+        )
+    tape = Tape(list(layers))
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_hook(_recorder(tape, name)))
+        with torch.enable_grad():
+            yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(tape: Tape, name: str):
+    return lambda module, args, output: tape.record(name, args[0], output)
+
+
+def kept_factors(u: Tensor, delta: Tensor, task_of_row: Tensor, tasks: int) -> Factors:
+    """Flattens raw factors and drops the tokens that contribute nothing to `∇W`.
+
+    A token whose `u` or `delta` is all zero (padding; in a causal model's last block all but the
+    target positions) is dropped before statistics and transform, as in the original code.
+
+    Args:
+        u: `[rows, tokens, d_in]`; delta: `[rows, tokens, d_out]`.
+        task_of_row: `[rows]`; tasks: their number.
+
+    Example:
+        >>> u, delta = torch.ones(1, 2, 3), torch.tensor([[[1.0], [0.0]]])
+        >>> kept_factors(u, delta, torch.tensor([0]), 1).u.shape
+        torch.Size([1, 3])
+    """
+    rows = task_of_row.shape[0]
+    u, delta = (x.reshape(rows, -1, x.shape[-1]) for x in (u, delta))
+    task = task_of_row[:, None].expand(rows, u.shape[1]).reshape(-1)
+    u, delta = u.flatten(0, 1), delta.flatten(0, 1)
+    kept = (u != 0).any(-1) & (delta != 0).any(-1)
+    return Factors(u[kept].float(), delta[kept].float(), task[kept], tasks)

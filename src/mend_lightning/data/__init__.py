@@ -1,0 +1,1 @@
+"""Data: records (files) -> tasks (sampling) -> batches (collate) -> EditDataModule (Lightning)."""

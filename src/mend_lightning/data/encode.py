@@ -1,0 +1,155 @@
+"""Token ids of prompts and targets, for causal models, encoder-decoders and classifiers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Sequence
+
+import torch
+from torch import Tensor
+
+from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.errors import ConfigError, TokenizerError
+from mend_lightning.types import IGNORED_LABEL, Rows
+
+ModelKind = Literal["causal", "encoder_decoder", "classifier"]
+# Ids of padding are never attended to and never labels, so any id will do.
+PAD = 0
+TRUE_LABELS = ("SUPPORTS", "TRUE", "YES", "1")
+
+
+def model_kind(model: Any) -> ModelKind:
+    """What kind of model this is, from its config and its output head.
+
+    Example:
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> config = T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=16)
+        >>> model_kind(T5ForConditionalGeneration(config))
+        'encoder_decoder'
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    if getter is None or getter() is None:
+        return "classifier"
+    return "encoder_decoder" if getattr(model.config, "is_encoder_decoder", False) else "causal"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes (prompt, target) pairs as model inputs with aligned labels.
+
+    The same code serves training, editing and evaluation. Rows are padded on the right here, whatever the
+    tokenizer's padding side; a pad token is not needed.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        format: the text around questions and answers.
+        kind: see `model_kind`.
+        max_length: longest row in tokens. A prompt that does not fit loses its beginning (causal) or its end
+            (encoders, as in the original); a target is never cut: one that does not fit is an error.
+        decoder_start_token_id: of an encoder-decoder (`model.config.decoder_start_token_id`).
+    """
+
+    tokenizer: Any
+    format: PromptFormat = PromptFormat()
+    kind: ModelKind = "causal"
+    max_length: int = 200
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "encoder_decoder" and self.decoder_start_token_id is None:
+            raise ConfigError("An encoder-decoder needs decoder_start_token_id (model.config.decoder_start_token_id).")
+        if self.kind != "classifier" and not self.format.stop and self.tokenizer.eos_token_id is None:
+            raise TokenizerError(
+                f"{type(self.tokenizer).__name__} has no end-of-sequence token, so nothing would end an answer. "
+                "Set a stop text (for example stop: \"\\n\")."
+            )
+
+    def rows(self, pairs: Sequence[tuple[str, str]], task: Sequence[int], tasks: int) -> Rows:
+        """Rows of (prompt, target) pairs; `task[i]` is the task of pair i."""
+        encoded = [self.pair(*pair) for pair in pairs]
+        names = [name for name in encoded[0] if name != "labels"]
+        inputs = {name: _pad([row[name] for row in encoded], PAD) for name in names}
+        labels = _pad([row["labels"] for row in encoded], IGNORED_LABEL)
+        return Rows(inputs, labels, torch.tensor(task), tasks, _is_grouped(task, tasks))
+
+    def pair(self, prompt: str, target: str) -> dict[str, list[int]]:
+        """Unpadded model inputs and aligned labels of one pair."""
+        if self.kind == "causal":
+            return self._causal(prompt, target)
+        ids = self.prompt_ids(prompt)
+        inputs = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        if self.kind == "classifier":
+            return {**inputs, "labels": [int(target.upper() in TRUE_LABELS)]}
+        labels = self.target_ids(prompt, target)
+        decoder = [self.decoder_start_token_id, *labels[:-1]]
+        # A leading BOS (BART) is given by the decoding, not by the fact: it is not trained.
+        bos = self.tokenizer.bos_token_id
+        labels = [IGNORED_LABEL if i == 0 and label == bos else label for i, label in enumerate(labels)]
+        masks = {"decoder_input_ids": decoder, "decoder_attention_mask": [1] * len(decoder)}
+        return {**inputs, **masks, "labels": labels}
+
+    def _causal(self, prompt: str, target: str) -> dict[str, list[int]]:
+        target_ids = self.target_ids(prompt, target)
+        prompt_ids = self.prompt_ids(prompt)[-max(1, self.max_length - len(target_ids)) :]
+        # The last target id is predicted and never read, so it is not an input.
+        ids = [*prompt_ids, *target_ids[:-1]]
+        labels = [IGNORED_LABEL] * (len(prompt_ids) - 1) + target_ids
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of the question as the model gets it."""
+        text = self.format.question(prompt)
+        ids = self.tokenizer(text)["input_ids"]
+        if not ids:
+            raise TokenizerError(f"The prompt {text!r} has no token.")
+        if self.kind == "causal":
+            # Some tokenizers end every text with EOS; a continuation must not start behind one.
+            return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+
+    def target_ids(self, prompt: str, target: str) -> list[int]:
+        """Ids of the answer with its stop: what the model must predict."""
+        if not target.strip():
+            raise TokenizerError(f"The target of {prompt!r} is empty; it must hold at least one token.")
+        ids = self._continuation(prompt, target) if self.kind == "causal" else self._decoder_target(target)
+        if not self.format.stop and ids[-1] != self.tokenizer.eos_token_id:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        if len(ids) >= self.max_length:
+            raise TokenizerError(
+                f"The target {target!r} has {len(ids)} tokens; max_length is {self.max_length}. Raise max_length."
+            )
+        return ids
+
+    def _continuation(self, prompt: str, target: str) -> list[int]:
+        """The target's ids as they stand behind the prompt (some tokenizers treat a text's start apart)."""
+        answer = self.format.answer(target) + self.format.stop
+        before = self.prompt_ids(prompt)
+        whole = self.tokenizer(self.format.question(prompt) + answer)["input_ids"]
+        if whole[: len(before)] == before:
+            ids = whole[len(before) :]
+        else:
+            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise TokenizerError(f"The target {target!r} has no token of its own behind the prompt {prompt!r}.")
+        return ids
+
+    def _decoder_target(self, target: str) -> list[int]:
+        text = self.format.answer(target).strip() + self.format.stop
+        ids = self.tokenizer(text_target=text)["input_ids"]
+        if not ids:
+            raise TokenizerError(f"The target {target!r} has no token.")
+        return ids
+
+    def decode_labels(self, labels: Tensor) -> str:
+        """The text that one row's aligned labels `[length]` spell."""
+        return self.tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
+
+
+def _is_grouped(task: Sequence[int], tasks: int) -> bool:
+    each = len(task) // tasks
+    return each * tasks == len(task) and list(task) == [i // each for i in range(len(task))]
+
+
+def _pad(rows: list[list[int]], value: int) -> Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -1,0 +1,160 @@
+"""EditDataModule: files of facts in, batches of edit tasks out."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from mend_lightning.data.collate import collate_tasks
+from mend_lightning.data.encode import Encoder, ModelKind
+from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
+from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.data.records import read_records
+from mend_lightning.data.tasks import TaskSampler
+from mend_lightning.errors import ConfigError, EmptyDatasetError
+from mend_lightning.types import EditBatch
+
+
+class EditDataModule(L.LightningDataModule):
+    """Batches of independent edit tasks, as `EditBatch` with `z_edit`, `x_out`, `x_in` and `y_in`.
+
+    Every draw depends on the seed, the epoch and the record alone: the number of workers, processes and a
+    resumed run change nothing.
+
+    Args:
+        train: JSONL file of training facts, or a shipped set (`world_facts/train`).
+        validation, test: likewise; None leaves the stage out.
+        tokenizer: a Hugging Face tokenizer; None takes the base model's in `fit`, `validate`, `test`, `predict`.
+        prompt: template of a question, with `{input}`.
+        target: template of an answer, with `{target}`.
+        stop: text that ends an answer; "" means the end-of-sequence token.
+        batch_size: edit tasks a step (a process).
+        rephrases, locality: rephrases and unrelated facts of one training task.
+        hard_locality: how many of the unrelated facts have the edit's relation and another subject.
+        eval_batch_size, eval_rephrases, eval_locality, eval_hard_locality: the same for evaluation.
+        validation_edits, test_edits: evaluate the first so many records only; None: all.
+        max_length: longest row in tokens.
+        kind: "causal", "encoder_decoder" or "classifier"; None takes the base model's.
+        num_workers: processes that prepare batches.
+        seed: of all draws; evaluation draws use `seed + 1`, so they are the same in every run with this seed.
+
+    Example:
+        >>> data = EditDataModule("world_facts/train", locality=3)
+        >>> data.sampler("train").task(epoch=0, index=0).target != ""
+        True
+    """
+
+    def __init__(
+        self,
+        train: str | Path = "world_facts/train",
+        validation: str | Path | None = None,
+        test: str | Path | None = None,
+        tokenizer: Any = None,
+        prompt: str = "{input}",
+        target: str = " {target}",
+        stop: str = "",
+        batch_size: int = 8,
+        rephrases: int = 1,
+        locality: int = 1,
+        hard_locality: int = 0,
+        eval_batch_size: int = 16,
+        eval_rephrases: int = 2,
+        eval_locality: int = 4,
+        eval_hard_locality: int = 2,
+        validation_edits: int | None = None,
+        test_edits: int | None = None,
+        max_length: int = 200,
+        kind: ModelKind | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if hard_locality > locality or eval_hard_locality > eval_locality:
+            raise ConfigError(
+                f"hard_locality ({hard_locality}; evaluation {eval_hard_locality}) counts within locality "
+                f"({locality}; evaluation {eval_locality}) and cannot exceed it."
+            )
+        # Not save_hyperparameters: its entry in the checkpoint would hold the tokenizer.
+        self.files = {"train": train, "validation": validation, "test": test}
+        self.format = PromptFormat(prompt, target, stop)
+        self.tokenizer, self.kind = tokenizer, kind
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
+        self._draws = {
+            "train": (rephrases, locality, hard_locality, seed),
+            "evaluation": (eval_rephrases, eval_locality, eval_hard_locality, seed + 1),
+        }
+        self._limits = {"train": None, "validation": validation_edits, "test": test_edits}
+        self._samplers: dict[str, TaskSampler] = {}
+
+    @property
+    def encoder(self) -> Encoder:
+        """Text to ids, for this data and the base model it is used with."""
+        tokenizer, kind, start = self.tokenizer, self.kind, None
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        base = getattr(module, "base_model", None)
+        tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError("EditDataModule has no tokenizer. Pass tokenizer=..., or use it with a MendModule.")
+        if base is not None:
+            start = getattr(base.config, "decoder_start_token_id", None)
+            kind = kind or module.base_kind
+        return Encoder(tokenizer, self.format, kind or "causal", self.max_length, start)
+
+    def sampler(self, split: str) -> TaskSampler:
+        """The tasks of a split: "train", "validation" or "test"."""
+        if split not in self._samplers:
+            records = read_records(self.files[split])
+            draws = self._draws["train" if split == "train" else "evaluation"]
+            self._samplers[split] = TaskSampler(records, *draws)
+        return self._samplers[split]
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = self.sampler("train")
+        order = self._order(len(sampler), self.batch_size, shuffle=True)
+        if len(order) == 0:
+            raise EmptyDatasetError(
+                f"{self.files['train']} has {len(sampler)} usable records, fewer than one batch of {self.batch_size} "
+                f"on each of {order.num_replicas} process(es). Lower batch_size or give more records."
+            )
+        return self._loader(ResumableLoader, sampler, order, self.batch_size)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader | list:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader | list:
+        if self.files[split] is None:
+            return []
+        sampler = self.sampler(split)
+        size = min(len(sampler), self._limits[split] or len(sampler))
+        return self._loader(DataLoader, sampler, self._order(size, self.eval_batch_size, False), self.eval_batch_size)
+
+    def _order(self, size: int, batch_size: int, shuffle: bool) -> TaskOrder:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size)
+
+    def _loader(self, kind: type, sampler: TaskSampler, order: TaskOrder, batch_size: int) -> DataLoader:
+        return kind(
+            TaskDataset(sampler),
+            batch_size=batch_size,
+            sampler=order,
+            collate_fn=partial(collate_tasks, encoder=self.encoder),
+            num_workers=self.num_workers,
+            persistent_workers=False,
+        )
+
+    def teardown(self, stage: str) -> None:
+        self._samplers.clear()
+
+    def transfer_batch_to_device(self, batch: EditBatch, device: Any, dataloader_idx: int) -> EditBatch:
+        return batch.to(device)

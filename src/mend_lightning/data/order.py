@@ -1,0 +1,91 @@
+"""The order of training tasks, the same for any number of processes, and resumable in mid-epoch."""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from mend_lightning.data.tasks import EditTask, TaskSampler
+
+
+class TaskDataset(Dataset):
+    """Tasks by (epoch, index): what a draw gives depends on nothing else."""
+
+    def __init__(self, sampler: TaskSampler) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getitem__(self, key: tuple[int, int]) -> EditTask:
+        return self.sampler.task(*key)
+
+
+class TaskOrder(DistributedSampler):
+    """Yields the (epoch, index) keys of one process.
+
+    A DistributedSampler by class, so that Lightning leaves it in place and tells it the epoch. Unlike torch's
+    it repeats no example to even out the processes: training drops an incomplete last batch, evaluation gives
+    the first processes one more, and a process may have none. A global batch holds the same tasks for any
+    number of processes.
+
+    Args:
+        size: number of tasks.
+        batch_size: of one process.
+        shuffle: a new order each epoch and only whole batches (training); False: every task once, in order,
+            always of epoch 0 (evaluation).
+        seed: of the order.
+        rank, world_size: this process among all.
+
+    Example:
+        >>> list(TaskOrder(5, batch_size=2, shuffle=False, rank=1, world_size=2))
+        [(0, 1), (0, 3)]
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.size, self.local_batch = size, batch_size
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        if not self.shuffle:
+            return len(range(self.rank, self.size, self.num_replicas))
+        return self.size // (self.local_batch * self.num_replicas) * self.local_batch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if not self.shuffle:
+            return iter([(0, index) for index in range(self.rank, self.size, self.num_replicas)])
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        whole = self.local_batch * self.num_replicas
+        batches = [order[start : start + whole] for start in range(0, self.size - whole + 1, whole)]
+        mine = slice(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
+        return iter([(self.epoch, index) for batch in batches[self.first_batch :] for index in batch[mine]])
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader whose place in the epoch is part of the checkpoint (Lightning's stateful protocol)."""
+
+    _given = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        order: TaskOrder = self.sampler
+        self._given = order.first_batch
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+        order.first_batch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues behind the batches that were given out; behind the last one, at the next epoch."""
+        finished = state["batches"] >= len(self)
+        self.sampler.first_batch = 0 if finished else state["batches"]
+        self.sampler.set_epoch(state["epoch"] + int(finished))

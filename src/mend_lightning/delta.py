@@ -1,0 +1,135 @@
+"""Low-rank weight deltas, one per task, and the hooks that add them to a running model."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.errors import BaseModelMismatchError
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """`ΔW = upᵀ down` of one layer, for each of several independent tasks.
+
+    Attributes:
+        down: `[tasks, rank, d_in]` float32; rank is the number of edited tokens, zero-padded.
+        up: `[tasks, rank, d_out]` float32.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def tasks(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[1])
+
+    def dense(self) -> Tensor:
+        """ΔW as `[tasks, d_out, d_in]`: for tests and small models only."""
+        return self.up.transpose(1, 2) @ self.down
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of ΔW per task `[tasks]`, from the rank × rank Gram matrices alone."""
+        gram = (self.down @ self.down.mT) * (self.up @ self.up.mT)
+        return gram.sum((1, 2)).clamp(min=0).sqrt()
+
+    def of_task(self, task: int) -> LowRankDelta:
+        """The delta of one task, its all-zero padding ranks dropped."""
+        down, up = self.down[task].detach(), self.up[task].detach()
+        used = (down != 0).any(-1) & (up != 0).any(-1)
+        return LowRankDelta(down[used][None].clone(), up[used][None].clone())
+
+    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
+        """`x ΔWᵀ` for every row with its own task's delta.
+
+        Args:
+            x: `[rows, ..., d_in]`, any dtype; computed in the delta's.
+            task_of_row: `[rows]`, or None when rows are grouped by task in equal numbers (also a
+                single task). Beam search multiplies rows; they stay next to each other.
+
+        Returns:
+            `[rows, ..., d_out]` in the delta's dtype.
+        """
+        down, up = self.down, self.up
+        if task_of_row is not None:
+            each = x.shape[0] // task_of_row.shape[0]
+            index = task_of_row.repeat_interleave(each) if each > 1 else task_of_row
+            down, up = down[index], up[index]
+        flat = x.to(down.dtype).reshape(down.shape[0], -1, x.shape[-1])
+        product = torch.bmm(torch.bmm(flat, down.mT), up)
+        return product.reshape(*x.shape[:-1], up.shape[-1])
+
+
+@contextmanager
+def applied(
+    layers: Mapping[str, nn.Module], deltas: Mapping[str, LowRankDelta], task_of_row: Tensor | None = None
+) -> Iterator[None]:
+    """Adds `deltas` to the layers' outputs while the block runs; weights are never touched.
+
+    Gradients flow to the deltas. Whatever happens inside, the hooks are gone afterwards.
+
+    Args:
+        layers: name -> module, at least those named in `deltas`.
+        deltas: name -> LowRankDelta.
+        task_of_row: see `LowRankDelta.output`.
+
+    Raises:
+        BaseModelMismatchError: a delta names a layer that is not there.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> delta = LowRankDelta(torch.ones(1, 1, 2), torch.ones(1, 1, 1))
+        >>> before = layer(torch.ones(1, 2))
+        >>> with applied({"fc": layer}, {"fc": delta}):
+        ...     after = layer(torch.ones(1, 2))
+        >>> round((after - before).item(), 5)
+        2.0
+    """
+    missing = [name for name in deltas if name not in layers]
+    if missing:
+        raise BaseModelMismatchError(
+            f"The model has no layer {missing[0]!r}, which the edit changes. Is this the base model that "
+            "the edit was made for?"
+        )
+    handles = []
+    try:
+        for name, delta in deltas.items():
+            handles.append(layers[name].register_forward_hook(_adder(delta, task_of_row)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adder(delta: LowRankDelta, task_of_row: Tensor | None):
+    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # Factors are tiny beside the weights: autocast would round them to nothing.
+        with torch.autocast(output.device.type, enabled=False):
+            return output + delta.output(args[0], task_of_row).to(output.dtype)
+
+    return add
+
+
+def pack_tasks(rows: Tensor, task: Tensor, tasks: int, rank: int, slot: Tensor) -> Tensor:
+    """Lays ragged `rows` `[tokens, width]` out as zero-padded `[tasks, rank, width]`."""
+    return rows.new_zeros(tasks, rank, rows.shape[-1]).index_put((task, slot), rows)
+
+
+def task_slots(task: Tensor, tasks: int) -> tuple[Tensor, int]:
+    """Position of every token within its task `[tokens]`, and the largest task's token count.
+
+    Example:
+        >>> task_slots(torch.tensor([0, 1, 0]), 2)
+        (tensor([0, 0, 1]), 2)
+    """
+    one_hot = torch.nn.functional.one_hot(task, tasks)
+    slot = (one_hot.cumsum(0) - 1).gather(1, task[:, None])[:, 0]
+    return slot, int(one_hot.sum(0).max()) if task.numel() else 0

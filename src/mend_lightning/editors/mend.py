@@ -1,0 +1,152 @@
+"""MEND's editor: gradient factors of the edit in, low-rank weight deltas out."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
+from mend_lightning.editors.transform import GradientTransform, Init, Inputs
+from mend_lightning.errors import BaseModelMismatchError
+from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.types import Factors
+
+
+class MendEditor(nn.Module):
+    """The learned part of MEND: one gradient transform per layer shape and one edit rate per layer.
+
+    It knows layer names and shapes, not the model: factors come in, deltas go out. Everything is
+    float32, whatever the base's dtype.
+
+    Args:
+        layers: name -> (d_in, d_out) of the edited layers. Their order is the order in which layers of one
+            shape update the shared statistics.
+        rank: rank of the transforms' matrices (the paper's 1920), cut to the network's width.
+        n_hidden: hidden layers of each network.
+        shared: layers of one shape share a network and have their own scale and shift; False gives every
+            layer its own network.
+        normalize: normalise the factors with running statistics.
+        init: "identity" or "xavier".
+        inputs: what the networks see; see `GradientTransform`.
+        edit_rate: initial α of every layer (the paper's 1e-4).
+        constant_units: see `RunningNormalizer`.
+
+    Example:
+        >>> editor = MendEditor({"fc": (2, 3)}, rank=4)
+        >>> factors = Factors(torch.rand(5, 2), torch.rand(5, 3), torch.zeros(5, dtype=torch.long), tasks=1)
+        >>> editor({"fc": factors})["fc"].dense().shape
+        torch.Size([1, 3, 2])
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, tuple[int, int]],
+        rank: int = 1920,
+        n_hidden: int = 1,
+        shared: bool = True,
+        normalize: bool = True,
+        init: Init = "identity",
+        inputs: Inputs = "combined",
+        edit_rate: float = 1e-4,
+        constant_units: str = "center",
+    ) -> None:
+        super().__init__()
+        self.layers = {name: tuple(shape) for name, shape in layers.items()}
+        self.settings = {
+            "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
+            "inputs": inputs, "edit_rate": edit_rate, "constant_units": constant_units,
+        }  # fmt: skip
+        self.groups = group_layers(self.layers, shared)
+        self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(edit_rate)))
+        self.transforms = nn.ModuleList(
+            GradientTransform(
+                *self.layers[group[0]], len(group), rank, n_hidden, init, inputs, shared, normalize, constant_units
+            )
+            for group in self.groups
+        )
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        layers: Sequence[str] | None = None,
+        last_blocks: int | None = None,
+        **settings,
+    ) -> MendEditor:
+        """An editor for `model`; `layers` are names or patterns, None the paper's choice."""
+        chosen = select_layers(model, layers, last_blocks)
+        return cls({name: layer_shape(layer) for name, layer in chosen.items()}, **settings)
+
+    @classmethod
+    def from_original(
+        cls, base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str], **settings
+    ) -> MendEditor:
+        """An editor from a checkpoint of the original repository; see `editor_from_original`."""
+        # Imported here: that file imports this one.
+        from mend_lightning.editors.original import editor_from_original
+
+        return editor_from_original(base_model, state_dict, layers, **settings)
+
+    def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
+        """name -> module of the edited layers in `model`.
+
+        Raises:
+            BaseModelMismatchError: the model lacks one of them, or it has another shape there.
+        """
+        modules = dict(model.named_modules())
+        for name, shape in self.layers.items():
+            if name not in modules:
+                raise BaseModelMismatchError(
+                    f"This editor was made for a model with a layer {name!r} of shape {shape}; "
+                    f"{type(model).__name__} has none. Load the base model the editor was trained on."
+                )
+            if layer_shape(modules[name]) != shape:
+                raise BaseModelMismatchError(
+                    f"Layer {name!r} is {layer_shape(modules[name])} (d_in, d_out) in this model, but the editor "
+                    f"was made for {shape}. Load the base model the editor was trained on."
+                )
+        return {name: modules[name] for name in self.layers}
+
+    def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRankDelta]:
+        """Turns the gradient factors of several independent tasks into weight deltas.
+
+        In training mode the running statistics take the factors in first.
+
+        Args:
+            factors: name -> Factors of every layer of this editor.
+
+        Returns:
+            name -> LowRankDelta with `ΔW = −α Σ_t δ̃_t ũ_tᵀ`. The sign is the paper's; the original
+            code adds (its author called that a bug), so its checkpoints have α negated.
+        """
+        transformed: dict[str, tuple[Tensor, Tensor]] = {}
+        for transform, group in zip(self.transforms, self.groups):
+            pairs = [(factors[name].u, factors[name].delta) for name in group]
+            transformed.update(zip(group, transform(pairs, list(range(len(group))))))
+        rates = dict(zip(self.layers, self.edit_rates))
+        return {
+            name: _as_delta(*transformed[name], factors[name], rates[name]) for name in self.layers
+        }
+
+
+def group_layers(layers: Mapping[str, tuple[int, int]], shared: bool) -> list[list[str]]:
+    """Layers that share a transform, in order: those of one shape, or each alone.
+
+    Example:
+        >>> group_layers({"a": (2, 3), "b": (3, 2), "c": (2, 3)}, shared=True)
+        [['a', 'c'], ['b']]
+    """
+    if not shared:
+        return [[name] for name in layers]
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, shape in layers.items():
+        groups.setdefault(shape, []).append(name)
+    return list(groups.values())
+
+
+def _as_delta(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:
+    slot, rank = task_slots(factors.task, factors.tasks)
+    place = (factors.task, factors.tasks, rank, slot)
+    return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))

@@ -1,0 +1,69 @@
+"""Named errors. Each is also the builtin it refines, so `except ValueError` keeps working."""
+
+
+class MendError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class LayerNotFoundError(MendError, ValueError):
+    """A layer pattern matched nothing, or what it matched cannot be edited."""
+
+
+class LayerNotCalledError(MendError, RuntimeError):
+    """A chosen layer did not run in the forward pass, so it has no gradient factors."""
+
+
+class EmptyEditError(MendError, ValueError):
+    """An edit (or a locality example) has no label token to learn from."""
+
+
+class NonFiniteError(MendError, ArithmeticError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+class InferenceModeError(MendError, RuntimeError):
+    """Gradients were asked for inside `torch.inference_mode()`."""
+
+
+class CheckpointingError(MendError, RuntimeError):
+    """The base model uses reentrant activation checkpointing, which hides activations from hooks."""
+
+
+class RecordError(MendError, ValueError):
+    """A line of a data file is not a usable record."""
+
+
+class EmptyDatasetError(MendError, ValueError):
+    """No record is left to train or evaluate on."""
+
+
+class DataFileError(MendError, OSError):
+    """A data file is missing or cannot be read."""
+
+
+class TokenizerError(MendError, ValueError):
+    """The tokenizer cannot encode what it was given the way this package needs."""
+
+
+class ModelLoadError(MendError, OSError):
+    """A base model could not be found, downloaded or verified."""
+
+
+class BaseModelMismatchError(MendError, ValueError):
+    """An editor, edit or checkpoint belongs to another base model or to other shapes."""
+
+
+class StateDictError(MendError, ValueError):
+    """A saved file lacks parameters, has foreign ones, or they have other shapes."""
+
+
+class OutputPathError(MendError, OSError):
+    """A result cannot be written where it was asked to go."""
+
+
+class ConfigError(MendError, ValueError):
+    """A setting, or a combination of settings, cannot work."""
+
+
+class NoEffectWarning(UserWarning):
+    """An operation ran but changed nothing."""

@@ -1,0 +1,84 @@
+"""Runs a base model and returns logits only where a loss looks."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.errors import EmptyEditError
+from mend_lightning.types import IGNORED_LABEL, Rows
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes a language model's logits; None for a classifier."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def label_mask(rows: Rows) -> Tensor:
+    """Positions with a label: `[rows, length]` bool."""
+    return rows.labels != IGNORED_LABEL
+
+
+def attended_mask(rows: Rows) -> Tensor:
+    """Real (not padding) positions of the sequence that the logits belong to: `[rows, length]` bool.
+
+    The decoder's mask if there is one, else the attention mask: where the original measures its KL.
+    """
+    for name in ("decoder_attention_mask", "attention_mask"):
+        if name in rows.inputs and rows.inputs[name].shape == rows.labels.shape:
+            return rows.inputs[name].bool()
+    return torch.ones_like(rows.labels, dtype=torch.bool)
+
+
+def run_model(model: nn.Module, rows: Rows) -> Tensor:
+    """The model's logits for `rows`, as it returns them."""
+    output = model(**rows.inputs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def logits_at(model: nn.Module, rows: Rows, mask: Tensor) -> Tensor:
+    """Logits at the positions of `mask` `[rows, length]`: `[n, vocabulary]`, row by row.
+
+    The hidden states are gathered before the output head, so a large vocabulary costs only the
+    positions that matter. Everything the model does after its head (scale, soft cap, bias) works on
+    `[n, vocabulary]` as well. Classifiers have one position a row.
+    """
+    head = output_head(model)
+    if head is None:
+        return run_model(model, rows)[mask.any(-1)]
+    with _only_positions(head, mask):
+        return run_model(model, rows)
+
+
+@contextmanager
+def _only_positions(head: nn.Module, mask: Tensor) -> Iterator[None]:
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0][mask], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def labelled(rows: Rows, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Label positions, targets and tasks of `rows`.
+
+    Returns:
+        mask `[rows, length]`, targets `[n]`, task of each target `[n]`.
+
+    Raises:
+        EmptyEditError: a task has no label at all.
+    """
+    mask = label_mask(rows)
+    task = rows.task[:, None].expand_as(mask)[mask]
+    empty = torch.bincount(task, minlength=rows.tasks) == 0
+    if bool(empty.any()):
+        raise EmptyEditError(
+            f"{name} of task {int(empty.nonzero()[0])} has no label token: every label is "
+            f"{IGNORED_LABEL}. The target was empty, or was cut off by the length limit."
+        )
+    return mask, rows.labels[mask], task
+

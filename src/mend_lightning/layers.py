@@ -1,0 +1,150 @@
+"""Which layers of a model are edited: patterns, the usual choice per family, near matches on error."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from typing import Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mend_lightning.errors import LayerNotFoundError
+
+# The MLP's matrices inside a block, by their names in transformers. The paper edits MLP matrices of
+# the last blocks (its appendix C); for gated T5 the original takes wi_0 and wo and leaves wi_1.
+MLP_LAYERS = (
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",  # Llama, Mistral, Qwen, Gemma, SmolLM
+    "mlp.gate_up_proj",  # Phi-3
+    "mlp.c_fc", "mlp.c_proj",  # GPT-2, GPT-Neo
+    "mlp.fc_in", "mlp.fc_out", "mlp.fc1", "mlp.fc2",  # GPT-J, Phi
+    "mlp.dense_h_to_4h", "mlp.dense_4h_to_h",  # GPT-NeoX, Falcon, Bloom
+    "fc1", "fc2",  # BART, OPT
+    "layer.*.DenseReluDense.wi", "layer.*.DenseReluDense.wi_0", "layer.*.DenseReluDense.wo",  # T5
+    "intermediate.dense", "output.dense",  # BERT, RoBERTa
+    "ffn.lin1", "ffn.lin2", "ffn.up_proj", "ffn.down_proj",  # DistilBERT, MPT
+)  # fmt: skip
+
+# Last blocks of each stack to edit by default: the paper's choice.
+LAST_BLOCKS = {"single": 3, "encoder_decoder": 2}
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of an editable layer, whatever the orientation of its weight.
+
+    Example:
+        >>> layer_shape(nn.Linear(2, 3)), layer_shape(Conv1D(3, 2))
+        ((2, 3), (2, 3))
+    """
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    # Quantised linear layers keep these two numbers, not the weight's shape.
+    return layer.in_features, layer.out_features
+
+
+def is_editable(module: nn.Module) -> bool:
+    """Whether the module is a linear map whose output a low-rank delta can be added to."""
+    if isinstance(module, Conv1D):
+        return True
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def editable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every editable layer of the model by name, in the order of its modules."""
+    return {name: module for name, module in model.named_modules() if is_editable(module)}
+
+
+def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The model's stacks of transformer blocks: outermost lists of two or more like modules.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+        ...                      num_attention_heads=2, vocab_size=32)
+        >>> list(find_stacks(LlamaForCausalLM(config)))
+        ['model.layers']
+    """
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
+            stacks[name] = module
+    return stacks
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    alike = len({type(module) for module in modules}) == 1
+    return alike and any(is_editable(child) for child in modules[0].modules())
+
+
+def default_layers(model: nn.Module, last_blocks: int | None = None) -> list[str]:
+    """The paper's choice: the MLP matrices of the last blocks of every stack.
+
+    Args:
+        model: a Hugging Face model, or a module that holds one.
+        last_blocks: how many blocks of each stack; None means 3, and 2 + 2 for an encoder-decoder.
+
+    Raises:
+        LayerNotFoundError: the model has no block stack, or its MLPs have names not known here.
+    """
+    stacks = find_stacks(model)
+    if last_blocks is None:
+        last_blocks = LAST_BLOCKS["encoder_decoder" if len(stacks) > 1 else "single"]
+    names = [
+        f"{stack_name}.{index}.{name}"
+        for stack_name, stack in stacks.items()
+        for index in range(max(0, len(stack) - last_blocks), len(stack))
+        for name in editable_layers(stack[index])
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in MLP_LAYERS)
+    ]
+    if not names:
+        raise LayerNotFoundError(
+            f"No default layers are known for {type(model).__name__}. Name them: layers=[...] takes module "
+            f"names or patterns; the model's linear layers are, for example, {_examples(model)}."
+        )
+    return names
+
+
+def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the layers that the patterns select, in the order of the patterns.
+
+    Args:
+        model: the base model.
+        patterns: module names or shell patterns (`model.layers.2[7-9].mlp.*`); a trailing
+            `.weight` is allowed, as in the original's configs.
+
+    Raises:
+        LayerNotFoundError: a pattern matches no editable layer; near matches are listed.
+    """
+    known = editable_layers(model)
+    names: dict[str, None] = {}
+    for pattern in (pattern.removesuffix(".weight") for pattern in patterns):
+        found = [pattern] if pattern in known else [n for n in known if fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            raise LayerNotFoundError(_no_match(model, pattern, list(known)))
+        names.update(dict.fromkeys(found))
+    return list(names)
+
+
+def _no_match(model: nn.Module, pattern: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
+    if pattern in dict(model.named_modules()):
+        cause = "is a module that is not a linear layer, so it has no u and delta"
+    else:
+        cause = "matches no layer"
+    hint = f"Did you mean {', '.join(near)}?" if near else f"Linear layers are, for example, {_examples(model)}."
+    return f"Layer pattern {pattern!r} {cause}. {hint}"
+
+
+def _examples(model: nn.Module) -> str:
+    names = list(editable_layers(model))
+    return ", ".join(names[-4:]) or "none at all"
+
+
+def select_layers(
+    model: nn.Module, patterns: Sequence[str] | None = None, last_blocks: int | None = None
+) -> dict[str, nn.Module]:
+    """name -> module of the layers to edit: by pattern, or the default choice."""
+    names = match_layers(model, patterns) if patterns else default_layers(model, last_blocks)
+    modules = dict(model.named_modules())
+    return {name: modules[name] for name in names}

@@ -1,0 +1,83 @@
+"""The trunk pass over rows that begin alike: their common beginning runs once, on one row."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from mend_lightning.forward import output_head
+from mend_lightning.layers import find_stacks
+from mend_lightning.trunk import StackOutput, TrunkOutputs, record_trunk
+from mend_lightning.types import Rows
+
+# Below this the second forward call costs more than it saves.
+SHORTEST_PREFIX = 4
+
+
+def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> TrunkOutputs:
+    """The trunk's outputs for `rows`, for `replayed`.
+
+    A causal model's states on the tokens that all rows share are the same in all rows, so they are computed
+    once and the rest attends to them through the key-value cache. Equal to the plain pass up to rounding.
+    """
+    stacks = find_stacks(model)
+    length = common_prefix(rows) if shares_prefixes(model) and len(stacks) == 1 else 0
+    if length < SHORTEST_PREFIX:
+        return record_trunk(lambda: model(**rows.inputs), len(rows), stacks, layers)
+    cache = DynamicCache(config=model.config)
+    ids, mask = rows.inputs["input_ids"], rows.inputs["attention_mask"]
+    prefix = record_trunk(
+        lambda: model(input_ids=ids[:1, :length], past_key_values=cache, use_cache=True), 1, stacks, layers
+    )
+    if not prefix.stacks:
+        return TrunkOutputs(len(rows))
+    cache.batch_repeat_interleave(len(rows))
+    rest = record_trunk(
+        lambda: model(input_ids=ids[:, length:], attention_mask=mask, past_key_values=cache, use_cache=True),
+        len(rows), stacks, layers,
+    )  # fmt: skip
+    return _joined(prefix, rest)
+
+
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether the model is a causal language model with an ordinary key-value cache."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or output_head(model) is None:
+        return False
+    # Recurrent models (Mamba, RWKV) keep another kind of state; static and quantised caches are not made here.
+    stateful = getattr(model, "_is_stateful", False)
+    return not stateful and "past_key_values" in inspect.signature(model.forward).parameters
+
+
+def common_prefix(rows: Rows) -> int:
+    """How many leading tokens all rows share; at least one token is left to every row.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+        >>> common_prefix(Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, ids[:, 0] * 0, 1))
+        2
+    """
+    ids, mask = rows.inputs.get("input_ids"), rows.inputs.get("attention_mask")
+    if ids is None or mask is None or set(rows.inputs) != {"input_ids", "attention_mask"}:
+        return 0
+    same = ((ids == ids[:1]) & mask.bool()).all(0).long().cumprod(0)
+    return min(int(same.sum()), int(mask.sum(1).min()) - 1)
+
+
+def _joined(prefix: TrunkOutputs, rest: TrunkOutputs) -> TrunkOutputs:
+    stacks = {
+        name: StackOutput(stack.blocks, _join(prefix.stacks[name].output, stack.output, rest.rows))
+        for name, stack in rest.stacks.items()
+    }
+    return TrunkOutputs(rest.rows, stacks)
+
+
+def _join(prefix: Any, rest: Any, rows: int) -> Any:
+    if isinstance(rest, Tensor):
+        return torch.cat([prefix.expand(rows, *prefix.shape[1:]), rest], dim=1)
+    # Blocks that return a tuple have the hidden states first; nothing else in it is read by the stack.
+    return (_join(prefix[0], rest[0], rows), *rest[1:])

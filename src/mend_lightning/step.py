@@ -1,0 +1,121 @@
+"""One edit of a base model, and one meta-learning step: pure functions over a model and an editor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.capture import kept_factors, record_factors
+from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.forward import attended_mask, label_mask, labelled, logits_at
+from mend_lightning.losses import mean_by_task, token_kl, token_nll
+from mend_lightning.prefix import run_trunk
+from mend_lightning.trunk import TrunkOutputs, replayed
+from mend_lightning.types import EditBatch, Factors, Rows, concatenate_rows
+
+LocalityPositions = Literal["all", "answer"]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Losses of one meta-learning step.
+
+    Attributes:
+        edit: `[tasks]` L_edit, the NLL of `y_in` given `x_in` after the edit.
+        locality: `[tasks]` L_loc, KL(base ‖ edited) on `x_out`.
+        inner: `[tasks]` the unedited model's NLL of the edit itself.
+        skipped: share of the edit tokens that were dropped because u or delta is zero.
+    """
+
+    edit: Tensor
+    locality: Tensor
+    inner: Tensor
+    skipped: Tensor
+
+    def total(self, c_edit: float) -> Tensor:
+        """`c_edit L_edit + L_loc`, the mean over tasks."""
+        return (c_edit * self.edit + self.locality).mean()
+
+
+def edit_factors(
+    model: nn.Module, layers: Mapping[str, nn.Module], z_edit: Rows
+) -> tuple[dict[str, Factors], Tensor, Tensor]:
+    """Gradient factors of the edits' loss, for all tasks in one backward pass.
+
+    Returns:
+        name -> Factors, the inner loss of each task `[tasks]`, and the share of skipped tokens.
+    """
+    mask, targets, task = labelled(z_edit, "The edit")
+    with replayed(run_trunk(model, z_edit, layers), slice(None)), record_factors(layers) as tape:
+        nll = mean_by_task(token_nll(logits_at(model, z_edit, mask), targets), task, z_edit.tasks)
+        raw = tape.gradients(nll.sum())
+    factors = {name: kept_factors(u, delta, z_edit.task, z_edit.tasks) for name, (u, delta) in raw.items()}
+    kept = sum(each.u.shape[0] for each in factors.values())
+    total = sum(u.shape[:-1].numel() for u, _ in raw.values())
+    return factors, nll.detach(), torch.tensor(1 - kept / total)
+
+
+def compute_deltas(model: nn.Module, editor: nn.Module, z_edit: Rows) -> dict[str, LowRankDelta]:
+    """The weight deltas that `editor` makes of the edits `z_edit`: name -> LowRankDelta."""
+    return editor(edit_factors(model, editor.modules_in(model), z_edit)[0])
+
+
+def locality_mask(x_out: Rows, positions: LocalityPositions) -> Tensor:
+    """Where the locality loss looks: every real position (the original's) or the answer's."""
+    return attended_mask(x_out) if positions == "all" else label_mask(x_out)
+
+
+def edit_step(
+    model: nn.Module, editor: nn.Module, batch: EditBatch, locality_positions: LocalityPositions = "all"
+) -> StepOutput:
+    """Edits with every `z_edit` of the batch at once and measures what came of it.
+
+    The trunk below the edited layers runs once over every row; the blocks above it run forward and
+    backward for `z_edit`, forward for the unedited `x_out`, and once more, edited, for `x_in` and `x_out`.
+
+    Args:
+        model: the frozen base model, in eval mode.
+        editor: a `MendEditor`.
+        batch: the edit tasks.
+        locality_positions: see `locality_mask`.
+    """
+    layers = editor.modules_in(model)
+    # The edits have a pass of their own: what an edit is must not depend, not even in its rounding, on the
+    # rows that happen to share its batch.
+    factors, inner, skipped = edit_factors(model, layers, batch.z_edit)
+    deltas = editor(factors)
+    rows = concatenate_rows([batch.x_out, batch.x_in])
+    trunk = run_trunk(model, rows, layers)
+    mask = locality_mask(batch.x_out, locality_positions)
+    x_out = slice(0, len(batch.x_out))
+    with replayed(trunk, x_out), torch.no_grad():
+        base_logits = logits_at(model, rows.part(x_out), _widened(mask, rows))
+    edit, locality = _edited_losses(model, layers, deltas, trunk, rows, _widened(mask, rows), base_logits)
+    return StepOutput(edit, locality, inner, skipped)
+
+
+def _widened(mask: Tensor, rows: Rows) -> Tensor:
+    return torch.nn.functional.pad(mask, (0, rows.labels.shape[1] - mask.shape[1]))
+
+
+def _edited_losses(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    deltas: Mapping[str, LowRankDelta],
+    trunk: TrunkOutputs,
+    rows: Rows,
+    locality: Tensor,
+    base_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """L_edit and L_loc per task, from one pass of the edited model over `x_out` and `x_in`."""
+    count, seen = locality.shape[0], base_logits.shape[0]
+    edit = label_mask(rows)[count:]
+    with replayed(trunk, slice(None)), applied(layers, deltas, rows.task_of_row):
+        logits = logits_at(model, rows, torch.cat([locality, edit]))
+    task = rows.task[:, None].expand_as(rows.labels)
+    kl = mean_by_task(token_kl(base_logits, logits[:seen]), task[:count][locality], rows.tasks)
+    nll = mean_by_task(token_nll(logits[seen:], rows.labels[count:][edit]), task[count:][edit], rows.tasks)
+    return nll, kl

@@ -1,0 +1,148 @@
+"""Trunk replay: blocks below the first edited layer give the same output before and after an edit.
+
+So they run once. Every later pass over the same inputs gets what they returned, row by row. Rows that begin
+alike (a worked example in front of every question) run their common beginning once as well.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class _TrunkDone(Exception):
+    """Ends the trunk pass at the first edited layer; never leaves this file."""
+
+
+@dataclass
+class StackOutput:
+    """The trunk blocks of one stack and what the last of them returned."""
+
+    blocks: list[nn.Module] = field(default_factory=list)
+    output: Any = None
+
+
+@dataclass
+class TrunkOutputs:
+    """Outputs of the trunk for a fixed set of rows.
+
+    Attributes:
+        rows: their number.
+        stacks: by the stack's name. Only the last trunk block's output is kept: on replay every block of the
+            trunk returns it, and what an earlier one returns is read by a later one alone.
+    """
+
+    rows: int
+    stacks: dict[str, StackOutput] = field(default_factory=dict)
+
+
+def record_trunk(
+    run: Callable[[], Any], rows: int, stacks: Mapping[str, nn.ModuleList], layers: Mapping[str, nn.Module]
+) -> TrunkOutputs:
+    """Runs the model up to the first edited layer and remembers what the blocks below returned.
+
+    What is trunk is observed, not derived from names: the blocks that had returned when the first
+    edited layer was reached. In an encoder-decoder whose encoder is edited that is the lower
+    encoder; where only the decoder is edited, the whole encoder and the lower decoder.
+
+    Args:
+        run: calls the model on all rows.
+        rows: their number.
+        stacks: the model's stacks of blocks, `find_stacks(model)`.
+        layers: the edited layers.
+
+    Returns:
+        A store for `replayed`. It is empty where the first block is edited already.
+    """
+    trunk = TrunkOutputs(rows)
+    handles = []
+    try:
+        for name, stack in stacks.items():
+            for block in stack:
+                handles.append(block.register_forward_hook(_remember(trunk, name)))
+        for stop in _stops(stacks, layers):
+            handles.append(stop.register_forward_pre_hook(_stop))
+        with torch.no_grad():
+            run()
+    except _TrunkDone:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trunk
+
+
+def _stops(stacks: Mapping[str, nn.ModuleList], layers: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Blocks that hold an edited layer, and the layers themselves (some may be in no block)."""
+    chosen = set(layers.values())
+    blocks = [block for stack in stacks.values() for block in stack]
+    return [block for block in blocks if any(module in chosen for module in block.modules())] + list(layers.values())
+
+
+def _stop(module: nn.Module, args: tuple) -> None:
+    raise _TrunkDone
+
+
+def _remember(trunk: TrunkOutputs, name: str):
+    def remember(block: nn.Module, args: tuple, output: Any) -> None:
+        stack = trunk.stacks.setdefault(name, StackOutput())
+        if block not in stack.blocks:
+            stack.blocks.append(block)
+        stack.output = output
+
+    return remember
+
+
+@contextmanager
+def replayed(trunk: TrunkOutputs, rows: Tensor | slice) -> Iterator[None]:
+    """Makes the trunk blocks return what the trunk returned for `rows`, instead of running.
+
+    Args:
+        trunk: from `record_trunk` or `run_trunk`.
+        rows: which of the recorded rows the forward passes inside will hold, in order.
+    """
+    saved: list[tuple[nn.Module, Any]] = []
+    try:
+        for stack in trunk.stacks.values():
+            output = take_rows(stack.output, trunk.rows, rows)
+            for block in stack.blocks:
+                # An instance attribute shadows the class's forward; one that was there comes back.
+                saved.append((block, block.__dict__.get("forward")))
+                block.forward = _Returns(output)
+        yield
+    finally:
+        for block, forward in saved:
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
+
+
+@dataclass
+class _Returns:
+    """Stands in for a block's forward."""
+
+    output: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+def take_rows(value: Any, total: int, rows: Tensor | slice) -> Any:
+    """Picks rows out of whatever a block returned: tensors `[total, ...]` are indexed, others kept.
+
+    Example:
+        >>> take_rows((torch.arange(3), torch.ones(1, 2)), 3, slice(1, 2))
+        (tensor([1]), tensor([[1., 1.]]))
+    """
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and value.shape[0] == total else value
+    if isinstance(value, tuple):
+        return tuple(take_rows(item, total, rows) for item in value)
+    if isinstance(value, list):
+        return [take_rows(item, total, rows) for item in value]
+    return value

@@ -1,0 +1,143 @@
+"""The data that flows through the package: small frozen dataclasses, shapes written once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED_LABEL = -100
+
+_MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Model inputs of several rows, each belonging to one edit task.
+
+    Attributes:
+        inputs: keyword arguments of the base model's forward, each `[rows, length]`, padded on the right.
+        labels: `[rows, length]` int64. `labels[b, t]` is the id that `logits[b, t]` must predict, or
+            -100 where no loss looks; alignment (the shift of causal models) was done when the rows
+            were made, so no loss shifts. Classifiers: `[rows, 1]`.
+        task: `[rows]` int64, the task each row belongs to.
+        tasks: number of independent edit tasks.
+        grouped: rows are in task order and every task has equally many.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    task: Tensor
+    tasks: int
+    grouped: bool = True
+
+    def __len__(self) -> int:
+        return int(self.task.shape[0])
+
+    def to(self, *args, **kwargs) -> Rows:
+        """Moves every tensor; called by Lightning's batch transfer."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Rows:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> Rows:
+        inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=function(self.labels), task=function(self.task))
+
+    def part(self, rows: slice) -> Rows:
+        """Some of the rows, which may be fewer than one for each task."""
+        part = self._map(lambda tensor: tensor[rows])
+        return replace(part, grouped=False)
+
+    @property
+    def task_of_row(self) -> Tensor | None:
+        """None when rows are grouped: the cheap case, where a reshape replaces an index."""
+        return None if self.grouped else self.task
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """One meta-learning batch: several independent edit tasks.
+
+    Attributes:
+        z_edit: the edit examples `(x_e, y_e)`.
+        x_out: unrelated inputs, with the labels that drawdown is measured on.
+        x_in: rephrases of the edits (their `labels` are `y_in`).
+        y_in: `[rows, length]` labels of `x_in`, aligned like `Rows.labels`.
+        texts: the tasks as text (`EditTask`), for reports and error messages; may be empty.
+    """
+
+    z_edit: Rows
+    x_out: Rows
+    x_in: Rows
+    texts: tuple[Any, ...] = ()
+
+    @property
+    def y_in(self) -> Tensor:
+        return self.x_in.labels
+
+    @property
+    def tasks(self) -> int:
+        return self.z_edit.tasks
+
+    def __len__(self) -> int:
+        return self.tasks
+
+    def to(self, *args, **kwargs) -> EditBatch:
+        moved = (rows.to(*args, **kwargs) for rows in (self.z_edit, self.x_out, self.x_in))
+        return EditBatch(*moved, self.texts)
+
+    def pin_memory(self) -> EditBatch:
+        return EditBatch(*(rows.pin_memory() for rows in (self.z_edit, self.x_out, self.x_in)), self.texts)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Gradient factors of one layer: `∇W = Σ_t delta_t u_tᵀ` for each task.
+
+    Attributes:
+        u: `[tokens, d_in]` float32, the layer's input at the kept tokens of all tasks.
+        delta: `[tokens, d_out]` float32, the loss gradient at the layer's output.
+        task: `[tokens]` int64, the task of each token.
+        tasks: number of tasks.
+    """
+
+    u: Tensor
+    delta: Tensor
+    task: Tensor
+    tasks: int
+
+
+def concatenate_rows(parts: Sequence[Rows]) -> Rows:
+    """Stacks rows of several sets, padding them on the right to one length.
+
+    Example:
+        >>> a = Rows({"input_ids": torch.ones(1, 2)}, torch.ones(1, 2), torch.tensor([0]), 1)
+        >>> b = Rows({"input_ids": torch.ones(1, 3)}, torch.ones(1, 3), torch.tensor([0]), 1)
+        >>> both = concatenate_rows([a, b])
+        >>> both.inputs["input_ids"].tolist(), both.inputs["attention_mask"].tolist()
+        ([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], [[1, 1, 0], [1, 1, 1]])
+    """
+    completed = [_with_masks(dict(part.inputs)) for part in parts]
+    names = list(dict.fromkeys(name for inputs in completed for name in inputs))
+    inputs = {name: _stack([inputs[name] for inputs in completed]) for name in names}
+    labels = _stack([part.labels for part in parts], IGNORED_LABEL)
+    task = torch.cat([part.task for part in parts])
+    return Rows(inputs, labels, task, parts[0].tasks, grouped=False)
+
+
+def _with_masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds all-ones masks where a model would assume them, so that padding stays unattended."""
+    for ids, mask in _MASK_OF.items():
+        if ids in inputs and mask not in inputs:
+            inputs[mask] = torch.ones_like(inputs[ids], dtype=torch.long)
+    return inputs
+
+
+def _stack(tensors: Sequence[Tensor], value: int = 0) -> Tensor:
+    length = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
