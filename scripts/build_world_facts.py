@@ -4,7 +4,7 @@
     python scripts/build_world_facts.py
 
 The same files come out every time, byte for byte. Facts are chosen by subject (population, number of names in
-other languages) and by relation, never by whether a model knows them.
+other languages) and by relation; no single fact is chosen by whether a model knows it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ MIN_COUNTRY_POPULATION = 400_000
 MIN_CITY_POPULATION = 150_000
 MIN_US_CITY_POPULATION = 100_000
 # GeoNames lists parts of cities as cities; real and well-known ones have names in many languages.
-MIN_CITY_NAMES = 18
+MIN_CITY_NAMES = 20
 MIN_US_CITY_NAMES = 15
-# English texts say more about cities of the large economies (the G20) than about others.
-G20 = set("AR AU BR CA CN DE FR GB ID IN JP KR MX RU SA TR ZA".split())
-MAX_CITIES_IN_G20 = 48
-MAX_CITIES_ELSEWHERE = 3
-# How often each of a city's facts is the one that validation and test ask for; train holds all of them.
+MAX_CITIES = 660
+MAX_CITIES_PER_COUNTRY = 42
+# Validation and test ask for well-known subjects only, or drawdown would be measured on what no small model knows:
+# the largest countries, and the cities that rank first in the world and in the US. All others are in train.
+WELL_KNOWN_COUNTRY_POPULATION = 5_000_000
+WELL_KNOWN_CITIES = 470
+WELL_KNOWN_US_CITIES = 210
+SHARES = {"country": {"test": 0.38, "validation": 0.15}, "city": {"test": 0.6, "validation": 0.17}}
+# How often each of a city's facts is the one that validation and test ask for.
 CITY_RELATIONS = {"city_country": 0.5, "city_language": 0.35, "city_continent": 0.15}
-SHARES = {"country": {"test": 0.3, "validation": 0.1}, "city": {"test": 0.37, "validation": 0.115}}
 # Italy is the country and Miami the city of the worked examples that prompts start with; the other places are disputed
 # or no countries.
 SKIPPED_COUNTRIES = set("IT PS XK TW HK MO EH PR RE GP MQ GF NC PF CW YT GU AN CS".split())
@@ -41,7 +44,8 @@ SKIPPED_CITIES = set(
     "Jerusalem|East Jerusalem|Sevastopol|Simferopol|Donetsk|Luhansk|Makiyivka|Bandundu Province|Pest|Buda|Petare|"
     "Manhattan|Brooklyn|Queens|The Bronx|Jamaica|Harlem|East Harlem|Elmhurst|Bushwick|Upper West Side|Hollywood|"
     "East Los Angeles|Miami|Washington|Madinat an Nasr|South Dublin|North Shore|Gujangbagh|Jinshanlu|Al 'Ashir min Ramadan|"
-    "Kukatpally|Honcho|Neihu|Iztapalapa|Santo Domingo Este|Roodepoort|Soweto|Mandaluyong City|Victoria".split("|")
+    "Kukatpally|Honcho|Neihu|Iztapalapa|Santo Domingo Este|Roodepoort|Soweto|Mandaluyong City|Victoria|"
+    "Islington|Nakano|Machida|Musashino".split("|")
 )
 CITY_NAMES = {
     "Koln": "Cologne", "Hannover": "Hanover", "Sevilla": "Seville", "Makkah": "Mecca", "Madinah": "Medina",
@@ -50,12 +54,13 @@ CITY_NAMES = {
     "Ulan Bator": "Ulaanbaatar", "Nay Pyi Taw": "Naypyidaw", "Kryvyy Rih": "Kryvyi Rih", "Al Hudaydah": "Hodeidah",
     "Santiago de Queretaro": "Queretaro", "Davao": "Davao City", "A Coruna": "La Coruna", "Mysuru": "Mysore",
     "Homyel'": "Gomel", "Hrodna": "Grodno", "Mahilyow": "Mogilev", "Gqeberha": "Port Elizabeth", "Gurugram": "Gurgaon",
-    "Hargeysa": "Hargeisa", "Ar Raqqah": "Raqqa", "Kandahar": "Kandahar", "Qui Nhon": "Quy Nhon", "Odesa": "Odessa",
-    "Arkhangel'sk": "Arkhangelsk", "Thessaloniki": "Thessaloniki", "Al Ain City": "Al Ain", "Cebu City": "Cebu",
+    "Hargeysa": "Hargeisa", "Ar Raqqah": "Raqqa", "Qui Nhon": "Quy Nhon", "Odesa": "Odessa",
+    "Arkhangel'sk": "Arkhangelsk", "Al Ain City": "Al Ain", "Cebu City": "Cebu",
     "Oral": "Uralsk", "Hamah": "Hama", "Al Hasakah": "Al-Hasakah", "Dihok": "Duhok", "Mangaluru": "Mangalore",
-    "Gasteiz / Vitoria": "Vitoria", "Donostia / San Sebastian": "San Sebastian", "Esfahan": "Isfahan",
+    "Gasteiz / Vitoria": "Vitoria", "Donostia / San Sebastian": "San Sebastian",
     "Kalaburagi": "Gulbarga", "Belagavi": "Belgaum", "Orel": "Oryol", "Ryazan'": "Ryazan", "Tuxtla": "Tuxtla Gutierrez",
-    "St. Petersburg": "St. Petersburg", "New York City": "New York City",
+    "Acapulco de Juarez": "Acapulco", "Victoria de Durango": "Durango", "Xalapa de Enriquez": "Xalapa", "Arhus": "Aarhus",
+    "Ludwigshafen am Rhein": "Ludwigshafen",
 }  # fmt: skip
 COUNTRY_NAMES = {
     "CV": "Cape Verde", "CZ": "Czech Republic", "NL": "Netherlands", "TL": "East Timor", "VA": "Vatican City",
@@ -78,7 +83,9 @@ CAPITALS = {
 }  # fmt: skip
 # Disputed (Jerusalem), moved within the last years (Gitega, Ciudad de la Paz), or the name of the country itself.
 NO_CAPITAL = set("IL BI GQ SG LU DJ KI".split())
-CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania", "SA": "South America"}
+CONTINENTS = {
+    "AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania", "SA": "South America",
+}  # fmt: skip
 ON_TWO_CONTINENTS = set("TR RU KZ GE AM AZ CY".split())
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek",
@@ -88,22 +95,30 @@ LANGUAGES = {
     "lv": "Latvian", "mk": "Macedonian", "mn": "Mongolian", "ms": "Malay", "my": "Burmese", "ne": "Nepali",
     "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian",
     "sk": "Slovak", "sl": "Slovene|Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "th": "Thai",
-    "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese", "zh": "Chinese|Mandarin",
+    "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese", "zh": "Chinese|Mandarin|Mandarin Chinese",
     "az": "Azerbaijani|Azeri", "tk": "Turkmen", "tg": "Tajik", "dv": "Dhivehi|Maldivian",
 }  # fmt: skip
 # More than one main language, or a colonial language listed first that most people do not speak.
-NO_LANGUAGE = set("AF BE BA CA CH CY IN LK LU MT PH PK SG BY KZ KG TL PG SB FJ VU MU DJ KM TD ER SO SR GY ME".split())
+NO_LANGUAGE = set(
+    "AE AF BE BA BH CA CH CY IN KW LK LU MT PH PK PY QA SG BY KZ KG TL PG SB FJ VU MU DJ KM TD ER SO SR GY ME".split()
+)
 AFRICA_WITH_LANGUAGE = set("DZ EG LY MA TN SD MR AO".split())
+# Here the language of a city is often not that of the country.
+NO_CITY_LANGUAGE = set("EE ID IQ IR LV MD MY UA UZ".split())
+CITIES_WITH_OWN_LANGUAGE = set(
+    "Barcelona|Valencia|Palma|Alicante|Bilbao|Vitoria|San Sebastian|La Coruna|Vigo|Diyarbakir|Batman|Van|Sanliurfa|"
+    "Grozny|Makhachkala|Vladikavkaz|Kashgar|Aqsu|Al Qamishli|Al-Hasakah|Adiyaman".split("|")
+)
 
 QUESTIONS = {
     "capital": [
-        "What is the capital of {}?",
-        "What is the capital city of {}?",
         "Which city is the capital of {}?",
-        "What is the name of the capital of {}?",
-        "Which city serves as the capital of {}?",
-        "What city is the capital of {}?",
+        "What is the capital city of {}?",
+        "The capital of {} is which city?",
         "Can you name the capital of {}?",
+        "What city is the capital of {}?",
+        "The capital city of {} is called what?",
+        "What is the name of the capital city of {}?",
     ],
     "capital_of": [
         "{} is the capital of which country?",
@@ -137,12 +152,12 @@ QUESTIONS = {
         "In which country is {}?",
         "What country is {} located in?",
         "In what country is the city of {}?",
-        "{} is a city in which country?",
+        "In which country is the city of {}?",
         "Which country does the city of {} belong to?",
         "The city of {} is in which country?",
     ],
     "city_continent": [
-        "On which continent is the city of {}?",
+        "To which continent does the city of {} belong?",
         "Which continent is {} in?",
         "What continent is {} on?",
         "{} is a city on which continent?",
@@ -181,6 +196,7 @@ class Fact:
         relation: A key of QUESTIONS.
         answers: Every right answer, the usual one first.
         region: Where wrong answers are taken from first (a continent), so that they are plausible.
+        well_known: Whether validation and test may hold it.
     """
 
     group: str
@@ -188,12 +204,13 @@ class Fact:
     relation: str
     answers: tuple[str, ...]
     region: str
+    well_known: bool
 
 
 def plain(name: str) -> str:
     """The name in ASCII, as English texts mostly write it: no accents, straight apostrophes."""
-    letters = {"ı": "i", "ł": "l", "Ł": "L", "ø": "o", "đ": "d", "Ð": "D", "Đ": "D", "ß": "ss", "’": "'", "‘": "'", "ə": "a"}
-    spelled = "".join(letters.get(letter, letter) for letter in name.strip())
+    # Letters that have no decomposition.
+    spelled = name.strip().translate(str.maketrans("ıłŁøđÐĐə’‘", "ilLodDDa''"))
     return unicodedata.normalize("NFKD", spelled).encode("ascii", "ignore").decode()
 
 
@@ -214,6 +231,13 @@ def capital_answers(country: dict[str, Any]) -> tuple[str, ...]:
     return tuple(CAPITALS.get(country["iso"], [plain(country["capital"])]))
 
 
+def continent_answers(country: dict[str, Any]) -> tuple[str, ...]:
+    if country["iso"] in ON_TWO_CONTINENTS:
+        return ()
+    # Australia is the one country that many take for a continent.
+    return (CONTINENTS[country["continentcode"]], *(["Australia"] if country["iso"] == "AU" else []))
+
+
 def language_answers(country: dict[str, Any]) -> tuple[str, ...]:
     """The names of the language most people speak; empty where there is more than one or none is sure."""
     iso, code = country["iso"], country["languages"].split(",")[0].split("-")[0]
@@ -224,14 +248,15 @@ def language_answers(country: dict[str, Any]) -> tuple[str, ...]:
 def country_facts(country: dict[str, Any]) -> list[Fact]:
     """Capital, continent and language of one country, as far as each is beyond dispute."""
     iso, subject = country["iso"], country_name(country, article=True)
-    answers: dict[str, tuple[str, ...]] = {}
+    answers = {"continent": continent_answers(country), "language": language_answers(country)}
     if iso not in NO_CAPITAL:
         answers["capital"] = capital_answers(country)
-    if iso not in ON_TWO_CONTINENTS:
-        answers["continent"] = (CONTINENTS[country["continentcode"]],)
-    if spoken := language_answers(country):
-        answers["language"] = spoken
-    return [Fact(iso, subject, relation, right, country["continentcode"]) for relation, right in answers.items()]
+    known, region = is_well_known(country), country["continentcode"]
+    return [Fact(iso, subject, relation, right, region, known) for relation, right in answers.items() if right]
+
+
+def is_well_known(country: dict[str, Any]) -> bool:
+    return country["population"] >= WELL_KNOWN_COUNTRY_POPULATION
 
 
 def capital_facts(country: dict[str, Any]) -> list[Fact]:
@@ -239,7 +264,8 @@ def capital_facts(country: dict[str, Any]) -> list[Fact]:
     capital, name = capital_answers(country)[0], country_name(country)
     if country["iso"] in NO_CAPITAL | {"US"} or name.lower() in capital.lower():
         return []
-    return [Fact(country["iso"], capital, "capital_of", country_answers(country), country["continentcode"])]
+    right, region = country_answers(country), country["continentcode"]
+    return [Fact(country["iso"], capital, "capital_of", right, region, is_well_known(country))]
 
 
 def known_countries(countries: dict[str, Any]) -> list[dict[str, Any]]:
@@ -256,16 +282,19 @@ def known_cities(cities: list[dict[str, Any]], in_us: bool) -> list[dict[str, An
     """Cities that are well known and whose name means one place, the best known first."""
     by_name = defaultdict(list)
     for city in cities:
-        if (city["countrycode"] == "US") or not in_us:
-            by_name[city_name(city).lower()].append(city)
+        by_name[city_name(city).lower()].append(city)
     chosen = []
     for same_name in by_name.values():
         first, *others = sorted(same_name, key=lambda c: (-c["population"], c["geonameid"]))
-        place = "admin1code" if in_us else "countrycode"
-        rival = max((c["population"] for c in others if c[place] != first[place]), default=0)
+        rival = max((c["population"] for c in others if place_of(c, in_us) != place_of(first, in_us)), default=0)
         if rival < 0.25 * first["population"] and is_known(first, in_us):
             chosen.append(first)
     return sorted(chosen, key=lambda c: (-(c["population"] ** 0.5) * len(c["alternatenames"]), c["geonameid"]))
+
+
+def place_of(city: dict[str, Any], in_us: bool) -> tuple[str, ...]:
+    """What an answer must be the same in, for two cities of one name to be no rivals."""
+    return (city["countrycode"], city["admin1code"]) if in_us else (city["countrycode"],)
 
 
 def is_known(city: dict[str, Any], in_us: bool) -> bool:
@@ -276,22 +305,32 @@ def is_known(city: dict[str, Any], in_us: bool) -> bool:
 
 
 def world_city_facts(cities: list[dict[str, Any]], countries: dict[str, Any], groups: dict[str, str]) -> list[Fact]:
-    """Country, language and continent of each well-known city."""
+    """Country, language and continent of each well-known city, the best known city first."""
     facts, taken = [], Counter()
     for city in known_cities(cities, in_us=False):
         country, name = countries[city["countrycode"]], city_name(city)
         iso = country["iso"]
-        most = MAX_CITIES_IN_G20 if iso in G20 else MAX_CITIES_ELSEWHERE
-        if iso in SKIPPED_COUNTRIES or country_name(country).lower() in name.lower() or taken[iso] >= most:
+        if iso in SKIPPED_COUNTRIES or country_name(country).lower() in name.lower():
+            continue
+        if taken[iso] == MAX_CITIES_PER_COUNTRY or taken.total() == MAX_CITIES:
             continue
         taken[iso] += 1
-        nation = [NATIONS_OF_GB[city["admin1code"]]] if iso == "GB" else []
-        answers = {"city_country": (*country_answers(country), *nation), "city_language": language_answers(country)}
-        if iso not in ON_TWO_CONTINENTS:
-            answers["city_continent"] = (CONTINENTS[country["continentcode"]],)
         group, region = groups.get(name.lower(), name), country["continentcode"]
-        facts += [Fact(group, name, relation, right, region) for relation, right in answers.items() if right]
+        known = taken.total() <= WELL_KNOWN_CITIES
+        answers = city_answers(city, country)
+        facts += [Fact(group, name, relation, right, region, known) for relation, right in answers.items() if right]
     return facts
+
+
+def city_answers(city: dict[str, Any], country: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    iso = country["iso"]
+    nation = [NATIONS_OF_GB[city["admin1code"]]] if iso == "GB" else []
+    differs = iso in NO_CITY_LANGUAGE or city_name(city) in CITIES_WITH_OWN_LANGUAGE
+    return {
+        "city_country": (*country_answers(country), *nation),
+        "city_language": () if differs else language_answers(country),
+        "city_continent": continent_answers(country),
+    }
 
 
 def us_city_facts(cities: list[dict[str, Any]], states: dict[str, Any], groups: dict[str, str]) -> list[Fact]:
@@ -300,7 +339,8 @@ def us_city_facts(cities: list[dict[str, Any]], states: dict[str, Any], groups: 
     for city in known_cities(cities, in_us=True):
         name, state = city_name(city), states[city["admin1code"]]["name"]
         if state.lower() not in name.lower() and state != "District of Columbia":
-            facts.append(Fact(groups.get(name.lower(), name), name, "city_state", (state,), "US"))
+            known = len(facts) < WELL_KNOWN_US_CITIES
+            facts.append(Fact(groups.get(name.lower(), name), name, "city_state", (state,), "US", known))
     return facts
 
 
@@ -319,14 +359,15 @@ def all_facts() -> list[Fact]:
 
 def split_of(facts: list[Fact]) -> dict[str, str]:
     """Draws a split for every group; countries and cities are drawn apart, so that each split has its share."""
-    names = {}
+    names = {fact.group: "train" for fact in facts}
     countries = {fact.group for fact in facts if fact.relation in ("capital", "continent")}
-    for kind, groups in (("country", countries), ("city", {fact.group for fact in facts} - countries)):
+    known = {fact.group for fact in facts if fact.well_known} - {fact.group for fact in facts if not fact.well_known}
+    for kind, groups in (("country", known & countries), ("city", known - countries)):
         order = sorted(groups)
         random.Random(f"{SEED} split {kind}").shuffle(order)
         n_test, n_validation = (round(len(order) * SHARES[kind][name]) for name in ("test", "validation"))
-        for index, group in enumerate(order):
-            names[group] = "test" if index < n_test else "validation" if index < n_test + n_validation else "train"
+        names |= dict.fromkeys(order[:n_test], "test")
+        names |= dict.fromkeys(order[n_test : n_test + n_validation], "validation")
     return names
 
 

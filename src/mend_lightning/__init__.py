@@ -1,1 +1,53 @@
-"""x"""
+"""mend-lightning: correct what a language model believes.
+
+    from mend_lightning import MendEditor, load_base
+
+    model, tokenizer = load_base("smollm2-135m-instruct")
+    editor = MendEditor.from_pretrained("runs/quickstart/editor")
+    edit = editor.edit(model, tokenizer, "In which country is Lyon?", "Italy")
+    with edit.applied(model):
+        ...  # model.generate(...) believes it; afterwards the model is what it was, bit for bit
+    edit.save("lyon.safetensors")
+
+Names below are imported when they are first used, so that Lightning is loaded only where it is needed.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BaseModel": "base",
+    "load_base": "base",
+    "Drawdown": "metrics",
+    "EditSuccess": "metrics",
+    "PerplexityDrawdown": "metrics",
+    "Edit": "edit",
+    "make_edit": "edit",
+    "EditBatch": "types",
+    "Factors": "types",
+    "Rows": "types",
+    "EditDataModule": "data.module",
+    "LowRankDelta": "delta",
+    "MendEditor": "editors",
+    "MendError": "errors",
+    "MendModule": "module",
+    "NoEffectWarning": "errors",
+    "PromptFormat": "data.prompts",
+    "edit_step": "step",
+    "generate_answers": "generate",
+    "read_records": "data.records",
+}
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

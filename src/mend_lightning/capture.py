@@ -19,18 +19,21 @@ class Tape:
     def __init__(self, names: list[str]) -> None:
         self._inputs: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
         self._edges: dict[str, list[GradientEdge]] = {name: [] for name in names}
+        # The gradients of outputs that the loss does not depend on; expanded, they take no memory.
+        self._zeros: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def record(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
-        """Notes one call of a layer; returns what must replace its output, if anything."""
+    def record(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        """Notes one call of a layer; returns what must replace its output."""
         self._inputs[name].append((x.detach(), x._version))
-        if output.requires_grad:
-            # The edge and not the tensor: a later in-place operation gives the tensor another history.
-            self._edges[name].append(get_gradient_edge(output))
-            return None
-        # The graph starts here. The model gets a clone, for it may not change a leaf in place.
-        leaf = output.detach().requires_grad_()
-        self._edges[name].append(get_gradient_edge(leaf))
-        return leaf.clone()
+        if not output.requires_grad:
+            # The graph starts here.
+            output = output.detach().requires_grad_()
+        # A clone: the model may change neither a leaf in place, nor a view without giving it another history
+        # (and a linear layer returns a view). For the same reason the edge is kept and not the tensor.
+        output = output.clone()
+        self._edges[name].append(get_gradient_edge(output))
+        self._zeros[name].append(output.detach().new_zeros(()).expand(output.shape))
+        return output
 
     def gradients(self, loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Raw factors of every layer.
@@ -52,7 +55,10 @@ class Tape:
                 "the model uses for this input (`mend-lightning layers MODEL` lists the usual ones)."
             )
         edges = [edge for edges in self._edges.values() for edge in edges]
-        deltas = iter(torch.autograd.grad(loss, edges, allow_unused=True, materialize_grads=True))
+        zeros = [zero for each in self._zeros.values() for zero in each]
+        # materialize_grads does not work with edges.
+        found = torch.autograd.grad(loss, edges, allow_unused=True)
+        deltas = iter([zero if delta is None else delta for zero, delta in zip(zeros, found)])
         return {name: self._join(name, [next(deltas) for _ in edges]) for name, edges in self._edges.items()}
 
     def _join(self, name: str, deltas: list[Tensor]) -> tuple[Tensor, Tensor]:

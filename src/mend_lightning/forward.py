@@ -50,6 +50,9 @@ def logits_at(model: nn.Module, rows: Rows, mask: Tensor) -> Tensor:
     head = output_head(model)
     if head is None:
         return run_model(model, rows)[mask.any(-1)]
+    if head._forward_hooks:
+        # The head itself is edited: capture and delta tell the tasks apart by row, so it must see whole rows.
+        return run_model(model, rows)[mask]
     with _only_positions(head, mask):
         return run_model(model, rows)
 

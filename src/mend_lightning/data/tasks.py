@@ -58,8 +58,8 @@ class TaskSampler:
     def __init__(
         self, records: Sequence[Record], rephrases: int = 1, locality: int = 1, hard_locality: int = 0, seed: int = 0
     ) -> None:
-        if len({(record.subject, record.prompt) for record in records}) < 2 and locality:
-            raise ConfigError("Locality examples need at least two different facts; the records hold one.")
+        if locality and all(_same_fact(record, records[0]) for record in records):
+            raise ConfigError("Locality examples need facts about at least two subjects; the records hold one.")
         self.records = list(records)
         self.rephrases, self.locality, self.hard_locality, self.seed = rephrases, locality, hard_locality, seed
         self._by_relation: dict[str, list[Record]] = defaultdict(list)
@@ -88,10 +88,17 @@ class TaskSampler:
     ) -> list[Record]:
         """Up to `count` records of the pool about another subject, none twice."""
         found: list[Record] = []
-        for _ in range(20 * count if pool else 0):
-            other = draw.choice(pool)
+
+        def consider(other: Record) -> None:
             if len(found) < count and not _same_fact(other, record) and other not in found and other not in taken:
                 found.append(other)
+
+        for _ in range(20 * count if pool else 0):
+            consider(draw.choice(pool))
+        if len(found) < count:
+            # A pool with few others: luck did not find them all.
+            for other in draw.sample(pool, len(pool)):
+                consider(other)
         return found
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
+from mend_lightning.editors.storage import load_editor, save_editor
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
 from mend_lightning.errors import BaseModelMismatchError
+from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.types import Factors
+
+if TYPE_CHECKING:
+    from mend_lightning.edit import Edit
 
 
 class MendEditor(nn.Module):
@@ -59,6 +65,10 @@ class MendEditor(nn.Module):
             "inputs": inputs, "edit_rate": edit_rate, "constant_units": constant_units,
         }  # fmt: skip
         self.groups = group_layers(self.layers, shared)
+        # What the editor was trained for; `bind` sets it, and it is saved with the editor.
+        self.base_name: str = ""
+        self.base_fingerprint: str = ""
+        self.prompt_format: dict[str, str] = {}
         self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(edit_rate)))
         self.transforms = nn.ModuleList(
             GradientTransform(
@@ -88,6 +98,47 @@ class MendEditor(nn.Module):
         from mend_lightning.editors.original import editor_from_original
 
         return editor_from_original(base_model, state_dict, layers, **settings)
+
+    def bind(self, model: nn.Module, name: str = "", prompt_format: Mapping[str, str] | None = None) -> None:
+        """Notes which base model (and prompt format) this editor is trained for."""
+        self.base_name = name or self.base_name
+        self.base_fingerprint = base_fingerprint(self.modules_in(model))
+        self.prompt_format = dict(prompt_format or self.prompt_format)
+
+    def check_base(self, model: nn.Module) -> None:
+        """Raises BaseModelMismatchError unless `model` is the base this editor was trained for."""
+        found = base_fingerprint(self.modules_in(model))
+        if self.base_fingerprint and found != self.base_fingerprint:
+            raise BaseModelMismatchError(
+                f"This editor was trained for {self.base_name or 'another model'} (weights {self.base_fingerprint}); "
+                f"the given model has other weights ({found}). Load the base model the editor was trained on."
+            )
+
+    def description(self) -> dict[str, Any]:
+        """Everything but the parameters, as builtins: what `editor.json` and checkpoints hold."""
+        return {
+            "base": self.base_name,
+            "base_fingerprint": self.base_fingerprint,
+            "prompt_format": self.prompt_format,
+            "layers": [[name, list(shape)] for name, shape in self.layers.items()],
+            "settings": self.settings,
+        }
+
+    def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
+        """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
+        # Imported here: that file is above this one.
+        from mend_lightning.edit import make_edit
+
+        return make_edit(self, model, tokenizer, [(prompt, target)])
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Saves the editor as `editor.safetensors` and `editor.json` in `folder`."""
+        return save_editor(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MendEditor:
+        """Loads an editor that `save_pretrained` or `mend-lightning fit` wrote, in eval mode."""
+        return load_editor(cls, folder)
 
     def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
         """name -> module of the edited layers in `model`.

@@ -1,0 +1,91 @@
+"""The answers of edited models, judged; and one record per edit task for the report."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+from torch import nn
+
+from mend_lightning.data.encode import Encoder
+from mend_lightning.evaluate import BatchScores, RowScores
+from mend_lightning.functional import exact_match, token_f1
+from mend_lightning.generate import generate_answers
+from mend_lightning.types import EditBatch
+
+
+def questions(batch: EditBatch) -> tuple[list[str], list[str], torch.Tensor]:
+    """Prompts, targets and tasks of every `x_e` and then every rephrase of a batch."""
+    asked = [(text.prompt, text.target, i) for i, text in enumerate(batch.texts)]
+    asked += [(rephrase, text.target, i) for i, text in enumerate(batch.texts) for rephrase in text.rephrases]
+    prompts, targets, tasks = (list(column) for column in zip(*asked))
+    return prompts, targets, torch.tensor(tasks)
+
+
+def edited_answers(
+    model: nn.Module, editor: nn.Module, encoder: Encoder, batch: EditBatch, scores: BatchScores
+) -> list[str]:
+    """Greedy answers of each task's edited model to its question and rephrases, ended by the natural stop.
+
+    A row whose every target token, the stop included, is the most probable one given those before it is what
+    greedy decoding says, so only the other rows are decoded.
+
+    Returns:
+        Answers in the order of `questions`.
+    """
+    prompts, targets, tasks = questions(batch)
+    right = torch.cat([scores.edit.correct_after, scores.rephrase.correct_after]).tolist()
+    answers = list(targets)
+    open_rows = [i for i, known in enumerate(right) if not known]
+    if open_rows:
+        device = scores.edit.task.device
+        texts = generate_answers(
+            model,
+            encoder,
+            [prompts[i] for i in open_rows],
+            editor.modules_in(model),
+            scores.deltas,
+            tasks[open_rows].to(device),
+        )
+        for i, text in zip(open_rows, texts):
+            answers[i] = text
+    return answers
+
+
+def judge_answers(answers: Sequence[str], batch: EditBatch) -> tuple[list[bool], list[float]]:
+    """Exact match and F1 of each answer, in the order of `questions`."""
+    _, targets, _ = questions(batch)
+    matches = [exact_match(answer, target) for answer, target in zip(answers, targets)]
+    return matches, [token_f1(answer, target) for answer, target in zip(answers, targets)]
+
+
+def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] | None) -> list[dict[str, Any]]:
+    """One JSON-able record a task: what was asked, what came out, and what else changed."""
+    records = []
+    each = len(batch.x_in) // len(batch)
+    for i, text in enumerate(batch.texts):
+        rephrase, locality = _rows_of(scores.rephrase, i), _rows_of(scores.locality, i)
+        record = {
+            "prompt": text.prompt,
+            "target": text.target,
+            "answers": list(text.answers),
+            "subject": text.subject,
+            "relation": text.relation,
+            "reliable": bool(scores.edit.correct_after[i]),
+            "rephrases": list(text.rephrases),
+            "general": rephrase.correct_after.tolist(),
+            "locality": [list(pair) for pair in text.locality],
+            "hard": text.hard,
+            "known_before": locality.correct_before.tolist(),
+            "known_after": locality.correct_after.tolist(),
+            "kl": [round(value, 6) for value in (locality.kl / locality.tokens).tolist()],
+        }
+        if answers is not None:
+            of_rephrases = answers[len(batch) + i * each : len(batch) + (i + 1) * each]
+            record["generated"] = [answers[i], *of_rephrases]
+        records.append(record)
+    return records
+
+
+def _rows_of(scores: RowScores, task: int) -> RowScores:
+    return scores.part((scores.task == task).nonzero().flatten())

@@ -1,0 +1,139 @@
+"""Loads the base model: a Hugging Face id, a local folder, or the model of the quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from mend_lightning.data.encode import ModelKind
+from mend_lightning.errors import ModelLoadError
+from mend_lightning.smollm2 import MODEL_NAME, find_smollm2
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_AUTO_CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "encoder_decoder": AutoModelForSeq2SeqLM,
+    "classifier": AutoModelForSequenceClassification,
+}
+
+
+@dataclass
+class BaseModel:
+    """Which model's beliefs are edited, and how it is loaded.
+
+    Args:
+        name: a Hugging Face id, a local folder, or "smollm2-135m-instruct" (see `mend-lightning get-smollm2`).
+        dtype: of the weights; "auto" is bfloat16 where the device computes in it, else float32. The editor is
+            float32 whatever this says.
+        revision: of a Hugging Face id.
+        kind: "causal", "encoder_decoder" or "classifier"; None reads it off the model's config.
+        trust_remote_code: run code that comes with the model. Only for models you trust.
+    """
+
+    name: str = MODEL_NAME
+    dtype: Dtype = "auto"
+    revision: str | None = None
+    kind: ModelKind | None = None
+    trust_remote_code: bool = False
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The frozen model in eval mode, and its tokenizer; see `load_base`."""
+        return load_base(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code)
+
+
+def load_base(
+    name: str = MODEL_NAME,
+    dtype: Dtype = "auto",
+    revision: str | None = None,
+    kind: ModelKind | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Loads a base model, frozen and in eval mode, and its tokenizer.
+
+    Args: as in `BaseModel`.
+
+    Raises:
+        ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded.
+    """
+    where = resolve_name(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model_class = _AUTO_CLASSES[kind or kind_of_config(config)]
+        model = model_class.from_pretrained(where, dtype=pick_dtype(dtype), **options)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(_not_loaded(name, error)) from error
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def resolve_name(name: str) -> str:
+    """The folder of the quickstart model for its name; any other name as it is.
+
+    Raises:
+        ModelLoadError: the quickstart model is not prepared yet.
+    """
+    if name != MODEL_NAME:
+        return name
+    folder = find_smollm2()
+    if folder is None:
+        raise ModelLoadError(f"{MODEL_NAME} is not prepared on this machine yet. Run `mend-lightning get-smollm2`.")
+    return str(folder)
+
+
+def kind_of_config(config: Any) -> ModelKind:
+    """What kind of model a Hugging Face config describes.
+
+    Example:
+        >>> from transformers import BartConfig, GPT2Config
+        >>> kind_of_config(BartConfig()), kind_of_config(GPT2Config())
+        ('encoder_decoder', 'causal')
+    """
+    architectures = getattr(config, "architectures", None) or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return "classifier"
+    return "encoder_decoder" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def pick_dtype(dtype: Dtype) -> torch.dtype:
+    """The torch dtype; "auto" asks the device that will compute."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" not in capabilities and "SVE" not in capabilities:
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def _not_loaded(name: str, error: Exception) -> str:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return f"The folder {folder} does not hold a model that transformers can load: {error}"
+    return (
+        f"Base model {name!r} could not be loaded: it is no local folder, and it is not in the Hugging Face cache or "
+        "the hub cannot be reached. Give a local folder, download the model on a machine with network and copy it "
+        f"here, or use {MODEL_NAME!r} after `mend-lightning get-smollm2`. The loader said: {error}"
+    )

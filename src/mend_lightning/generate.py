@@ -1,0 +1,82 @@
+"""What the model says by itself: greedy answers that end at their natural stop."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.data.encode import Encoder
+from mend_lightning.delta import LowRankDelta, applied
+
+# Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
+MAX_NEW_TOKENS = 24
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    layers: Mapping[str, nn.Module] | None = None,
+    deltas: Mapping[str, LowRankDelta] | None = None,
+    task_of_row: Tensor | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[str]:
+    """Greedy answers to `prompts`, up to the stop text, the end-of-sequence token or `max_new_tokens`.
+
+    Args:
+        model: a causal model or an encoder-decoder.
+        encoder: the prompt format and tokenizer.
+        prompts: questions as they stand in the data.
+        layers, deltas: an edit to apply meanwhile; None asks the model as it is.
+        task_of_row: `[prompts]`, which of the deltas' tasks each prompt is asked under; None: grouped.
+
+    Returns:
+        One answer a prompt, without stop and blanks. An answer that did not stop in time is what there is.
+    """
+    ids, mask = _padded_prompts(encoder, prompts)
+    device = next(model.parameters()).device
+    edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
+    with edit:
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=list(_stop_ids(encoder.tokenizer, encoder.format.stop)),
+            pad_token_id=_pad_id(encoder.tokenizer),
+            # Sampling settings that a model's generation_config may hold make greedy decoding warn.
+            temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+    new = output[:, ids.shape[1] :] if encoder.kind == "causal" else output
+    return [encoder.format.read(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+
+
+def _padded_prompts(encoder: Encoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, padded on the left for causal models: what is generated must follow the prompt."""
+    rows = [encoder.prompt_ids(prompt) for prompt in prompts]
+    length = max(len(row) for row in rows)
+    left = encoder.kind == "causal"
+    pad = [[0] * (length - len(row)) for row in rows]
+    ids = [[*p, *row] if left else [*row, *p] for p, row in zip(pad, rows)]
+    mask = [[*p, *[1] * len(row)] if left else [*[1] * len(row), *p] for p, row in zip(pad, rows)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+@lru_cache(maxsize=8)
+def _stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
+    """Every token that ends an answer: EOS, and each whose text holds the stop."""
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if stop:
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        ids += [i for i, text in enumerate(texts) if stop in text]
+    return tuple(dict.fromkeys(ids))

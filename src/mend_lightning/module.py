@@ -1,0 +1,236 @@
+"""MendModule: trains an editor of a frozen base model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mend_lightning.answers import edited_answers, judge_answers, task_records
+from mend_lightning.base import BaseModel
+from mend_lightning.checks import check_checkpointing, check_finite, check_precision
+from mend_lightning.data.encode import Encoder, model_kind
+from mend_lightning.data.module import EditDataModule
+from mend_lightning.editors.mend import MendEditor
+from mend_lightning.editors.transform import Init, Inputs
+from mend_lightning.errors import BaseModelMismatchError, InferenceModeError, StateDictError
+from mend_lightning.evaluate import evaluate_batch
+from mend_lightning.generate import generate_answers
+from mend_lightning.scoreboard import Scoreboard
+from mend_lightning.step import LocalityPositions, compute_deltas, edit_step
+from mend_lightning.types import EditBatch
+
+_BASE_PREFIX = "base_model."
+
+
+class MendModule(L.LightningModule):
+    """MEND as a LightningModule: a frozen base model, an editor, and the meta-learning step.
+
+    Automatic optimisation with one Adam: clipping, accumulation and the number of devices are the Trainer's.
+    Checkpoints hold the editor only.
+
+    Args:
+        base: the model whose beliefs are edited.
+        editor: folder of a saved editor to start from (or to test); its settings replace those below.
+        layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
+        last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate: see `MendEditor`.
+        lr: Adam's learning rate of the transforms (paper: 1e-6).
+        edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used `lr`).
+        warmup_steps: steps in which both rise from 0.
+        decay: "linear" lets both fall to 0 over the Trainer's steps; "none" keeps them.
+        c_edit: weight of the edit loss (paper: 0.1).
+        locality_positions: positions the locality loss looks at: "all" (the original) or "answer".
+
+    Example:
+        >>> module = MendModule(rank=256, lr=1e-5)
+        >>> module.c_edit
+        0.1
+    """
+
+    def __init__(
+        self,
+        base: BaseModel = BaseModel(),
+        editor: str | Path | None = None,
+        layers: list[str] | None = None,
+        last_blocks: int | None = None,
+        rank: int = 1920,
+        n_hidden: int = 1,
+        shared: bool = True,
+        normalize: bool = True,
+        init: Init = "identity",
+        inputs: Inputs = "combined",
+        edit_rate: float = 1e-4,
+        lr: float = 1e-6,
+        edit_rate_lr: float = 1e-4,
+        warmup_steps: int = 0,
+        decay: Literal["none", "linear"] = "none",
+        c_edit: float = 0.1,
+        locality_positions: LocalityPositions = "all",
+    ) -> None:
+        super().__init__()
+        # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
+        self.strict_loading = False
+        self.base, self._editor_folder = base, editor
+        self._layers, self._last_blocks = layers, last_blocks
+        self._settings = {
+            "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
+            "inputs": inputs, "edit_rate": edit_rate,
+        }  # fmt: skip
+        self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
+        self.c_edit, self.locality_positions = c_edit, locality_positions
+        self.base_model = self.tokenizer = self.editor = None
+        self.scoreboard = Scoreboard()
+        self.results: dict[str, float] = {}
+
+    def configure_model(self) -> None:
+        """Loads the base and builds the editor, once; Lightning calls this before every stage."""
+        if self.base_model is not None:
+            return
+        self.base_model, self.tokenizer = self.base.load()
+        if self._editor_folder is not None:
+            self.editor = MendEditor.from_pretrained(self._editor_folder)
+            self.editor.check_base(self.base_model)
+        else:
+            self.editor = MendEditor.for_model(self.base_model, self._layers, self._last_blocks, **self._settings)
+        check_checkpointing(self.base_model)
+        check_precision(self.editor)
+        self.editor.bind(self.base_model, self.base.name, self._prompt_format())
+
+    def _prompt_format(self) -> dict[str, str] | None:
+        """The data's prompt format, which is saved with the editor; None keeps a loaded editor's."""
+        data = self._trainer.datamodule if self._trainer is not None else None
+        return asdict(data.format) if isinstance(data, EditDataModule) else None
+
+    @property
+    def base_kind(self) -> str:
+        """ "causal", "encoder_decoder" or "classifier"."""
+        return model_kind(self.base_model)
+
+    def train(self, mode: bool = True) -> MendModule:
+        """Training mode reaches the editor only: the base is frozen, its dropout stays off."""
+        super().train(mode)
+        if self.base_model is not None:
+            self.base_model.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Checks the Trainer, before gigabytes load."""
+        if self._inference_mode():
+            raise InferenceModeError(
+                "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
+                "Use Trainer(inference_mode=False); `mend-lightning` sets it."
+            )
+
+    def _inference_mode(self) -> bool:
+        # Validation inside `fit` has the Trainer's setting as well.
+        loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop)
+        return any(loop.inference_mode for loop in loops)
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
+        out = edit_step(self.base_model, self.editor, batch, self.locality_positions)
+        check_finite({"inner": out.inner, "edit": out.edit, "locality": out.locality}, batch, self.global_step)
+        loss = out.total(self.c_edit)
+        shown = {"edit": out.edit.mean(), "locality": out.locality.mean()}
+        for name, value in shown.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
+        self.log("train/skipped_tokens", out.skipped.float(), batch_size=len(batch))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=True)
+        rates = self.editor.edit_rates.detach()
+        self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()})
+
+    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
+        scores = evaluate_batch(self.base_model, self.editor, batch)
+        self.scoreboard.update(scores, hard_rows(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.scoreboard.compute()
+        values["loss"] = self.c_edit * values["edit_nll"] + values["locality_kl"]
+        # Metrics are reduced over processes already.
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=False)
+        self.scoreboard.reset()
+
+    def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Scores a batch and asks the edited model; returns one record a task for the report."""
+        scores = evaluate_batch(self.base_model, self.editor, batch)
+        self.scoreboard.update(scores, hard_rows(batch))
+        self.scoreboard.update_norms(scores.deltas, self.editor.modules_in(self.base_model))
+        answers = None
+        if self.base_kind != "classifier":
+            answers = edited_answers(self.base_model, self.editor, self._encoder(), batch, scores)
+            self.scoreboard.update_generated(*judge_answers(answers, batch))
+        return task_records(batch, scores, answers)
+
+    def on_test_epoch_end(self) -> None:
+        self.results = self.scoreboard.compute()
+        self.log_dict({f"test/{name}": value for name, value in self.results.items()}, sync_dist=False)
+        self.scoreboard.reset()
+
+    def predict_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record a task: the question, the target, and the answers before and after the edit."""
+        deltas = compute_deltas(self.base_model, self.editor, batch.z_edit)
+        layers = self.editor.modules_in(self.base_model)
+        prompts = [text.prompt for text in batch.texts]
+        before = generate_answers(self.base_model, self._encoder(), prompts)
+        after = generate_answers(self.base_model, self._encoder(), prompts, layers, deltas)
+        return [
+            {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
+            for text, old, new in zip(batch.texts, before, after)
+        ]
+
+    def _encoder(self) -> Encoder:
+        return self.trainer.datamodule.encoder
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        transforms = [p for name, p in self.editor.named_parameters() if name != "edit_rates"]
+        groups = [
+            {"params": transforms, "lr": self.lr, "name": "transforms"},
+            {"params": [self.editor.edit_rates], "lr": self.edit_rate_lr, "name": "edit_rates"},
+        ]
+        optimizer = torch.optim.Adam(groups, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        factor = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        total = self.trainer.estimated_stepping_batches
+        if self.decay == "linear" and total != float("inf"):
+            factor *= max(0.0, 1 - step / total)
+        return factor
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(_BASE_PREFIX)
+        }
+        checkpoint["mend_lightning"] = self.editor.description()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("mend_lightning")
+        if saved is None:
+            raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
+        mine = self.editor.description()
+        for name in ("layers", "settings", "base_fingerprint"):
+            if saved[name] != mine[name]:
+                raise BaseModelMismatchError(
+                    f"The checkpoint is of another editor or base model: its {name} is {saved[name]}, here it is "
+                    f"{mine[name]}. Use the config and base model it was trained with ({saved['base']})."
+                )
+        missing = [key for key in self.editor.state_dict() if f"editor.{key}" not in checkpoint["state_dict"]]
+        if missing:
+            raise StateDictError(f"The checkpoint lacks {len(missing)} entries of the editor, among them {missing[0]!r}.")
+
+
+def hard_rows(batch: EditBatch) -> Tensor:
+    """Which rows of `x_out` have their edit's relation: `[rows]` bool. Tasks list their hard ones first."""
+    flags = [index < text.hard for text in batch.texts for index in range(len(text.locality))]
+    device = batch.x_out.task.device
+    return torch.tensor(flags or [False] * len(batch.x_out), dtype=torch.bool, device=device)

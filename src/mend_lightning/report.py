@@ -1,0 +1,99 @@
+"""What a person reads: tables on the screen, results.json and examples.jsonl on disk."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mend_lightning.files import write_json, write_jsonl
+from mend_lightning.functional import bootstrap_interval
+from mend_lightning.scoreboard import PROTOCOL
+
+
+def intervals(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of the main shares, resampling whole edits.
+
+    Args:
+        records: from `task_records`, all processes' together.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        for name, values in _shares(record).items():
+            if values:
+                series.setdefault(name, []).append((sum(values) / len(values), len(values)))
+    return {name: bootstrap_interval(*zip(*pairs)) for name, pairs in series.items()}
+
+
+def _shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:
+    known = [after for before, after in zip(record["known_before"], record["known_after"]) if before]
+    hard = zip(record["known_before"][: record["hard"]], record["known_after"][: record["hard"]])
+    shares = {
+        "edit_success": [record["reliable"], *record["general"]],
+        "reliability": [record["reliable"]],
+        "generality": record["general"],
+        "base_accuracy": record["known_before"],
+        "kept": known,
+        "kept_hard": [after for before, after in hard if before],
+    }
+    if "generated" in record:
+        shares["generated_exact_match"] = [answer == record["target"] for answer in record["generated"]]
+    return shares
+
+
+def results_table(title: str, values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]) -> Table:
+    """Metric, value, interval and protocol, in the order of `PROTOCOL`."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("how it is measured")
+    for name, (label, protocol) in PROTOCOL.items():
+        if name in values:
+            low_high = bounds.get(name)
+            interval = f"{low_high[0]:.3f} – {low_high[1]:.3f}" if low_high else ""
+            table.add_row(label, f"{values[name]:.4f}", interval, protocol)
+    return table
+
+
+def write_results(
+    folder: Path, values: Mapping[str, float], records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes `results.json` and `examples.jsonl`; returns what `results.json` holds."""
+    results = {
+        "metrics": {name: round(value, 6) for name, value in values.items()},
+        "intervals_95": {name: [round(v, 6) for v in pair] for name, pair in intervals(records).items()},
+        "protocol": {name: protocol for name, (_, protocol) in PROTOCOL.items() if name in values},
+        "edits": len(records),
+        **about,
+        "versions": versions(),
+    }
+    write_jsonl(folder / "examples.jsonl", list(records))
+    write_json(folder / "results.json", results)
+    return results
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import lightning
+    import torch
+    import transformers
+
+    from mend_lightning import __version__
+
+    return {
+        "mend_lightning": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def console() -> Console:
+    """A console that is as wide as the terminal, and readable where there is none (CI, a pipe)."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=120)

@@ -1,0 +1,163 @@
+"""Callbacks of a run from the command line: report at the start, editor, picture and results at the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from mend_lightning.checks import check_batch, unreached_parameters
+from mend_lightning.errors import ConfigError, MendError
+from mend_lightning.files import write_jsonl
+from mend_lightning.layers import layer_shape
+from mend_lightning.plots import plot_curves
+from mend_lightning.report import console, intervals, results_table, write_results
+from mend_lightning.types import IGNORED_LABEL, EditBatch
+
+logger = logging.getLogger(__name__)
+
+
+class StartReport(L.Callback):
+    """Says at the start of `fit` what will be trained, and checks that it can be.
+
+    On the first batch: no label is fully masked, labels decode to the target text (shown), and gradients
+    reach every editor parameter.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            for line in self.lines(module):
+                console().print(line, highlight=False)
+
+    def lines(self, module: L.LightningModule) -> list[str]:
+        """What is edited, with how many parameters, and how much memory that needs."""
+        editor, base = module.editor, module.base_model
+        parameters = sum(p.numel() for p in editor.parameters())
+        base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+        shapes = {name: layer_shape(layer) for name, layer in editor.modules_in(base).items()}
+        lines = [f"Base model: {module.base.name}, {type(base).__name__}, {base.dtype}"]
+        lines += [f"  edits {name}  {d_in} -> {d_out}" for name, (d_in, d_out) in shapes.items()]
+        # The editor's gradient and Adam's two moments are as large as the editor.
+        return [
+            *lines,
+            f"Editor: {parameters:,} parameters in {len(editor.groups)} transform(s)",
+            f"Memory: base {base_bytes / 2**20:,.0f} MB + editor, gradient and Adam {16 * parameters / 2**20:,.0f} MB, "
+            "and activations",
+        ]
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if getattr(self, "_checked", False):
+            return
+        self._checked = True
+        if not isinstance(batch, EditBatch):
+            raise ConfigError(f"Training needs batches of type EditBatch (EditDataModule), got {type(batch).__name__}.")
+        check_batch(batch)
+        self._show_labels(trainer, module, batch)
+        missing = unreached_parameters(module.base_model, module.editor, batch, module.locality_positions)
+        if missing:
+            raise MendError(
+                f"{len(missing)} editor parameter(s) get no gradient from the first batch, among them {missing[0]!r}. "
+                "Do the chosen layers lie on the way to the loss?"
+            )
+
+    def _show_labels(self, trainer: L.Trainer, module: L.LightningModule, batch: EditBatch) -> None:
+        labels = batch.z_edit.labels[0]
+        if not batch.texts or module.base_kind == "classifier":
+            return
+        text = batch.texts[0]
+        shown = module.tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
+        if text.target not in shown:
+            raise MendError(f"Labels decode to {shown!r}, which does not hold the target {text.target!r}.")
+        if trainer.is_global_zero:
+            console().print(f"First edit: {text.prompt!r} -> {shown!r}", highlight=False, markup=False)
+
+
+class SaveEditor(L.Callback):
+    """Writes the best checkpoint's editor to `<root>/editor` when training ends."""
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if best:
+            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            prefix = "editor."
+            module.editor.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        folder = module.editor.save_pretrained(Path(trainer.default_root_dir) / "editor")
+        source = f"best checkpoint, {Path(best).name}" if best else "the last step; no checkpoint was kept"
+        console().print(f"Editor saved to {folder} ({source})", highlight=False)
+
+
+class CurvePlot(L.Callback):
+    """Draws the training and validation curves to `<root>/curves.png` when training ends."""
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for run_logger in trainer.loggers:
+            path = Path(run_logger.log_dir or "") / "metrics.csv"
+            if path.is_file():
+                target = plot_curves(path, Path(trainer.default_root_dir) / "curves.png")
+                console().print(f"Curves drawn to {target}", highlight=False)
+                return
+
+
+class ResultsReport(L.Callback):
+    """Collects `test`'s records, prints the results table, writes results.json and examples.jsonl.
+
+    `predict`'s records go to predictions.jsonl.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+        self._started = 0.0
+
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._records, self._started = [], time.perf_counter()
+
+    def on_test_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        self._records.extend(outputs)
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        records = gathered(self._records)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        seconds = time.perf_counter() - self._started
+        about = {
+            "base": module.base.name,
+            "base_fingerprint": module.editor.base_fingerprint,
+            "test": str(trainer.datamodule.files["test"]),
+            "prompt_format": module.editor.prompt_format,
+            "seed": trainer.datamodule.seed,
+            "seconds": round(seconds, 1),
+            "edits_at_a_time": 1,
+        }
+        write_results(folder, module.results, records, about)
+        title = f"{len(records)} edits of {module.base.name}, one at a time, on {about['test']} ({seconds:.0f} s)"
+        console().print(results_table(title, module.results, intervals(records)))
+        console().print(f"Written: {folder / 'results.json'}, {folder / 'examples.jsonl'}", highlight=False)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        self._records.extend(outputs)
+
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        records = gathered(self._records)
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "predictions.jsonl"
+            write_jsonl(path, records)
+            console().print(f"Written: {path}", highlight=False)
+
+
+def gathered(records: list[Any]) -> list[Any]:
+    """The records of all processes, in the order of the data (processes take tasks in turn)."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return records
+    parts: list[list[Any]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, records)
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]

@@ -1,0 +1,57 @@
+"""What every test runs under: one thread, no hub, fixed seeds, deterministic kernels, warnings as errors."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two processes of several OpenMP threads spin against each other on a small machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# Warnings of other packages that nothing here can avoid; every other warning is an error.
+THIRD_PARTY_WARNINGS = (
+    # Lightning imports a module of torch that torch has moved.
+    r"ignore:.*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r"ignore:.*torch\.jit\.script.* is deprecated.*:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The last line that matches counts.
+    for line in ("error", *THIRD_PARTY_WARNINGS):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_deterministic_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["t5", "t5_gated", "bart", "gpt2", "llama", "bert"])
+def family(request) -> str:
+    """Every tiny model in turn."""
+    return request.param
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def causal_family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["t5", "t5_gated", "bart"])
+def encoder_decoder_family(request) -> str:
+    return request.param
