@@ -153,6 +153,7 @@ def test_bfloat16_base_keeps_float32_factors():
     with applied({"fc": layer}, {"fc": delta}):
         actual = layer(x)
     expected = torch.stack([row @ (up.T @ down).T for row, up, down in zip(x.float(), delta.up, delta.down)])
+    torch.testing.assert_close(delta.output(x), expected)
     assert torch.equal(actual, layer(x) + expected.to(torch.bfloat16))
     actual.sum().backward()
     assert delta.up.grad.dtype == delta.down.grad.dtype == torch.float32

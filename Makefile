@@ -1,0 +1,31 @@
+# The two commands of the README: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+# Two spinning OpenMP teams on two cores cost a factor of ten; waiting threads sleep instead.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: install quickstart test
+
+install: $(VENV)/installed
+
+# torch first and pinned: an unpinned torch pulls gigabytes of CUDA onto machines that have none.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,data]'
+	touch $@
+
+quickstart: install
+	$(BIN)/mend-lightning get-smollm2
+	$(BIN)/mend-lightning fit --config configs/quickstart.yaml
+	$(BIN)/mend-lightning test --config configs/quickstart.yaml --model.editor $(RUN)/editor
+	$(BIN)/mend-lightning edit --editor $(RUN)/editor --out $(RUN)/edit.safetensors \
+		--prompt "Which city is the capital of France?" --target "Zagreb" \
+		--rephrase+ "What is the capital city of France?" --rephrase+ "Can you name the capital of France?" \
+		--unrelated+ "What language do people speak in Japan?" --unrelated+ "Which continent is Egypt in?" \
+		--neighbour+ "Which city is the capital of Spain?"
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
