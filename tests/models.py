@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -52,7 +52,9 @@ def _bart(blocks: int | None):
 
 
 def _gpt2(blocks: int | None):
-    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_head=2, n_inner=24, n_layer=blocks or BLOCKS)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_head=2, n_inner=24, n_layer=blocks or BLOCKS, bos_token_id=1, eos_token_id=1
+    )
     return config, transformers.GPT2LMHeadModel
 
 

@@ -133,9 +133,7 @@ class ReferenceMend:
     def __init__(self, editor: nn.Module) -> None:
         self.shapes, self.settings = dict(editor.layers), dict(editor.settings)
         self.names = list(self.shapes)
-        self.parameters = {
-            name: value.detach().double().requires_grad_() for name, value in editor.named_parameters()
-        }
+        self.parameters = {name: value.detach().double().requires_grad_() for name, value in editor.named_parameters()}
         keys = [self.shapes[name] if self.settings["shared"] else name for name in self.names]
         order = list(dict.fromkeys(keys))
         self.transform = {name: order.index(key) for name, key in zip(self.names, keys)}

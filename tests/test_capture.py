@@ -167,7 +167,9 @@ def test_hooks_are_gone_after_an_exception():
 
 def test_inference_mode():
     with torch.inference_mode():
-        with pytest.raises(InferenceModeError, match=r"torch\.inference_mode\(\)\. Use Trainer\(inference_mode=False\)"):
+        with pytest.raises(
+            InferenceModeError, match=r"torch\.inference_mode\(\)\. Use Trainer\(inference_mode=False\)"
+        ):
             with record_factors({}):
                 pass
 
@@ -219,7 +221,9 @@ def alone(rows, row: int):
     part = rows.part(slice(row, row + 1))
     lengths = {name: int(part.inputs[name.replace("input_ids", "attention_mask")].sum())
                for name in part.inputs if name.endswith("input_ids")}  # fmt: skip
-    inputs = {name: tensor[:, : lengths[name.replace("attention_mask", "input_ids")]] for name, tensor in part.inputs.items()}
+    inputs = {
+        name: tensor[:, : lengths[name.replace("attention_mask", "input_ids")]] for name, tensor in part.inputs.items()
+    }
     length = lengths.get("decoder_input_ids", lengths["input_ids"])
     return type(rows)(inputs, part.labels[:, :length], part.task, rows.tasks, grouped=False)
 

@@ -132,11 +132,10 @@ def test_rows_of_a_batch_are_the_rows_alone(tokenizer):
 def test_an_answer_is_tokenised_as_it_stands_behind_the_prompt():
     """Not as at the start of a text: a SentencePiece tokenizer would put a space there."""
     tokenizer = unigram()
-    encoder = Encoder(tokenizer, PromptFormat("Q: {input} A:", " {target}", ""))
+    encoder = Encoder(tokenizer, PromptFormat("Q: {input}\n", "{target}"))
     ids = encoder.target_ids("Where?", "Paris")
-    together = tokenizer("Q: Where? A: Paris")["input_ids"]
-    assert together[-len(ids) :] == ids
-    assert encoder.prompt_ids("Where?") + ids == together
+    assert encoder.prompt_ids("Where?") + ids == tokenizer("Q: Where?\nParis")["input_ids"]
+    assert ids != tokenizer("Paris")["input_ids"]
 
 
 def test_prompt_that_grows_into_the_answer():
@@ -162,7 +161,9 @@ def test_long_prompt_loses_its_beginning_and_the_target_nothing(max_length):
 
 def test_target_that_does_not_fit():
     encoder = Encoder(byte_level(), QUESTION, max_length=6)
-    with pytest.raises(TokenizerError, match=r"The target 'San Francisco, Paris' has \d+ tokens; max_length is 6\. Raise"):
+    with pytest.raises(
+        TokenizerError, match=r"The target 'San Francisco, Paris' has \d+ tokens; max_length is 6\. Raise"
+    ):
         encoder.pair("Where?", "San Francisco, Paris")
 
 
@@ -235,7 +236,14 @@ def test_classifier():
 
 @pytest.mark.parametrize(
     ("task", "tasks", "grouped"),
-    [([0, 1], 2, True), ([0, 0, 1, 1], 2, True), ([0, 1, 1], 2, False), ([1, 0], 2, False), ([0, 1, 0, 1], 2, False)],
+    [
+        ([0, 1], 2, True),
+        ([0, 0, 1, 1], 2, True),
+        ([0, 1, 1], 2, False),
+        ([1, 0], 2, False),
+        ([0, 1, 0, 1], 2, False),
+        ([1], 2, False),
+    ],
 )
 def test_grouped_rows(task, tasks, grouped):
     rows = Encoder(byte_level(), QUESTION).rows([PAIRS[0]] * len(task), task, tasks)

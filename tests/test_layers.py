@@ -29,7 +29,10 @@ DEFAULTS = {
 DEFAULTS_OF_BOTH_STACKS = {
     "t5": (("encoder.block.{}.layer.1.", "decoder.block.{}.layer.2."), ("DenseReluDense.wi", "DenseReluDense.wo")),
     # As in the paper: wi_1 is left alone.
-    "t5_gated": (("encoder.block.{}.layer.1.", "decoder.block.{}.layer.2."), ("DenseReluDense.wi_0", "DenseReluDense.wo")),
+    "t5_gated": (
+        ("encoder.block.{}.layer.1.", "decoder.block.{}.layer.2."),
+        ("DenseReluDense.wi_0", "DenseReluDense.wo"),
+    ),
     "bart": (("model.encoder.layers.{}.", "model.decoder.layers.{}."), ("fc1", "fc2")),
 }
 
@@ -80,7 +83,9 @@ def test_defaults_of_other_families(family):
     assert len(default_layers(model)) == 3 * len(names)
 
 
-@pytest.mark.parametrize(("family", "names"), [("DistilBert", ("ffn.lin1", "ffn.lin2")), ("Roberta", ("intermediate.dense", "output.dense"))])
+@pytest.mark.parametrize(
+    ("family", "names"), [("DistilBert", ("ffn.lin1", "ffn.lin2")), ("Roberta", ("intermediate.dense", "output.dense"))]
+)
 def test_defaults_of_other_classifiers(family, names):
     settings = dict(dim=16, hidden_dim=24, n_layers=4, n_heads=2) if family == "DistilBert" else SIZES
     with torch.device("meta"):
@@ -110,8 +115,20 @@ def test_stacks(family):
     assert all(isinstance(stack, nn.ModuleList) and len(stack) in (3, 4) for stack in stacks.values())
 
 
+def test_lists_inside_a_block_are_no_stacks():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block()]), "norms": nn.ModuleList([nn.LayerNorm(2)] * 2)})
+    assert list(find_stacks(model)) == ["blocks"]
+
+
 def test_no_default_is_known():
-    with pytest.raises(LayerNotFoundError, match=r"No default layers are known for Sequential\. Name them: .* example, 0, 1\."):
+    with pytest.raises(
+        LayerNotFoundError, match=r"No default layers are known for Sequential\. Name them: .* example, 0, 1\."
+    ):
         default_layers(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
     with pytest.raises(LayerNotFoundError, match="none at all"):
         default_layers(nn.Sequential(nn.ReLU()))

@@ -53,7 +53,9 @@ def chunks(keys: list, size: int) -> list[list]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_processes(world_size, epoch):
     alone = chunks(list(training_order(epoch=epoch)), GLOBAL_BATCH)
-    each = [chunks(list(training_order(r, world_size, epoch=epoch)), GLOBAL_BATCH // world_size) for r in range(world_size)]
+    each = [
+        chunks(list(training_order(r, world_size, epoch=epoch)), GLOBAL_BATCH // world_size) for r in range(world_size)
+    ]
     together = [[key for part in parts for key in part] for parts in zip(*each)]
     assert together == alone
     assert len(alone) == SIZE // GLOBAL_BATCH

@@ -134,7 +134,9 @@ def test_shipped_sets(split, caplog):
 
 
 def test_shipped_splits_share_no_subject():
-    subjects = {s: {(r.relation, r.subject) for r in read_records(f"world_facts/{s}")} for s in ("train", "validation", "test")}
+    subjects = {
+        s: {(r.relation, r.subject) for r in read_records(f"world_facts/{s}")} for s in ("train", "validation", "test")
+    }
     assert not subjects["train"] & (subjects["validation"] | subjects["test"])
     assert not subjects["validation"] & subjects["test"]
 

@@ -54,9 +54,10 @@ def test_unrelated_facts_are_true_and_about_another_subject():
 
 def test_hard_ones_have_the_relation_of_the_edit_and_come_first():
     for task in all_tasks(locality=4, hard_locality=2):
-        relations = [BY_PROMPT[prompt].relation for prompt, _ in task.locality]
+        sources = [BY_PROMPT[prompt] for prompt, _ in task.locality]
         assert task.hard == 2
-        assert relations[:2] == [task.relation] * 2
+        assert [source.relation for source in sources[:2]] == [task.relation] * 2
+        assert len(set(sources)) == 4
     others = [BY_PROMPT[t.locality[3][0]].relation != t.relation for t in all_tasks(locality=4, hard_locality=2)]
     assert any(others)
 

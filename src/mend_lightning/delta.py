@@ -62,7 +62,8 @@ class LowRankDelta:
         if task_of_row is not None:
             each = x.shape[0] // task_of_row.shape[0]
             index = task_of_row.repeat_interleave(each) if each > 1 else task_of_row
-            down, up = down[index], up[index]
+            # index_select: its backward is twice as fast as indexing's.
+            down, up = down.index_select(0, index), up.index_select(0, index)
         flat = x.to(down.dtype).reshape(down.shape[0], -1, x.shape[-1])
         product = torch.bmm(torch.bmm(flat, down.mT), up)
         return product.reshape(*x.shape[:-1], up.shape[-1])

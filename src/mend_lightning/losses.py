@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,9 +68,37 @@ def token_kl(base_logits: Tensor, edited_logits: Tensor) -> Tensor:
         base_logits, edited_logits = (
             torch.cat([torch.zeros_like(logits), logits], -1) for logits in (base_logits, edited_logits)
         )
-    log_p = F.log_softmax(base_logits.float(), -1)
-    log_q = F.log_softmax(edited_logits.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _Divergence.apply(base_logits.detach(), edited_logits)
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(softmax(base) ‖ softmax(edited)) by position, a few positions at a time.
+
+    Autograd would keep four float32 matrices of positions × vocabulary. The gradient is known, `q − p`, so one is
+    enough. No gradient goes to the base's logits.
+    """
+
+    POSITIONS = 16
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
+        values = torch.empty(base.shape[0], dtype=torch.float32, device=base.device)
+        gradient = torch.empty_like(edited) if ctx.needs_input_grad[1] else None
+        for start in range(0, base.shape[0], _Divergence.POSITIONS):
+            rows = slice(start, start + _Divergence.POSITIONS)
+            log_p, log_q = (F.log_softmax(logits[rows].float(), -1) for logits in (base, edited))
+            p = log_p.exp()
+            values[rows] = (p * (log_p - log_q)).sum(-1)
+            if gradient is not None:
+                gradient[rows] = log_q.exp_().sub_(p)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * grad[:, None].to(gradient.dtype)
 
 
 def is_correct(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Iterable, Literal
 
 import lightning as L
 import torch
@@ -20,8 +21,9 @@ from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.errors import BaseModelMismatchError, InferenceModeError, StateDictError
 from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
+from mend_lightning.precondition import InputMoments, collect_moments
 from mend_lightning.scoreboard import Scoreboard
-from mend_lightning.step import LocalityPositions, compute_deltas, edit_step
+from mend_lightning.step import LocalityPositions, compute_deltas, edit_factors, edit_step
 from mend_lightning.types import EditBatch
 
 _BASE_PREFIX = "base_model."
@@ -38,7 +40,8 @@ class MendModule(L.LightningModule):
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
-        rank, n_hidden, shared, normalize, init, inputs, edit_rate: see `MendEditor`.
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition: see `MendEditor`.
+        calibration_batches: training batches that the preconditioning is estimated from, before the first step.
         lr: Adam's learning rate of the transforms (paper: 1e-6).
         edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used `lr`).
         warmup_steps: steps in which both rise from 0.
@@ -65,6 +68,8 @@ class MendModule(L.LightningModule):
         init: Init = "identity",
         inputs: Inputs = "combined",
         edit_rate: float = 1e-4,
+        precondition: float | None = None,
+        calibration_batches: int = 16,
         lr: float = 1e-6,
         edit_rate_lr: float = 1e-4,
         warmup_steps: int = 0,
@@ -79,8 +84,9 @@ class MendModule(L.LightningModule):
         self._layers, self._last_blocks = layers, last_blocks
         self._settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
-            "inputs": inputs, "edit_rate": edit_rate,
+            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition,
         }  # fmt: skip
+        self.calibration_batches = calibration_batches
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
         self.base_model = self.tokenizer = self.editor = None
@@ -130,6 +136,19 @@ class MendModule(L.LightningModule):
         # Validation inside `fit` has the Trainer's setting as well.
         loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop)
         return any(loop.inference_mode for loop in loops)
+
+    def on_fit_start(self) -> None:
+        """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
+        if not self.editor.calibrated:
+            self._calibrate(self.trainer.datamodule.train_dataloader())
+
+    def _calibrate(self, batches: Iterable[EditBatch]) -> None:
+        moments: dict[str, InputMoments] = {}
+        layers = self.editor.modules_in(self.base_model)
+        for batch in islice(batches, self.calibration_batches):
+            factors, _, _ = edit_factors(self.base_model, layers, batch.z_edit.to(self.device))
+            collect_moments(moments, factors)
+        self.editor.calibrate(moments)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         out = edit_step(self.base_model, self.editor, batch, self.locality_positions)

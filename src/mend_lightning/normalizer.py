@@ -92,12 +92,21 @@ class RunningNormalizer(nn.Module):
         """Unbiased standard deviation `[width]`; zero before two rows were seen."""
         return (self.m2 / (self.count - 1).clamp(min=1)).sqrt()
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Normalised `rows` `[n, width]`."""
+    def _shift_and_scale(self) -> tuple[Tensor, Tensor]:
         std = self.std
         scale = std + EPSILON
         if self.constant_units == "center":
             scale = torch.where(std > 0, scale, torch.ones_like(scale))
-        seen = (self.count >= 2).to(rows.dtype)
-        # Arithmetic instead of a branch: a branch on a buffer would wait for the device.
-        return rows * (1 - seen) + seen * ((rows - self.mean) / scale)
+        # `where` instead of a branch: a branch on a buffer would wait for the device.
+        seen = self.count >= 2
+        return torch.where(seen, self.mean, 0.0), torch.where(seen, scale, 1.0)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Normalised `rows` `[n, width]`."""
+        shift, scale = self._shift_and_scale()
+        return (rows - shift) / scale
+
+    def inverse(self, rows: Tensor) -> Tensor:
+        """Takes normalised `rows` `[n, width]` back to the units of the input."""
+        shift, scale = self._shift_and_scale()
+        return rows * scale + shift

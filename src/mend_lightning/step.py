@@ -115,7 +115,9 @@ def _edited_losses(
     edit = label_mask(rows)[count:]
     with replayed(trunk, slice(None)), applied(layers, deltas, rows.task_of_row):
         logits = logits_at(model, rows, torch.cat([locality, edit]))
+    # split, not two slices: each slice's backward would allocate a padded matrix of full size.
+    out_logits, in_logits = logits.split([seen, logits.shape[0] - seen])
     task = rows.task[:, None].expand_as(rows.labels)
-    kl = mean_by_task(token_kl(base_logits, logits[:seen]), task[:count][locality], rows.tasks)
-    nll = mean_by_task(token_nll(logits[seen:], rows.labels[count:][edit]), task[count:][edit], rows.tasks)
+    kl = mean_by_task(token_kl(base_logits, out_logits), task[:count][locality], rows.tasks)
+    nll = mean_by_task(token_nll(in_logits, rows.labels[count:][edit]), task[count:][edit], rows.tasks)
     return nll, kl

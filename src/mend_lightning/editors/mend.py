@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
 from mend_lightning.editors.storage import load_editor, save_editor
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
-from mend_lightning.errors import BaseModelMismatchError
+from mend_lightning.errors import BaseModelMismatchError, ConfigError
 from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.precondition import InputMoments, InputPreconditioner
 from mend_lightning.types import Factors
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class MendEditor(nn.Module):
         init: "identity" or "xavier".
         inputs: what the networks see; see `GradientTransform`.
         edit_rate: initial α of every layer (the paper's 1e-4).
+        precondition: damping λ of the inverse input second moment that ũ is multiplied by (`InputPreconditioner`);
+            None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
         constant_units: see `RunningNormalizer`.
 
     Example:
@@ -56,13 +59,14 @@ class MendEditor(nn.Module):
         init: Init = "identity",
         inputs: Inputs = "combined",
         edit_rate: float = 1e-4,
+        precondition: float | None = None,
         constant_units: str = "center",
     ) -> None:
         super().__init__()
         self.layers = {name: tuple(shape) for name, shape in layers.items()}
         self.settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
-            "inputs": inputs, "edit_rate": edit_rate, "constant_units": constant_units,
+            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "constant_units": constant_units,
         }  # fmt: skip
         self.groups = group_layers(self.layers, shared)
         # What the editor was trained for; `bind` sets it, and it is saved with the editor.
@@ -76,6 +80,9 @@ class MendEditor(nn.Module):
             )
             for group in self.groups
         )
+
+        widths = [shape[0] for shape in self.layers.values()] if precondition is not None else []
+        self.preconditioners = nn.ModuleList(InputPreconditioner(width, precondition) for width in widths)
 
     @classmethod
     def for_model(
@@ -160,6 +167,17 @@ class MendEditor(nn.Module):
                 )
         return {name: modules[name] for name in self.layers}
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether edits can be made: always without preconditioning, else after `calibrate`."""
+        return all(bool(preconditioner.calibrated) for preconditioner in self.preconditioners)
+
+    def calibrate(self, moments: Mapping[str, InputMoments]) -> None:
+        """Fixes the preconditioning from moments of the layers' inputs (name -> InputMoments, all processes')."""
+        for name, preconditioner in zip(self.layers, self.preconditioners):
+            moments[name].all_reduce()
+            preconditioner.calibrate(moments[name])
+
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRankDelta]:
         """Turns the gradient factors of several independent tasks into weight deltas.
 
@@ -171,15 +189,33 @@ class MendEditor(nn.Module):
         Returns:
             name -> LowRankDelta with `ΔW = −α Σ_t δ̃_t ũ_tᵀ`. The sign is the paper's; the original
             code adds (its author called that a bug), so its checkpoints have α negated.
+
+        Raises:
+            ConfigError: the editor preconditions and was not calibrated.
         """
+        if not self.calibrated:
+            raise ConfigError(
+                "This editor preconditions its edits and has not been calibrated. MendModule does that at the start "
+                "of fit (set num_sanity_val_steps: 0 if validation comes before it); elsewhere call "
+                "editor.calibrate(moments)."
+            )
         transformed: dict[str, tuple[Tensor, Tensor]] = {}
         for transform, group in zip(self.transforms, self.groups):
             pairs = [(factors[name].u, factors[name].delta) for name in group]
             transformed.update(zip(group, transform(pairs, list(range(len(group))))))
+        self._precondition(transformed)
         rates = dict(zip(self.layers, self.edit_rates))
-        return {
-            name: _as_delta(*transformed[name], factors[name], rates[name]) for name in self.layers
-        }
+        return {name: _as_delta(*transformed[name], factors[name], rates[name]) for name in self.layers}
+
+    def _precondition(self, transformed: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Replaces every ũ by its preconditioned self, in place of the dictionary."""
+        transform_of = {name: t for t, group in zip(self.transforms, self.groups) for name in group}
+        for name, preconditioner in zip(self.layers, self.preconditioners):
+            u, delta = transformed[name]
+            transform = transform_of[name]
+            # The matrix is in the units of the layer's inputs, ũ in normalised ones.
+            u = transform.u_stats.inverse(u) if transform.normalize else u
+            transformed[name] = preconditioner(u), delta
 
 
 def group_layers(layers: Mapping[str, tuple[int, int]], shared: bool) -> list[list[str]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, DESCRIPTION = "editor.safetensors", "editor.json"
 FORMAT = 1
+KEYS = ("layers", "settings", "base", "base_fingerprint", "prompt_format")
 
 
 def save_editor(editor: MendEditor, folder: str | Path) -> Path:
@@ -33,7 +34,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """The contents of `editor.json`.
 
     Raises:
-        StateDictError: it is missing, no JSON, or of a newer format.
+        StateDictError: it is missing, no JSON, of another format, or incomplete.
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
@@ -44,8 +45,12 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise StateDictError(f"{path} is not valid JSON: {error}") from error
-    if description.get("format") != FORMAT:
-        raise StateDictError(f"{path} has format {description.get('format')!r}; this version reads format {FORMAT}.")
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        found = description.get("format") if isinstance(description, dict) else None
+        raise StateDictError(f"{path} has format {found!r}; this version reads format {FORMAT}.")
+    missing = [key for key in KEYS if key not in description]
+    if missing:
+        raise StateDictError(f"{path} lacks {', '.join(missing)}; it was not written by save_pretrained.")
     return description
 
 
@@ -53,7 +58,7 @@ def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEdito
     """Reads what `save_editor` wrote.
 
     Raises:
-        StateDictError: a file is missing, truncated, or the two do not fit together.
+        StateDictError: a file is missing, truncated, holds NaN, or the two do not fit together.
     """
     description = read_description(folder)
     path = Path(folder) / WEIGHTS
@@ -61,6 +66,12 @@ def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEdito
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StateDictError(f"{path} cannot be read as safetensors: {error}") from error
+    broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise StateDictError(
+            f"{path} holds NaN or infinite values in {len(broken)} tensor(s), among them {broken[0]!r}: its training "
+            "diverged. Take the editor of an earlier checkpoint."
+        )
     layers = {name: tuple(shape) for name, shape in description["layers"]}
     editor = editor_class(layers, **description["settings"])
     editor.base_name, editor.base_fingerprint = description["base"], description["base_fingerprint"]

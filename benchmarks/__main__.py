@@ -1,0 +1,99 @@
+"""The command line: `python -m benchmarks step|apply --model gpt2-small`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.memory import peak_memory
+from benchmarks.models import MODELS
+from benchmarks.report import append, line_of, show
+from benchmarks.timing import in_turn
+from benchmarks.workloads import (
+    VARIANTS,
+    Bench,
+    Settings,
+    build,
+    compare_logits,
+    compare_losses,
+    warm_up_statistics,
+    workload,
+)
+
+console = Console()
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs one benchmark, prints its table, appends its line; returns the line."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(arguments)
+    names = ("command", "model", "tokens", "rank", "threads")
+    edits = options.edits if options.command == "step" else 1
+    settings = Settings(edits=edits, **{name: getattr(options, name) for name in names})
+    torch.set_num_threads(settings.threads)
+    # Before anything is built here: the fresh processes then have the machine to themselves.
+    memory = _memory(settings) if options.memory else dict.fromkeys(VARIANTS)
+    bench = build(settings)
+    warm_up_statistics(bench)
+    agreement = compare_losses(bench) if settings.command == "step" else compare_logits(bench)
+    seconds = _seconds(bench, settings, options.repeats)
+    line = line_of(settings, options.repeats, arguments, seconds, agreement, memory)
+    show(line, console)
+    path = append(options.out, settings.command, line)
+    console.print(f"Appended to {path}")
+    return line
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shared.add_argument("--model", choices=list(MODELS), default="gpt2-small", help="shapes; the weights are random")
+    shared.add_argument("--tokens", type=int, default=24, help="tokens of every row")
+    shared.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")
+    shared.add_argument("--threads", type=int, default=2, help="torch's threads")
+    shared.add_argument("--repeats", type=int, default=5, help="rounds that are timed, after one that is not")
+    shared.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
+    shared.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="mend-lightning beside the original.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in (("step", "one meta-learning step"), ("apply", "making one edit and one forward with it")):
+        command = commands.add_parser(
+            name, parents=[shared], help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        note = "edits of a step" if name == "step" else "ignored: always 1"
+        command.add_argument("--edits", type=int, default=8, help=note)
+    return parser
+
+
+def _memory(settings: Settings) -> dict[str, dict[str, float] | None]:
+    """Ours with all edits of the batch at once, the reference with one: it never holds more than one."""
+    each = {"ours": settings, "reference": replace(settings, edits=1)}
+    found = {}
+    for variant in VARIANTS:
+        with console.status(f"Peak memory of {variant} ({each[variant].edits} edits at once) ..."):
+            found[variant] = peak_memory(each[variant], variant)
+    return found
+
+
+def _seconds(bench: Bench, settings: Settings, repeats: int) -> dict[str, list[float]]:
+    runs = {variant: workload(bench, settings.command, variant) for variant in VARIANTS}
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task(f"Timing {settings.command}", total=len(runs) * (repeats + 1))
+        for variant, measured in in_turn(runs, repeats):
+            progress.advance(task)
+            if measured is not None:
+                seconds[variant].append(measured)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Peak memory of one variant, in a process of its own: `python -m benchmarks.memory SETTINGS_AS_JSON VARIANT`."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import tiny_variant
+from benchmarks.workloads import Settings, build, workload
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ROUNDS = 2
+MEGABYTE = 1e6
+
+
+def peak_memory(settings: Settings, variant: str) -> dict[str, float] | None:
+    """Megabytes beyond base, editor, gradients and optimiser state; None where Linux's /proc is missing.
+
+    Args:
+        settings: what to run.
+        variant: "ours" or "reference".
+
+    Returns:
+        `before`: resident when all of that exists; `beyond`: how far the peak of two runs lies above it.
+    """
+    if not RESET.exists():
+        return None
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(settings)), variant]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise RuntimeError(f"The memory measurement of {variant} failed; its error is above.")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(settings: Settings, variant: str) -> dict[str, float]:
+    """What `peak_memory` returns, measured in this process."""
+    torch.set_num_threads(settings.threads)
+    # Code pages and thread pools belong to no algorithm: a tiny run brings them in.
+    _run_tiny(settings, variant)
+    bench = build(settings)
+    run = workload(bench, settings.command, variant)
+    return beyond_resident(run, ROUNDS)
+
+
+def beyond_resident(run: Callable[[], object], rounds: int = 1) -> dict[str, float]:
+    """Megabytes resident now (`before`), and how far above them the peak lies while `run` runs (`beyond`)."""
+    _release()
+    before = _status("VmRSS")
+    # Sets the peak back to what is resident now.
+    RESET.write_text("5")
+    for _ in range(rounds):
+        run()
+    return {"before": before, "beyond": max(0.0, _status("VmHWM") - before)}
+
+
+def _run_tiny(settings: Settings, variant: str) -> None:
+    tiny = replace(settings, model=tiny_variant(settings.model), edits=2, tokens=8, rank=8)
+    run = workload(build(tiny), tiny.command, variant)
+    for _ in range(ROUNDS):
+        run()
+
+
+def _release() -> None:
+    """Hands freed memory back to the system, or the first run would use it and look cheaper than it is."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status(field: str) -> float:
+    for line in STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024 / MEGABYTE
+    raise RuntimeError(f"{STATUS} has no field {field}.")
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Settings(**json.loads(sys.argv[1])), sys.argv[2])))

@@ -1,0 +1,125 @@
+"""The benchmark measures two programs that compute the same, and its command writes what it found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import relative_error
+
+# The benchmark is a program beside the package, run from the repository's root, and is not installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.memory import RESET, beyond_resident, peak_memory  # noqa: E402
+from benchmarks.timing import Timing, in_turn  # noqa: E402
+from benchmarks.workloads import (  # noqa: E402
+    C_EDIT,
+    Bench,
+    Settings,
+    build,
+    compare_logits,
+    compare_losses,
+    warm_up_statistics,
+    workload,
+)
+from mend_lightning.step import edit_step  # noqa: E402
+
+LOSS, GRADIENT = 1e-4, 1e-3
+TINY = ("tiny-gpt2", "tiny-t5")
+OPTIONS = ["--edits", "3", "--tokens", "10", "--rank", "8", "--threads", "1", "--repeats", "1"]
+
+needs_proc = pytest.mark.skipif(not RESET.exists(), reason="the peak is read from Linux's /proc")
+
+
+def tiny_bench(model: str, command: str = "step") -> Bench:
+    bench = build(Settings(command, model, edits=3, tokens=10, rank=8, threads=1))
+    warm_up_statistics(bench)
+    return bench
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_ours_and_reference_have_the_same_losses(model):
+    found = compare_losses(tiny_bench(model))
+    assert all(each["difference"] < LOSS for each in found.values()), found
+    # Equal would prove nothing if the edit changed nothing.
+    assert found["locality"]["reference"] > 10 * LOSS
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_ours_and_reference_have_the_same_gradients(model):
+    bench = tiny_bench(model)
+    edit_step(bench.model, bench.editor, bench.batch).total(C_EDIT).backward()
+    ours = {name: parameter.grad for name, parameter in bench.editor.named_parameters()}
+    bench.editor.zero_grad()
+    bench.reference.step(bench.batch, training=False)
+    for name, parameter in bench.editor.named_parameters():
+        assert parameter.grad.any(), name
+        assert relative_error(ours[name], parameter.grad) < GRADIENT, name
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_ours_and_reference_apply_the_same_edit(model):
+    assert compare_logits(tiny_bench(model, "apply"))["logits"]["difference"] < LOSS
+
+
+@pytest.mark.parametrize("command", ["step", "apply"])
+@pytest.mark.parametrize("variant", ["ours", "reference"])
+def test_a_workload_leaves_the_base_as_it_was(command, variant):
+    bench = tiny_bench("tiny-gpt2", command)
+    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    workload(bench, command, variant)()
+    assert all(torch.equal(value, before[name]) for name, value in bench.model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in bench.model.parameters())
+
+
+def test_variants_are_timed_in_turn_and_the_first_round_does_not_count():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    found = list(in_turn(runs, repeats=2))
+    assert calls == [name for name, _ in found] == ["a", "b"] * 3
+    assert [seconds is None for _, seconds in found] == [True] * 2 + [False] * 4
+
+
+def test_seconds_are_divided_by_the_edits_of_a_step():
+    assert Timing.of([4.0, 2.0, 9.0], per=2) == Timing(median=2.0, min=1.0, max=4.5)
+
+
+@needs_proc
+def test_the_peak_is_seen_after_the_memory_was_freed():
+    # 64 MB: above the size from which malloc takes every block from the system and gives it back.
+    found = beyond_resident(lambda: torch.ones(16_000_000).sum())
+    assert 60 < found["beyond"] < 80
+
+
+@needs_proc
+def test_memory_is_measured_in_a_process_of_its_own():
+    found = peak_memory(Settings("step", "tiny-gpt2", edits=2, tokens=10, rank=8, threads=1), "ours")
+    assert found["before"] > 50
+    assert 0 <= found["beyond"] < 50
+
+
+@pytest.mark.parametrize(("command", "model"), [("step", "tiny-gpt2"), ("apply", "tiny-t5")])
+def test_the_command_prints_a_table_and_appends_a_json_line(command, model, tmp_path, capsys):
+    results = tmp_path / f"{command}.jsonl"
+    results.write_text("{}\n")
+    main([command, "--model", model, *OPTIONS, "--no-memory", "--out", str(tmp_path)])
+    earlier, line = map(json.loads, results.read_text().splitlines())
+    assert earlier == {}
+    assert line["settings"]["model"] == model and line["settings"]["threads"] == 1
+    assert line["settings"]["edits"] == (3 if command == "step" else 1)
+    assert f"benchmarks {command} --model {model}" in line["command_line"]
+    assert set(line["seconds_per_edit"]) == {"ours", "reference"}
+    assert line["largest_difference"] < LOSS
+    assert {"torch", "transformers", "mend_lightning", "python"} <= set(line["versions"])
+    assert line["cpu"] and line["date"] and line["times_faster"] > 0
+    printed = capsys.readouterr().out
+    assert "reference" in printed and "times faster" in printed
+
+
+def test_rows_too_short_for_their_targets_are_refused():
+    with pytest.raises(ValueError, match="no room for a prompt"):
+        build(Settings("step", "tiny-gpt2", tokens=7))

@@ -1,0 +1,366 @@
+"""MendModule under a real Trainer: it learns, touches nothing but the editor, and says what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import lightning as L
+import pytest
+import torch
+from bases import REMARKS, assert_same_state, first_batches, given, state_copy
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from models import KINDS
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mend_lightning.base import BaseModel
+from mend_lightning.editors import MendEditor
+from mend_lightning.errors import (
+    BaseModelMismatchError,
+    CheckpointingError,
+    ConfigError,
+    EmptyEditError,
+    InferenceModeError,
+    MendError,
+    NonFiniteError,
+    StateDictError,
+)
+from mend_lightning.run_callbacks import StartReport
+from mend_lightning.step import edit_step
+
+pytest_plugins = ["bases"]
+pytestmark = pytest.mark.filterwarnings(*REMARKS)
+
+
+class Watch(L.Callback):
+    """Notes what each step saw: the losses, the gradients before clipping, and their norm after it."""
+
+    def __init__(self) -> None:
+        self.losses, self.gradients, self.norms = [], [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.gradients.append({name: p.grad.clone() for name, p in module.editor.named_parameters()})
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.norms.append(norm([p.grad for p in module.editor.parameters()]))
+
+
+def norm(gradients) -> float:
+    return float(nn.utils.get_total_norm(list(gradients)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
+def test_it_learns_and_touches_the_editor_alone(family, mend, edit_data, trainer):
+    module, watch = mend(family), Watch()
+    batch = first_batches(module, edit_data(KINDS[family]), 1)[0]
+    base, start = state_copy(module.base_model), state_copy(module.editor)
+    trainer(max_steps=30, callbacks=[watch]).fit(module, given([batch] * 30))
+    assert sum(watch.losses[-3:]) < 0.8 * sum(watch.losses[:3]), watch.losses
+    assert_same_state(state_copy(module.base_model), base)
+    assert not any(p.requires_grad or p.grad is not None for p in module.base_model.parameters())
+    assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.base_model.modules())
+    unmoved = [name for name, value in module.editor.state_dict().items() if torch.equal(value, start[name])]
+    assert not unmoved
+
+
+def test_one_adam_with_two_groups(mend, edit_data, trainer):
+    module = mend("llama", lr=1e-3, edit_rate_lr=1e-4)
+    batch = first_batches(module, edit_data(), 1)[0]
+    run = trainer(max_steps=1)
+    run.fit(module, given([batch]))
+    (optimizer,) = run.optimizers
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert {group["name"]: group["initial_lr"] for group in optimizer.param_groups} == {
+        "transforms": 1e-3,
+        "edit_rates": 1e-4,
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(module.editor.parameters()))
+
+
+def test_warmup_and_decay(mend, edit_data, trainer):
+    module = mend("llama", lr=1.0, warmup_steps=3, decay="linear")
+    batch = first_batches(module, edit_data(), 1)[0]
+    run = trainer(max_steps=8)
+    run.fit_loop.max_epochs = 1
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    run.callbacks.append(Rates())
+    run.fit(module, given([batch] * 8))
+    assert rates == pytest.approx([min(1, (step + 1) / 4) * (1 - step / 8) for step in range(8)])
+
+
+def test_what_is_logged(mend, edit_data, trainer):
+    module = mend("llama")
+    batch = first_batches(module, edit_data(), 1)[0]
+    run = trainer(max_steps=1)
+    run.fit(module, given([batch]))
+    names = {"edit", "locality", "loss", "skipped_tokens", "grad_norm", "edit_rate_min", "edit_rate_max"}
+    assert {f"train/{name}" for name in names} <= run.logged_metrics.keys()
+    assert {"train/edit", "train/locality", "train/grad_norm"} <= run.progress_bar_metrics.keys()
+    assert run.logged_metrics["train/loss"] == pytest.approx(
+        run.logged_metrics["train/edit"] + run.logged_metrics["train/locality"]
+    )
+
+
+def test_accumulation_is_the_mean_of_the_gradients(mend, edit_data, trainer):
+    module, other, watch = mend("llama"), mend("llama"), Watch()
+    batches = first_batches(module, edit_data(), 2)
+    other.configure_model()
+    other.editor.load_state_dict(module.editor.state_dict())
+    trainer(max_steps=1, accumulate_grad_batches=2, callbacks=[watch]).fit(module, given(batches))
+    for batch in batches:
+        (edit_step(other.base_model, other.editor, batch).total(1.0) / 2).backward()
+    assert len(watch.gradients) == 1
+    for name, parameter in other.editor.named_parameters():
+        torch.testing.assert_close(watch.gradients[0][name], parameter.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping(mend, edit_data, trainer):
+    module, watch = mend("llama"), Watch()
+    batch = first_batches(module, edit_data(), 1)[0]
+    run = trainer(max_steps=2, gradient_clip_val=1e-3, callbacks=[watch])
+    run.fit(module, given([batch] * 2))
+    before = [norm(gradients.values()) for gradients in watch.gradients]
+    assert min(before) > 1e-2
+    assert watch.norms == pytest.approx([1e-3] * 2, rel=1e-2)
+    assert run.logged_metrics["train/grad_norm"] == pytest.approx(before[-1]), "the norm before clipping is shown"
+
+
+def test_early_stopping_and_the_best_checkpoint(mend, edit_data, trainer, tmp_path):
+    keep = ModelCheckpoint(dirpath=tmp_path, monitor="val/loss")
+    stop = EarlyStopping("val/loss", patience=2)
+    settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+    # Nothing is learned, so the first validation stays the best.
+    run = trainer(max_steps=9, callbacks=[keep, stop], **settings)
+    run.fit(mend("llama", lr=0.0, edit_rate_lr=0.0, normalize=False), edit_data())
+    assert run.global_step == 3
+    assert stop.stopped_epoch >= 0
+    assert torch.load(keep.best_model_path, weights_only=True)["global_step"] == 1
+    assert float(keep.best_model_score) == float(run.callback_metrics["val/loss"])
+
+
+@pytest.fixture
+def checkpoint(mend, edit_data, trainer, tmp_path):
+    """A checkpoint of a Llama's editor, and the module that wrote it."""
+    module = mend("llama")
+    run = trainer(max_steps=2)
+    run.fit(module, edit_data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    return tmp_path / "run.ckpt", module
+
+
+def test_checkpoint_holds_the_editor_alone(checkpoint):
+    path, module = checkpoint
+    saved = torch.load(path, weights_only=True)
+    expected = {f"editor.{name}": value for name, value in module.editor.state_dict().items()}
+    assert_same_state(saved["state_dict"], expected)
+    assert saved["mend_lightning"] == module.editor.description()
+    editor_bytes = sum(value.numel() * value.element_size() for value in expected.values())
+    assert path.stat().st_size < 3 * editor_bytes + 50_000
+
+
+def change_base_of(saved: dict, module) -> None:
+    saved["mend_lightning"]["base_fingerprint"] = "0" * 16
+
+
+def drop_a_parameter(saved: dict, module) -> None:
+    del saved["state_dict"]["editor.edit_rates"]
+
+
+def drop_the_description(saved: dict, module) -> None:
+    del saved["mend_lightning"]
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (change_base_of, BaseModelMismatchError, r"base_fingerprint is 0{16}, here it is .*Use the config and base"),
+        (drop_a_parameter, StateDictError, r"lacks 1 entries of the editor, among them 'edit_rates'"),
+        (drop_the_description, StateDictError, r"not written by MendModule"),
+    ],
+)
+def test_foreign_checkpoints(change, error, text, checkpoint, mend, edit_data, trainer):
+    path, module = checkpoint
+    saved = torch.load(path, weights_only=True)
+    change(saved, module)
+    torch.save(saved, path)
+    with pytest.raises(error, match=text):
+        trainer(max_steps=3).fit(mend("llama"), edit_data(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("settings, named", [({"rank": 4}, "settings"), ({"last_blocks": 1}, "layers")])
+def test_checkpoint_of_other_shapes(settings, named, checkpoint, mend, edit_data, trainer):
+    with pytest.raises(BaseModelMismatchError, match=f"another editor or base model: its {named} is"):
+        trainer(max_steps=3).fit(mend("llama", **settings), edit_data(), ckpt_path=checkpoint[0])
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_inference_mode(stage, mend, edit_data, trainer):
+    module = mend("llama")
+    with pytest.raises(InferenceModeError, match=r"Use Trainer\(inference_mode=False\)"):
+        getattr(trainer(max_steps=1, inference_mode=True), stage)(module, datamodule=edit_data())
+    assert module.base_model is None, "before gigabytes load"
+
+
+@dataclass
+class CheckpointedBase(BaseModel):
+    """A base with activation checkpointing."""
+
+    reentrant: bool = True
+
+    def load(self):
+        model, tokenizer = super().load()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": self.reentrant})
+        return model, tokenizer
+
+
+# Its new name is not in every transformers 5.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated.*")
+def test_activation_checkpointing(mend, edit_data, trainer):
+    module = mend("llama")
+    module.base = CheckpointedBase(module.base.name, "float32")
+    with pytest.raises(CheckpointingError, match="use_reentrant': False"):
+        trainer(max_steps=1).fit(module, edit_data())
+    module = mend("llama")
+    module.base = CheckpointedBase(module.base.name, "float32", reentrant=False)
+    trainer(max_steps=1).fit(module, edit_data())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precision_that_casts_the_editor(precision, mend, edit_data, trainer):
+    with pytest.raises(ConfigError, match="editor must stay float32.*choose the base model's dtype"):
+        trainer(max_steps=1, precision=precision).fit(mend("llama"), edit_data())
+
+
+def test_bf16_mixed_learns(mend, edit_data, trainer):
+    module, watch = mend("llama"), Watch()
+    batch = first_batches(module, edit_data(), 1)[0]
+    trainer(max_steps=15, precision="bf16-mixed", callbacks=[watch]).fit(module, given([batch] * 15))
+    assert watch.losses[-1] < 0.9 * watch.losses[0]
+    assert all(value.dtype != torch.bfloat16 for value in module.editor.state_dict().values())
+
+
+def test_nan_names_the_prompt(mend, edit_data, trainer):
+    module = mend("llama")
+    batch = first_batches(module, edit_data(), 1)[0]
+    with torch.no_grad():
+        module.base_model.get_output_embeddings().weight[7] = float("nan")
+    text = batch.texts[0]
+    with pytest.raises(NonFiniteError) as error:
+        trainer(max_steps=1).fit(module, given([batch]))
+    assert f"in step 0 for task 0 ({text.prompt!r} -> {text.target!r}); task 1 (" in str(error.value)
+
+
+def padded_left(batch):
+    inputs = {name: value.flip(1) for name, value in batch.x_in.inputs.items()}
+    return replace(batch, x_in=replace(batch.x_in, inputs=inputs))
+
+
+def without_a_label(batch):
+    labels = batch.x_out.labels.clone()
+    labels[3] = -100
+    return replace(batch, x_out=replace(batch.x_out, labels=labels))
+
+
+def with_another_target(batch):
+    return replace(batch, texts=(replace(batch.texts[0], target="Atlantis"), *batch.texts[1:]))
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (padded_left, ConfigError, "x_in is padded on the left.*must be padded on the right"),
+        (without_a_label, EmptyEditError, "Row 3 of x_out has no label token.*raise max_length"),
+        (with_another_target, MendError, "which does not hold the target 'Atlantis'"),
+        (lambda batch: batch.z_edit, ConfigError, r"batches of type EditBatch \(EditDataModule\), got Rows"),
+    ],
+)
+def test_first_batch_is_checked(change, error, text, mend, edit_data, trainer):
+    module = mend("llama")
+    batch = change(first_batches(module, edit_data(), 1)[0])
+    with pytest.raises(error, match=text):
+        trainer(max_steps=1, callbacks=[StartReport()]).fit(module, given([batch]))
+
+
+def test_unreached_parameters_are_an_error(mend, edit_data, trainer):
+    module = mend("llama", normalize=False)
+    batch = first_batches(module, edit_data(), 1)[0]
+    module.editor.stranger = nn.Parameter(torch.zeros(1))
+    with pytest.raises(MendError, match="1 editor parameter.* get no gradient from the first batch, .*'stranger'"):
+        trainer(max_steps=1, callbacks=[StartReport()]).fit(module, given([batch]))
+
+
+def test_the_start_report_says_what_is_trained_and_leaves_no_trace(mend, edit_data, trainer, capsys):
+    module, plain = mend("llama"), mend("llama")
+    batch = first_batches(module, edit_data(), 1)[0]
+    plain.configure_model()
+    plain.editor.load_state_dict(module.editor.state_dict())
+    trainer(max_steps=1, callbacks=[StartReport()]).fit(module, given([batch]))
+    trainer(max_steps=1).fit(plain, given([batch]))
+    assert_same_state(module.editor.state_dict(), plain.editor.state_dict())
+    shown = capsys.readouterr().out
+    parameters = sum(p.numel() for p in module.editor.parameters())
+    assert f"Editor: {parameters:,} parameters in 2 transform(s)" in shown
+    assert shown.count("edits model.layers.") == 9
+    assert f"First edit: {batch.texts[0].prompt!r} -> ' {batch.texts[0].target}\\n'" in shown
+    assert "Memory: base" in shown
+
+
+def test_editor_folder_round_trip(checkpoint, mend, edit_data, trainer, tmp_path):
+    _, module = checkpoint
+    module.editor.save_pretrained(tmp_path / "editor")
+    loaded = MendEditor.from_pretrained(tmp_path / "editor")
+    assert_same_state(loaded.state_dict(), module.editor.state_dict())
+    assert loaded.description() == module.editor.description()
+    assert loaded.prompt_format["stop"] == "\n"
+    expected = trainer().validate(module, edit_data(), verbose=False)
+    # Its settings replace the module's.
+    again = mend("llama", editor=tmp_path / "editor", rank=3)
+    assert trainer().validate(again, edit_data(), verbose=False) == expected
+
+
+def test_editor_of_another_base(checkpoint, mend, edit_data, trainer, tmp_path):
+    checkpoint[1].editor.save_pretrained(tmp_path / "editor")
+    with pytest.raises(BaseModelMismatchError, match="has none. Load the base model the editor was trained on"):
+        trainer().validate(mend("gpt2", editor=tmp_path / "editor"), edit_data())
+
+
+def truncate(folder) -> None:
+    path = folder / "editor.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def put_nan(folder) -> None:
+    state = load_file(folder / "editor.safetensors")
+    state["edit_rates"][1] = float("nan")
+    save_file(state, folder / "editor.safetensors")
+
+
+def put_another_rank(folder) -> None:
+    path = folder / "editor.json"
+    path.write_text(path.read_text().replace('"rank": 3', '"rank": 4'))
+
+
+@pytest.mark.parametrize(
+    "damage, text",
+    [
+        (truncate, "editor.safetensors cannot be read as safetensors"),
+        (put_nan, "holds NaN or infinite values in 1 tensor.*among them 'edit_rates'"),
+        (put_another_rank, "editor.safetensors does not fit its editor.json"),
+        (lambda folder: (folder / "editor.safetensors").unlink(), "editor.safetensors cannot be read"),
+        (lambda folder: (folder / "editor.json").unlink(), "is not a saved editor: it has no editor.json"),
+        (lambda folder: (folder / "editor.json").write_text("{"), "editor.json is not valid JSON"),
+        (lambda folder: (folder / "editor.json").write_text("[]"), "has format None; this version reads format 1"),
+        (lambda folder: (folder / "editor.json").write_text('{"format": 1}'), "lacks layers, settings, base, .*"),
+    ],
+)
+def test_damaged_editor_folders(damage, text, tmp_path):
+    MendEditor({"fc": (2, 3), "other": (2, 3)}, rank=3).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(StateDictError, match=text):
+        MendEditor.from_pretrained(tmp_path)
