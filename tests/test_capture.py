@@ -112,6 +112,20 @@ def test_layer_called_twice():
         assert relative_error(product(*raw[name]), gradient) < 1e-12, name
 
 
+def test_flat_inputs_of_a_layer_called_twice_stay_with_their_task():
+    layer = torch.nn.Linear(3, 3).double().requires_grad_(False)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    with record_factors({"fc": layer}) as tape:
+        raw = tape.gradients(layer(layer(x).tanh()).square().sum())
+    factors = kept_factors(*raw["fc"], torch.tensor([0, 1]), 2)
+    for task in (0, 1):
+        alone = torch.nn.Linear(3, 3).double()
+        alone.load_state_dict(layer.state_dict())
+        alone(alone(x[task : task + 1]).tanh()).square().sum().backward()
+        mine = factors.task == task
+        assert relative_error(factors.delta[mine].T @ factors.u[mine], alone.weight.grad.float()) < 1e-5
+
+
 def test_layer_never_called():
     model = Chain()
     with record_factors(editable_layers(model)) as tape:

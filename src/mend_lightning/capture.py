@@ -67,7 +67,14 @@ class Tape:
             if x._version != version:
                 raise MendError(f"The input of layer {name!r} was changed in place after the layer used it.")
             inputs.append(x)
-        return torch.cat(inputs, dim=-2), torch.cat(deltas, dim=-2)
+        return _side_by_side(inputs), _side_by_side(deltas)
+
+
+def _side_by_side(calls: list[Tensor]) -> Tensor:
+    if len(calls) == 1:
+        return calls[0]
+    # Of flat inputs `[rows, d]` the calls must not be stacked along the rows: a row belongs to one task.
+    return torch.cat([call.unsqueeze(1) if call.dim() == 2 else call for call in calls], dim=-2)
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import sys
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from mend_lightning import __version__
 from mend_lightning.configs import config_names, with_config_paths
 from mend_lightning.errors import MendError
+from mend_lightning.files import check_writable
 
 TRAINER_COMMANDS = {
     "fit": "train an editor",
@@ -83,6 +86,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
 def run_trainer(arguments: list[str]) -> Any:
     """Runs LightningCLI with MendModule and EditDataModule."""
     # Lightning is imported here: `mend-lightning --help` and the other commands need none of it.
+    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
     from mend_lightning.data.module import EditDataModule
@@ -104,9 +108,21 @@ def run_trainer(arguments: list[str]) -> Any:
 
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer_config = self.config_init[self.subcommand]["trainer"]
+            root = trainer_config.get("default_root_dir") or "."
+            check_writable(root)
             if trainer_config.get("logger") in (None, True):
-                kwargs["logger"] = default_loggers(trainer_config.get("default_root_dir") or ".")
-            return super().instantiate_trainer(**kwargs)
+                kwargs["logger"] = default_loggers(root)
+            if trainer_config.get("enable_progress_bar") is not False:
+                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))
+            trainer = super().instantiate_trainer(**kwargs)
+            for callback in trainer.checkpoint_callbacks:
+                # One place for all runs in this folder, so that `--ckpt_path last` finds the last one.
+                callback.dirpath = callback.dirpath or str(Path(root, "checkpoints"))
+            return trainer
+
+        def before_test(self) -> None:
+            # ResultsReport prints the table; Lightning's own would repeat it.
+            self.config_init["test"]["verbose"] = False
 
     _quiet()
     return MendCLI(
@@ -135,14 +151,21 @@ def default_loggers(root: str) -> list[Any]:
 
 
 def _quiet() -> None:
-    """Hides remarks of Lightning that do not apply here; everything else is shown."""
+    """Hides remarks of Lightning that do not apply here or that StartReport says better; warnings are shown."""
     for message in (
         ".*does not have many workers.*",  # collating takes milliseconds a batch
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*LightningCLI's args parameter is intended.*",  # this is the command line
         ".*in eval mode at the start of training.*",  # the base is frozen: that is the point
+        ".*LeafSpec.*",  # Lightning calls what torch has deprecated
     ):
         warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def known_keys(parser: Any) -> list[str]:
@@ -165,7 +188,7 @@ def with_near_key(message: str, keys: list[str]) -> str:
         >>> with_near_key('Key "model.rnk" is not expected', ["model.rank", "model.lr"])
         'Key "model.rnk" is not expected\\nDid you mean \\'model.rank\\'?'
     """
-    unknown = re.findall(r"""(?:Key|key|option|argument|arguments:?)\s+['"]?-{0,2}([\w.]+)['"]?""", message)
+    unknown = re.findall(r"""(?i:key|option|arguments?:?)\s+['"]?-{0,2}([\w.]+)['"]?""", message)
     parts = {part for key in keys for part in (key, key.rpartition(".")[2])}
     for name in unknown:
         near = difflib.get_close_matches(name, sorted(parts), n=1, cutoff=0.6)

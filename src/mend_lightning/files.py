@@ -44,6 +44,20 @@ def written(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Makes `folder` and tries it out: before the work starts, not when its results are to be saved.
+
+    Raises:
+        OutputPathError: it cannot be made or written to.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputPathError(f"Cannot write to the folder {folder}: {error}. Give one that you may write to.") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

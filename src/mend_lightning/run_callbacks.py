@@ -12,7 +12,7 @@ import torch
 
 from mend_lightning.checks import check_batch, unreached_parameters
 from mend_lightning.errors import ConfigError, MendError
-from mend_lightning.files import write_jsonl
+from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.layers import layer_shape
 from mend_lightning.plots import plot_curves
 from mend_lightning.report import console, intervals, results_table, write_results
@@ -27,6 +27,11 @@ class StartReport(L.Callback):
     On the first batch: no label is fully masked, labels decode to the target text (shown), and gradients
     reach every editor parameter.
     """
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        for keep in trainer.checkpoint_callbacks:
+            if stage == "fit" and getattr(keep, "dirpath", None):
+                check_writable(keep.dirpath)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:

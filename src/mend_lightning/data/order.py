@@ -20,8 +20,9 @@ class TaskDataset(Dataset):
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __getitem__(self, key: tuple[int, int]) -> EditTask:
-        return self.sampler.task(*key)
+    def __getitem__(self, key: tuple[int, int] | int) -> EditTask:
+        # Trainer(overfit_batches=...) puts a sampler of its own in place of TaskOrder, whose keys are bare indices.
+        return self.sampler.task(*key) if isinstance(key, tuple) else self.sampler.task(0, key)
 
 
 class TaskOrder(DistributedSampler):
@@ -69,13 +70,17 @@ class TaskOrder(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader whose place in the epoch is part of the checkpoint (Lightning's stateful protocol)."""
+    """A DataLoader whose place in the epoch is part of the checkpoint (Lightning's stateful protocol).
+
+    With another sampler than `TaskOrder` (`Trainer(overfit_batches=...)`) it is an ordinary one, which a resumed run
+    starts from its beginning.
+    """
 
     _given = 0
 
     def __iter__(self) -> Iterator[Any]:
-        order: TaskOrder = self.sampler
-        self._given = order.first_batch
+        order = self.sampler
+        self._given = getattr(order, "first_batch", 0)
         for batch in super().__iter__():
             # The order was read when the first batch was asked for. Not after the last one: an epoch may be left early.
             order.first_batch = 0
@@ -83,10 +88,12 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "batches": self._given}
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues behind the batches that were given out; behind the last one, at the next epoch."""
+        if not isinstance(self.sampler, TaskOrder):
+            return
         finished = state["batches"] >= len(self)
         self.sampler.first_batch = 0 if finished else state["batches"]
         self.sampler.set_epoch(state["epoch"] + int(finished))

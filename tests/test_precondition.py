@@ -1,0 +1,96 @@
+"""The inputs' second moment: against dense float64 algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mend_lightning.editors import MendEditor
+from mend_lightning.errors import ConfigError
+from mend_lightning.precondition import InputMoments, InputPreconditioner, collect_moments
+from mend_lightning.types import Factors
+
+DAMPING = 0.03
+
+
+def inputs(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Rows with a strong common direction, a mean, and units of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, width, generator=generator) * torch.linspace(0.2, 3, width)
+    return rows + 5 * torch.randn(count, 1, generator=generator) * torch.ones(width) + 0.7
+
+
+def slow_matrix(u: torch.Tensor, damping: float) -> torch.Tensor:
+    """The matrix from its definition, token by token, in float64."""
+    u = u.double()
+    second = sum(torch.outer(row, row) for row in u) / len(u)
+    width = u.shape[1]
+    inverse = torch.linalg.inv(second + damping * second.trace() / width * torch.eye(width, dtype=torch.float64))
+    effect_without = u.std(0, unbiased=False).sum()
+    effect_with = torch.stack([row @ inverse @ row for row in u]).mean()
+    return effect_without / effect_with * inverse
+
+
+def calibrated(u: torch.Tensor, parts: int = 3) -> InputPreconditioner:
+    moments = InputMoments.empty(u.shape[1])
+    for part in u.chunk(parts):
+        moments.add(part)
+    preconditioner = InputPreconditioner(u.shape[1], DAMPING)
+    preconditioner.calibrate(moments)
+    return preconditioner
+
+
+def test_matrix_is_the_damped_inverse_second_moment():
+    u = inputs(200, 6)
+    expected = slow_matrix(u, DAMPING)
+    # The products are summed from float32 batches.
+    atol = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(calibrated(u).matrix.double(), expected, rtol=1e-4, atol=atol)
+
+
+def test_other_inputs_are_answered_less_for_the_same_effect_on_the_edits_own():
+    u = inputs(400, 8)
+    own, others = u[:1], u[1:]
+    with_it = calibrated(others)(own)
+
+    def leak(factor: torch.Tensor) -> torch.Tensor:
+        return (others @ factor[0]).square().mean() / (own @ factor[0]).square()
+
+    assert leak(with_it) < 0.2 * leak(own)
+
+
+def test_editor_at_its_start_is_the_formula():
+    u, delta = inputs(40, 5), torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    factors = {"fc": Factors(u, delta, torch.zeros(40, dtype=torch.long), 1)}
+    editor = MendEditor({"fc": (5, 3)}, rank=2, edit_rate=0.01, precondition=DAMPING)
+    moments: dict[str, InputMoments] = {}
+    collect_moments(moments, factors)
+    editor.calibrate(moments)
+    dense = editor(factors)["fc"].dense()[0].double()
+    d = delta.double()
+    normalised = (d - d.mean(0)) / (d.std(0) + 1e-7)
+    expected = -0.01 * normalised.T @ (u.double() @ slow_matrix(u, DAMPING))
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_uncalibrated_editor_says_what_to_do():
+    editor = MendEditor({"fc": (5, 3)}, rank=2, precondition=DAMPING)
+    factors = {"fc": Factors(inputs(4, 5), torch.ones(4, 3), torch.zeros(4, dtype=torch.long), 1)}
+    assert not editor.calibrated
+    with pytest.raises(ConfigError, match="has not been calibrated. MendModule does that at the start of fit"):
+        editor(factors)
+
+
+def test_calibration_is_saved_with_the_editor(tmp_path):
+    editor = MendEditor({"fc": (5, 3)}, rank=2, precondition=DAMPING)
+    moments = {"fc": InputMoments.empty(5)}
+    moments["fc"].add(inputs(30, 5))
+    editor.calibrate(moments)
+    loaded = MendEditor.from_pretrained(editor.save_pretrained(tmp_path))
+    assert loaded.calibrated
+    assert torch.equal(loaded.preconditioners[0].matrix, editor.preconditioners[0].matrix)
+
+
+def test_damping_must_be_positive():
+    with pytest.raises(ConfigError, match="must be positive, not 0"):
+        InputPreconditioner(3, damping=0)
