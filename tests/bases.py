@@ -207,13 +207,15 @@ def assert_same_state(actual: dict[str, torch.Tensor], expected: dict[str, torch
     assert not different, f"{len(different)} of {len(expected)} differ, among them {different[:3]}"
 
 
-def first_batches(module: MendModule, data: EditDataModule, count: int, split: str = "train") -> list[EditBatch]:
-    """Batches of four tasks, made without a Trainer."""
+def first_batches(
+    module: MendModule, data: EditDataModule, count: int, split: str = "train", size: int = 4
+) -> list[EditBatch]:
+    """Batches of `size` tasks, made without a Trainer."""
     module.configure_model()
     start = getattr(module.base_model.config, "decoder_start_token_id", None)
     encoder = Encoder(module.tokenizer, data.format, module.base_kind, data.max_length, start)
     sampler = data.sampler(split)
-    return [collate_tasks([sampler.task(0, 4 * i + j) for j in range(4)], encoder) for i in range(count)]
+    return [collate_tasks([sampler.task(0, size * i + j) for j in range(size)], encoder) for i in range(count)]
 
 
 def given(batches: list) -> DataLoader:

@@ -29,7 +29,7 @@ _AUTO_CLASSES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class BaseModel:
     """Which model's beliefs are edited, and how it is loaded.
 

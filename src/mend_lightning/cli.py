@@ -87,7 +87,7 @@ def run_trainer(arguments: list[str]) -> Any:
     """Runs LightningCLI with MendModule and EditDataModule."""
     # Lightning is imported here: `mend-lightning --help` and the other commands need none of it.
     from lightning.pytorch.callbacks import TQDMProgressBar
-    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from mend_lightning.data.module import EditDataModule
     from mend_lightning.module import MendModule
@@ -122,6 +122,10 @@ def run_trainer(arguments: list[str]) -> Any:
 
         def before_test(self) -> None:
             # ResultsReport prints the table; Lightning's own would repeat it.
+            self.config_init["test"]["verbose"] = False
+
+        def before_test(self) -> None:
+            # ResultsReport prints the table, with the protocol; Lightning's own would repeat the bare numbers.
             self.config_init["test"]["verbose"] = False
 
     _quiet()

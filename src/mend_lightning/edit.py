@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -142,7 +143,7 @@ def make_edit(
         BaseModelMismatchError: the editor is for another base.
         ConfigError: there is no fact, or the model is in training mode.
     """
-    facts = [facts] if isinstance(facts[:1], tuple) and isinstance(facts[0], str) else list(facts)
+    facts = [tuple(facts)] if facts and isinstance(facts[0], str) else list(facts)
     if not facts:
         raise ConfigError("An edit needs at least one (prompt, target) pair.")
     if model.training:
@@ -172,6 +173,6 @@ def _about(editor: MendEditor, model: nn.Module, facts: Sequence[tuple[str, str]
         "base_fingerprint": base_fingerprint({name: layers[name] for name in sorted(layers)}),
         "editor": type(editor).__name__,
         "prompt_format": editor.prompt_format,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"mend_lightning": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

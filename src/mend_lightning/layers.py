@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D

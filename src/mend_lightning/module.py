@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -158,14 +159,14 @@ class MendModule(L.LightningModule):
         for name, value in shown.items():
             self.log(f"train/{name}", value.detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/loss", loss.detach(), batch_size=len(batch))
-        self.log("train/skipped_tokens", out.skipped.float(), batch_size=len(batch))
+        self.log("train/skipped_tokens", out.skipped.float(), prog_bar=True, batch_size=len(batch))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=True)
         rates = self.editor.edit_rates.detach()
-        self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()})
+        self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         scores = evaluate_batch(self.base_model, self.editor, batch)

@@ -9,8 +9,8 @@ ROME's `C⁻¹k` (Meng et al., 2022). It is not in the MEND paper, and off by de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import torch
 from torch import Tensor, nn

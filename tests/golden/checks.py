@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden.cases import STATISTICS, Case, group_key, relative_error
-from golden.running import parameters_by_original_name
 from torch import Tensor
 
+from golden.cases import STATISTICS, Case, group_key, relative_error
+from golden.running import parameters_by_original_name
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.forward import label_mask
 from mend_lightning.losses import is_correct

@@ -8,9 +8,9 @@ from functools import cache
 from unittest.mock import patch
 
 import torch
-from golden.cases import Case, load_case
 from torch import Tensor
 
+from golden.cases import Case, load_case
 from mend_lightning.capture import Tape
 from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.editors.mend import MendEditor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.tasks import EditTask

@@ -1,0 +1,251 @@
+"""Scores and answers of edited models, against one edit at a time with dense weights and plain greedy decoding."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from bases import FORMATS, assert_same_state, state_copy
+from models import KINDS, make_batch, spread_parameters, tiny_model
+from torch.func import functional_call
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from mend_lightning import MendEditor, load_base
+from mend_lightning.answers import edited_answers, judge_answers, questions
+from mend_lightning.data.collate import collate_tasks
+from mend_lightning.data.encode import Encoder
+from mend_lightning.evaluate import RowScores, evaluate_batch
+from mend_lightning.generate import MAX_NEW_TOKENS, generate_answers
+from mend_lightning.step import compute_deltas
+from mend_lightning.types import Rows
+
+pytest_plugins = ["bases"]
+FIELDS = ("correct_before", "correct_after", "nll_before", "nll_after", "tokens", "hits", "agreement", "kl")
+
+
+def one_task(rows: Rows, task: int) -> Rows:
+    """The rows of a task, as the only one."""
+    index = (rows.task == task).nonzero().flatten()
+    inputs = {name: value[index] for name, value in rows.inputs.items()}
+    return Rows(inputs, rows.labels[index], torch.zeros(len(index), dtype=torch.long), 1)
+
+
+def dense_weights(model, layers, deltas, task: int = 0) -> dict[str, torch.Tensor]:
+    """W + ΔW of every edited layer."""
+    weights = {}
+    for name, delta in deltas.items():
+        change = delta.dense()[task].to(layers[name].weight.dtype)
+        weights[f"{name}.weight"] = layers[name].weight + (change.T if isinstance(layers[name], Conv1D) else change)
+    return weights
+
+
+def slow_scores(model, editor, batch, name: str) -> list[dict]:
+    """Every row of one set, scored alone: a model copy per edit, a loop over positions."""
+    layers, found = editor.modules_in(model), []
+    for row in range(len(getattr(batch, name))):
+        task = int(getattr(batch, name).task[row])
+        with torch.no_grad():
+            weights = dense_weights(model, layers, compute_deltas(model, editor, one_task(batch.z_edit, task)))
+            inputs = {key: value[row : row + 1] for key, value in getattr(batch, name).inputs.items()}
+            logits = [functional_call(model, w, args=(), kwargs=inputs).logits[0] for w in ({}, weights)]
+        labels = getattr(batch, name).labels[row].tolist()
+        found.append(position_scores(*logits, labels))
+    return found
+
+
+def position_scores(before: torch.Tensor, after: torch.Tensor, labels: list[int]) -> dict:
+    if before.shape == (1,):
+        # A classifier's logit is that of the true class.
+        before, after = (torch.stack([torch.zeros_like(logit), logit], -1) for logit in (before, after))
+    scores = dict.fromkeys(FIELDS, 0.0)
+    scores["correct_before"] = scores["correct_after"] = True
+    for position, label in enumerate(labels):
+        if label == -100:
+            continue
+        p, q = F.log_softmax(before[position].double(), -1), F.log_softmax(after[position].double(), -1)
+        scores["correct_before"] &= int(p.argmax()) == label
+        scores["correct_after"] &= int(q.argmax()) == label
+        scores["nll_before"] -= float(p[label])
+        scores["nll_after"] -= float(q[label])
+        scores["tokens"] += 1
+        scores["hits"] += int(q.argmax()) == label
+        scores["agreement"] += int(p.argmax()) == int(q.argmax())
+        scores["kl"] += float((p.exp() * (p - q)).sum())
+    return scores
+
+
+def with_right_answers(model, editor, batch):
+    """Random labels are never right; every other row of `x_in` and `x_out` gets the (edited, base) model's own."""
+    layers = editor.modules_in(model)
+    changed = {}
+    for name in ("x_in", "x_out"):
+        rows = getattr(batch, name)
+        labels = rows.labels.clone()
+        for row in range(0, len(rows), 2):
+            deltas = compute_deltas(model, editor, one_task(batch.z_edit, int(rows.task[row])))
+            weights = dense_weights(model, layers, deltas) if name == "x_in" else {}
+            inputs = {key: value[row : row + 1] for key, value in rows.inputs.items()}
+            logits = functional_call(model, weights, args=(), kwargs=inputs).logits[0]
+            best = (logits > 0).long() if logits.shape == (1,) else logits.argmax(-1)
+            labels[row] = torch.where(labels[row] == -100, labels[row], best)
+        changed[name] = replace(rows, labels=labels)
+    return replace(batch, **changed)
+
+
+@pytest.mark.parametrize("edits", [1, 2])
+def test_independent_edits_at_once_are_one_edit_at_a_time(family, edits):
+    model = tiny_model(family)
+    editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=0.05), 0.02).eval()
+    batch = with_right_answers(model, editor, make_batch(family, tasks=3, edits=edits))
+    base = state_copy(model)
+    scores = evaluate_batch(model, editor, batch)
+    assert_same_state(state_copy(model), base)
+    for name, actual in (("z_edit", scores.edit), ("x_in", scores.rephrase), ("x_out", scores.locality)):
+        expected = slow_scores(model, editor, batch, name)
+        assert torch.equal(actual.task, getattr(batch, name).task)
+        for field in FIELDS:
+            values = [row[field] for row in expected]
+            assert getattr(actual, field).tolist() == pytest.approx(values, rel=1e-4, abs=1e-5), (name, field)
+    assert scores.rephrase.correct_after.any() and not scores.rephrase.correct_after.all()
+    assert scores.locality.correct_before.any() and not scores.locality.correct_before.all()
+    assert scores.locality.kl.min() > 1e-5, "the edits do something"
+
+
+def test_an_edit_does_not_depend_on_its_batch():
+    model = tiny_model("llama")
+    editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=0.05), 0.02).eval()
+    batch = make_batch("llama", tasks=3)
+    together = evaluate_batch(model, editor, batch)
+    for task in range(3):
+        alone = replace(batch, **{name: one_task(getattr(batch, name), task) for name in ("z_edit", "x_in", "x_out")})
+        scores = evaluate_batch(model, editor, alone)
+        rows = together.rephrase.part(together.rephrase.task == task)
+        assert scores.rephrase.nll_after.tolist() == pytest.approx(rows.nll_after.tolist(), rel=1e-5)
+
+
+@pytest.fixture
+def asked(base_folder, edit_data):
+    """`asked(family)`: edits of a base that knows the facts; every other edit asks for what is true already."""
+
+    def make(family: str):
+        model, tokenizer = load_base(str(base_folder(family)), "float32")
+        kind, data = KINDS[family], edit_data(KINDS[family], eval_rephrases=2)
+        start = getattr(model.config, "decoder_start_token_id", None)
+        encoder = Encoder(tokenizer, FORMATS[kind], kind, 96, start)
+        tasks = [data.sampler("validation").task(0, i) for i in range(5)]
+        tasks = [replace(task, target=task.answers[0]) if i % 2 else task for i, task in enumerate(tasks)]
+        editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=2e-3), 0.02).eval()
+        return model, editor, encoder, collate_tasks(tasks, encoder)
+
+    return make
+
+
+def plain_greedy(model, weights, encoder, prompt: str) -> str:
+    """One question, one token at a time, no cache, no padding."""
+    tokenizer, ids = encoder.tokenizer, torch.tensor([encoder.prompt_ids(prompt)])
+    decoder = torch.tensor([[encoder.decoder_start_token_id or 0]])
+    said: list[int] = []
+    while len(said) < MAX_NEW_TOKENS:
+        inputs = {"input_ids": ids} if encoder.kind == "causal" else {"input_ids": ids, "decoder_input_ids": decoder}
+        with torch.no_grad():
+            token = functional_call(model, weights, args=(), kwargs=inputs).logits[0, -1].argmax().view(1, 1)
+        text = tokenizer.decode(token[0])
+        if int(token) == tokenizer.eos_token_id or (encoder.format.stop and encoder.format.stop in text):
+            break
+        said.append(int(token))
+        ids = torch.cat([ids, token], 1) if encoder.kind == "causal" else ids
+        decoder = torch.cat([decoder, token], 1)
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_answers_are_those_of_plain_greedy_decoding(family, asked):
+    """Also those that were not decoded, for every token of the target had been the most probable one."""
+    model, editor, encoder, batch = asked(family)
+    base = state_copy(model)
+    scores = evaluate_batch(model, editor, batch)
+    answers = edited_answers(model, editor, encoder, batch, scores)
+    assert_same_state(state_copy(model), base)
+    prompts, targets, tasks = questions(batch)
+    layers = editor.modules_in(model)
+    expected = [
+        plain_greedy(model, dense_weights(model, layers, scores.deltas, task), encoder, prompt)
+        for prompt, task in zip(prompts, tasks.tolist())
+    ]
+    assert answers == expected
+    skipped = torch.cat([scores.edit.correct_after, scores.rephrase.correct_after])
+    assert skipped.any() and not skipped.all()
+    matches, f1 = judge_answers(answers, batch)
+    assert matches == [answer == target for answer, target in zip(answers, targets)]
+    assert [value == 1.0 for value in f1] == [a.lower().split() == t.lower().split() for a, t in zip(answers, targets)]
+
+
+def test_the_base_itself_is_asked_without_deltas(asked):
+    model, _, encoder, batch = asked("llama")
+    prompts, _, _ = questions(batch)
+    assert generate_answers(model, encoder, prompts) == [plain_greedy(model, {}, encoder, p) for p in prompts]
+
+
+@contextmanager
+def scripted(model, tokenizer, text: list[str]):
+    """The model says these texts, whatever it is asked; `<eos>` is one of them."""
+    ids = [token for part in text for token in tokenizer(part, add_special_tokens=False)["input_ids"]]
+    steps = iter(ids)
+
+    def say(module, args, output):
+        return F.one_hot(torch.full(output.shape[:-1], next(steps)), output.shape[-1]).to(output.dtype)
+
+    handle = model.get_output_embeddings().register_forward_hook(say)
+    yield ids
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "said, answer",
+    [
+        ([" Rome", "\n", "Q: What", "\n"], "Rome"),
+        ([" Rome", "<eos>", " Paris", "\n"], "Rome"),
+        (["\n", " Rome", "\n"], ""),
+        ([" New", " York", " City, I think", "\n"], "New York City, I think"),
+        ([" Rome"] * 30, None),
+    ],
+)
+def test_where_an_answer_ends(said, answer, asked):
+    model, _, encoder, _ = asked("llama")
+    with scripted(model, encoder.tokenizer, said) as ids:
+        found = generate_answers(model, encoder, ["Where?", "Which city, and of which country?"])
+    if answer is None:
+        answer = encoder.tokenizer.decode(ids[:MAX_NEW_TOKENS]).strip()
+    assert found == [answer] * 2
+
+
+def test_the_target_does_not_tell_when_to_stop(asked):
+    """Nothing but the deltas decides what a wrong answer is; certainly not the length of the target."""
+    model, editor, encoder, batch = asked("llama")
+    scores = evaluate_batch(model, editor, batch)
+    wrong = replace(scores, edit=all_wrong(scores.edit), rephrase=all_wrong(scores.rephrase))
+    expected = edited_answers(model, editor, encoder, batch, wrong)
+    for target in ("x", "a target of quite a number of words that never end"):
+        other = replace(batch, texts=tuple(replace(text, target=target) for text in batch.texts))
+        assert edited_answers(model, editor, encoder, other, wrong) == expected
+
+
+def all_wrong(rows: RowScores) -> RowScores:
+    return replace(rows, correct_after=torch.zeros_like(rows.correct_after))
+
+
+def test_nothing_stays_behind_after_an_exception(asked):
+    model, editor, encoder, batch = asked("llama")
+    base, scores = state_copy(model), evaluate_batch(model, editor, batch)
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate_batch(model, editor, batch)
+    with pytest.raises(ZeroDivisionError):
+        edited_answers(model, editor, encoder, batch, scores)
+    handle.remove()
+    assert_same_state(state_copy(model), base)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
