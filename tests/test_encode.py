@@ -6,10 +6,11 @@ import pytest
 import torch
 from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from mend_lightning.data.encode import Encoder, model_kind
-from mend_lightning.data.prompts import WORKED_EXAMPLE, PromptFormat
+from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.forward import run_model
 from mend_lightning.errors import ConfigError, TokenizerError
 
 TEXT = [
@@ -108,10 +109,11 @@ def test_causal_label_is_the_id_after_its_input(tokenizer):
 def test_padding_settings_change_nothing(tokenizer, kind):
     """Padding side, truncation side, and whether there is a pad token at all."""
     encoder = Encoder(tokenizer, QUESTION, kind, decoder_start_token_id=0)
-    expected = encoder.rows(PAIRS, [0, 1], 2)
+    pairs = [(PAIRS[0][0], "SUPPORTS"), (PAIRS[1][0], "REFUTES")] if kind == "classifier" else PAIRS
+    expected = encoder.rows(pairs, [0, 1], 2)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     tokenizer.pad_token = "Q" if tokenizer.pad_token is None else None
-    actual = encoder.rows(PAIRS, [0, 1], 2)
+    actual = encoder.rows(pairs, [0, 1], 2)
     assert torch.equal(actual.labels, expected.labels)
     assert all(torch.equal(actual.inputs[name], expected.inputs[name]) for name in expected.inputs)
     mask = actual.inputs["attention_mask"]
@@ -234,6 +236,23 @@ def test_classifier():
     assert set(rows.inputs) == {"input_ids", "attention_mask"}
 
 
+def test_class_that_is_none():
+    with pytest.raises(TokenizerError, match=r"'NOT ENOUGH INFO' is no class of a binary classifier\. Expected one of"):
+        Encoder(with_eos(), PromptFormat("{input}"), "classifier").pair("Rome", "NOT ENOUGH INFO")
+
+
+def test_classifier_on_a_decoder_sees_the_same_end_in_a_padded_row():
+    """GPT-2's classifier finds a row's last token by the pad id of its config."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=8, n_layer=1, n_head=2, num_labels=1, pad_token_id=3)
+    model = GPT2ForSequenceClassification(config).eval()
+    encoder = Encoder.for_model(model, with_eos(), PromptFormat("{input}"))
+    pairs = [("Rome", "SUPPORTS"), ("What is the capital of France?", "REFUTES")]
+    both = run_model(model, encoder.rows(pairs, [0, 1], 2))
+    alone = run_model(model, encoder.rows(pairs[:1], [0], 1))
+    torch.testing.assert_close(both[:1], alone)
+
+
 @pytest.mark.parametrize(
     ("task", "tasks", "grouped"),
     [
@@ -254,7 +273,7 @@ def test_grouped_rows(task, tasks, grouped):
 def test_a_worked_example_in_front_changes_no_label():
     tokenizer = with_bos()
     plain = Encoder(tokenizer, LINES).pair(*PAIRS[0])["labels"]
-    worked = Encoder(tokenizer, PromptFormat(WORKED_EXAMPLE, stop="\n")).pair(*PAIRS[0])["labels"]
+    worked = Encoder(tokenizer, PromptFormat("Q: Where is Rome?\nA: Italy\nQ: {input}\nA:", stop="\n")).pair(*PAIRS[0])["labels"]
     assert [label for label in plain if label != -100] == [label for label in worked if label != -100]
 
 

@@ -25,7 +25,7 @@ from mend_lightning.errors import (
     NonFiniteError,
     StateDictError,
 )
-from mend_lightning.run_callbacks import StartReport
+from mend_lightning.run_callbacks import SaveEditor, StartReport
 from mend_lightning.step import edit_step
 
 pytest_plugins = ["bases"]
@@ -144,6 +144,19 @@ def test_early_stopping_and_the_best_checkpoint(mend, edit_data, trainer, tmp_pa
     assert float(keep.best_model_score) == float(run.callback_metrics["val/loss"])
 
 
+def test_the_best_editor_is_saved_and_not_the_last(mend, edit_data, trainer, tmp_path):
+    keep = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", monitor="val/loss", save_top_k=1)
+    settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+    # Far too high a rate: the longer it trains, the worse it gets.
+    module = mend("llama", lr=1.0, edit_rate_lr=1.0)
+    run = trainer(max_steps=4, callbacks=[keep, SaveEditor()], **settings)
+    run.fit(module, edit_data())
+    best = torch.load(keep.best_model_path, weights_only=True)
+    assert best["global_step"] < run.global_step
+    saved = MendEditor.from_pretrained(tmp_path / "editor").state_dict()
+    assert_same_state({f"editor.{name}": value for name, value in saved.items()}, best["state_dict"])
+
+
 @pytest.fixture
 def checkpoint(mend, edit_data, trainer, tmp_path):
     """A checkpoint of a Llama's editor, and the module that wrote it."""
@@ -207,7 +220,7 @@ def test_inference_mode(stage, mend, edit_data, trainer):
     assert module.base_model is None, "before gigabytes load"
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointedBase(BaseModel):
     """A base with activation checkpointing."""
 
@@ -322,6 +335,15 @@ def test_editor_folder_round_trip(checkpoint, mend, edit_data, trainer, tmp_path
     # Its settings replace the module's.
     again = mend("llama", editor=tmp_path / "editor", rank=3)
     assert trainer().validate(again, edit_data(), verbose=False) == expected
+
+
+def test_preconditioning_needs_a_data_module(mend, edit_data, trainer):
+    module = mend("llama", precondition=0.1)
+    batch = first_batches(module, edit_data(), 1)[0]
+    with pytest.raises(ConfigError, match="this fit has no data module. Pass an EditDataModule"):
+        trainer(max_steps=1).fit(module, given([batch]))
+    trainer(max_steps=1).fit(module, edit_data())
+    assert module.editor.calibrated
 
 
 def test_editor_of_another_base(checkpoint, mend, edit_data, trainer, tmp_path):

@@ -38,7 +38,8 @@ class Runs:
         if ckpt_path is None:
             torch.manual_seed(0)
         run = self.trainer(callbacks=[keep or every_step(self.folder / name)], **self.settings)
-        module = self.mend("llama", warmup_steps=2, decay="linear")
+        # The preconditioning is estimated once, by the run that is stopped.
+        module = self.mend("llama", warmup_steps=2, decay="linear", precondition=1.0)
         run.fit(module, self.edit_data(num_workers=self.workers), ckpt_path=ckpt_path)
         run.save_checkpoint(self.folder / f"{name}.ckpt")
         return load(self.folder / f"{name}.ckpt")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -74,7 +75,7 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model_class = _AUTO_CLASSES[kind or kind_of_config(config)]
         model = model_class.from_pretrained(where, dtype=pick_dtype(dtype), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelLoadError(_not_loaded(name, error)) from error
     return model.eval().requires_grad_(False), tokenizer
 
@@ -86,7 +87,7 @@ def resolve_name(name: str) -> str:
         ModelLoadError: the quickstart model is not prepared yet.
     """
     if name != MODEL_NAME:
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = find_smollm2()
     if folder is None:
         raise ModelLoadError(f"{MODEL_NAME} is not prepared on this machine yet. Run `mend-lightning get-smollm2`.")

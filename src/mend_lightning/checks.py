@@ -32,6 +32,15 @@ def check_checkpointing(model: nn.Module) -> None:
             )
 
 
+def check_prompt_format(saved: dict[str, str], given: dict[str, str] | None) -> None:
+    """Raises ConfigError if an editor was trained with another prompt format than the data has."""
+    if saved and given and saved != given:
+        raise ConfigError(
+            f"The editor was trained with the prompt format {saved}, but data has {given}. Give data.prompt, data.target "
+            "and data.stop as they were in training (the run's config)."
+        )
+
+
 def check_precision(editor: nn.Module) -> None:
     """Raises ConfigError if the trainer's precision cast the editor away from float32."""
     for name, parameter in editor.named_parameters():

@@ -121,10 +121,6 @@ def run_trainer(arguments: list[str]) -> Any:
             return trainer
 
         def before_test(self) -> None:
-            # ResultsReport prints the table; Lightning's own would repeat it.
-            self.config_init["test"]["verbose"] = False
-
-        def before_test(self) -> None:
             # ResultsReport prints the table, with the protocol; Lightning's own would repeat the bare numbers.
             self.config_init["test"]["verbose"] = False
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from mend_lightning.base import Dtype, load_base
 from mend_lightning.edit import Edit, editor_encoder, make_edit
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.errors import ConfigError, DataFileError, RecordError
+from mend_lightning.functional import exact_match
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import find_stacks, layer_shape, select_layers
 from mend_lightning.report import console
@@ -59,7 +61,10 @@ def edit_command(
     """
     facts = _facts(prompt, target, edits)
     mend_editor = MendEditor.from_pretrained(editor)
+    if not (base or mend_editor.base_name):
+        raise ConfigError(f"{editor} does not say which base model it is for. Give --base (a model id or folder).")
     model, tokenizer = load_base(base or mend_editor.base_name, dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     edit = make_edit(mend_editor, model, tokenizer, facts)
     asked = [("edited", question) for question, _ in facts]
     for kind, questions in (("rephrase", rephrase), ("unrelated", unrelated), ("near neighbour", neighbour)):
@@ -67,7 +72,8 @@ def edit_command(
     encoder = editor_encoder(mend_editor, model, tokenizer)
     questions = [question for _, question in asked]
     before = generate_answers(model, encoder, questions)
-    after = generate_answers(model, encoder, questions, edit.layers_in(model), edit.deltas)
+    with edit.applied(model):
+        after = generate_answers(model, encoder, questions)
     console().print(before_after_table(asked, before, after, dict(facts)))
     _print_saved(edit, edit.save(out), model)
 
@@ -123,10 +129,12 @@ def before_after_table(
     table = Table(title="Before and after the edit", title_justify="left")
     for column in ("", "question", "before", "after", ""):
         table.add_column(column)
-    wanted = set(targets.values())
     for (kind, question), old, new in zip(asked, before, after):
         if kind in ("edited", "rephrase"):
-            verdict = "[green]changed as asked[/]" if new in wanted else "[red]not what was asked[/]"
+            # A rephrase does not say which of several edits it rephrases.
+            wanted = [targets[question]] if kind == "edited" else list(targets.values())
+            reached = any(exact_match(new, target) for target in wanted)
+            verdict = "[green]changed as asked[/]" if reached else "[red]not what was asked[/]"
         else:
             verdict = "[green]unchanged[/]" if new == old else "[red]changed[/]"
         table.add_row(kind, escape(question), escape(old), escape(new), verdict)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mend_lightning.data.encode import Encoder, model_kind
+from mend_lightning.data.encode import Encoder
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
+from mend_lightning.errors import BaseModelMismatchError, ConfigError, NoEffectWarning, StateDictError
 from mend_lightning.files import written
 from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.layers import layer_shape
@@ -58,8 +59,13 @@ class Edit:
         Raises:
             BaseModelMismatchError: `model` is not the base the edit was made for.
         """
-        with applied(self.layers_in(model), self.deltas):
+        with applied(self.layers_in(model), self.on(next(model.parameters()).device).deltas):
             yield model
+
+    def on(self, device: torch.device | str) -> Edit:
+        """The same edit with its factors on `device`."""
+        deltas = {name: LowRankDelta(d.down.to(device), d.up.to(device)) for name, d in self.deltas.items()}
+        return replace(self, deltas=deltas)
 
     def layers_in(self, model: nn.Module) -> dict[str, nn.Module]:
         """name -> module of the layers the edit changes, after checking that it fits."""
@@ -118,14 +124,16 @@ class Edit:
         if metadata.get("mend_lightning_edit") != FORMAT:
             raise StateDictError(f"{path} is a safetensors file, but not an edit saved by mend-lightning.")
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-        deltas = {n: LowRankDelta(tensors[f"{n}.down"][None], tensors[f"{n}.up"][None]) for n in names}
-        return cls(deltas, json.loads(metadata["about"]))
+        try:
+            deltas = {n: LowRankDelta(tensors[f"{n}.down"][None], tensors[f"{n}.up"][None]) for n in names}
+            return cls(deltas, json.loads(metadata["about"]))
+        except (KeyError, json.JSONDecodeError) as error:
+            raise StateDictError(f"{path} is a saved edit with a part missing or broken: {error}") from error
 
 
 def editor_encoder(editor: MendEditor, model: nn.Module, tokenizer: Any, max_length: int = 200) -> Encoder:
     """The encoder with the prompt format that `editor` was trained with."""
-    start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
-    return Encoder(tokenizer, PromptFormat(**editor.prompt_format), model_kind(model), max_length, start)
+    return Encoder.for_model(model, tokenizer, PromptFormat(**editor.prompt_format), max_length)
 
 
 def make_edit(
@@ -150,14 +158,16 @@ def make_edit(
         raise ConfigError("The model is in training mode, where dropout would change the edit. Call model.eval() first.")
     editor.check_base(model)
     rows = editor_encoder(editor, model, tokenizer).rows(facts, [0] * len(facts), 1)
-    training = editor.training
-    editor.eval()
+    training, home, device = editor.training, editor.edit_rates.device, next(model.parameters()).device
+    editor.eval().to(device)
     try:
         with torch.no_grad():
-            deltas = compute_deltas(model, editor, rows.to(next(model.parameters()).device))
+            deltas = compute_deltas(model, editor, rows.to(device))
     finally:
-        editor.train(training)
+        editor.train(training).to(home)
     parts = {name: delta.of_task(0) for name, delta in deltas.items()}
+    if not any(bool(delta.norm() > 0) for delta in parts.values()):
+        warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=2)
     return Edit(parts, _about(editor, model, facts))
 
 

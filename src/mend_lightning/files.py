@@ -29,6 +29,8 @@ def written(path: str | Path) -> Iterator[Path]:
         'x'
     """
     path = Path(path)
+    if path.is_dir():
+        raise OutputPathError(f"Cannot write {path}: it is a folder. Give the path of a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mend_lightning.data.encode import Encoder
 from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.errors import ConfigError
 
 # Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
 MAX_NEW_TOKENS = 24
@@ -39,6 +40,8 @@ def generate_answers(
     Returns:
         One answer a prompt, without stop and blanks. An answer that did not stop in time is what there is.
     """
+    if encoder.kind == "classifier":
+        raise ConfigError("A classifier generates no answers; `test` measures its edits by their labels.")
     ids, mask = _padded_prompts(encoder, prompts)
     device = next(model.parameters()).device
     edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
@@ -49,10 +52,12 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=list(_stop_ids(encoder.tokenizer, encoder.format.stop)),
+            eos_token_id=list(_stop_ids(encoder.tokenizer, encoder.format.stop)) or None,
             pad_token_id=_pad_id(encoder.tokenizer),
             # Sampling settings that a model's generation_config may hold make greedy decoding warn.
             temperature=None, top_p=None, top_k=None,
+            # Penalties that it may hold would make it another decoding than greedy.
+            repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
         )  # fmt: skip
     new = output[:, ids.shape[1] :] if encoder.kind == "causal" else output
     return [encoder.format.read(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in new]

@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from mend_lightning.answers import edited_answers, judge_answers, task_records
 from mend_lightning.base import BaseModel
-from mend_lightning.checks import check_checkpointing, check_finite, check_precision
+from mend_lightning.checks import check_checkpointing, check_finite, check_precision, check_prompt_format
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.transform import Init, Inputs
-from mend_lightning.errors import BaseModelMismatchError, InferenceModeError, StateDictError
+from mend_lightning.errors import BaseModelMismatchError, ConfigError, InferenceModeError, NonFiniteError, StateDictError
 from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
 from mend_lightning.precondition import InputMoments, collect_moments
@@ -44,7 +45,7 @@ class MendModule(L.LightningModule):
         rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition: see `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step.
         lr: Adam's learning rate of the transforms (paper: 1e-6).
-        edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used `lr`).
+        edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6).
         warmup_steps: steps in which both rise from 0.
         decay: "linear" lets both fall to 0 over the Trainer's steps; "none" keeps them.
         c_edit: weight of the edit loss (paper: 0.1).
@@ -72,7 +73,7 @@ class MendModule(L.LightningModule):
         precondition: float | None = None,
         calibration_batches: int = 16,
         lr: float = 1e-6,
-        edit_rate_lr: float = 1e-4,
+        edit_rate_lr: float = 1e-6,
         warmup_steps: int = 0,
         decay: Literal["none", "linear"] = "none",
         c_edit: float = 0.1,
@@ -87,6 +88,8 @@ class MendModule(L.LightningModule):
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
             "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition,
         }  # fmt: skip
+        if calibration_batches < 1:
+            raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
         self.calibration_batches = calibration_batches
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
@@ -100,13 +103,19 @@ class MendModule(L.LightningModule):
             return
         self.base_model, self.tokenizer = self.base.load()
         if self._editor_folder is not None:
-            self.editor = MendEditor.from_pretrained(self._editor_folder)
+            # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
+            self.editor = MendEditor.from_pretrained(self._editor_folder).train()
             self.editor.check_base(self.base_model)
+            check_prompt_format(self.editor.prompt_format, self._prompt_format())
         else:
             self.editor = MendEditor.for_model(self.base_model, self._layers, self._last_blocks, **self._settings)
         check_checkpointing(self.base_model)
         check_precision(self.editor)
         self.editor.bind(self.base_model, self.base.name, self._prompt_format())
+        # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
+        # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
+        frozen = [f"{_BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
+        self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
 
     def _prompt_format(self) -> dict[str, str] | None:
         """The data's prompt format, which is saved with the editor; None keeps a loaded editor's."""
@@ -127,6 +136,12 @@ class MendModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks the Trainer, before gigabytes load."""
+        untrained = self.editor is None and self._editor_folder is None and not self.trainer.ckpt_path
+        if stage in ("validate", "test", "predict") and untrained:
+            raise ConfigError(
+                f"{stage} needs a trained editor. Give --model.editor RUN/editor (the folder that fit wrote), or "
+                "--ckpt_path CHECKPOINT."
+            )
         if self._inference_mode():
             raise InferenceModeError(
                 "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
@@ -140,8 +155,14 @@ class MendModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
-        if not self.editor.calibrated:
-            self._calibrate(self.trainer.datamodule.train_dataloader())
+        if self.editor.calibrated:
+            return
+        if self.trainer.datamodule is None:
+            raise ConfigError(
+                "precondition is estimated from the training data before the first step, and this fit has no data module. "
+                "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
+            )
+        self._calibrate(self.trainer.datamodule.train_dataloader())
 
     def _calibrate(self, batches: Iterable[EditBatch]) -> None:
         moments: dict[str, InputMoments] = {}
@@ -164,7 +185,14 @@ class MendModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients), prog_bar=True)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # Clipping by an infinite norm would write NaN into every parameter. A loss scaler handles its own.
+        if not self._mixed_precision() and not norm.isfinite():
+            raise NonFiniteError(
+                f"The editor's gradient is not finite in step {self.global_step}; its parameters are as they were. "
+                "Usual causes: a base in float16 (use bfloat16 or float32), or a learning rate that is too high."
+            )
+        self.log("train/grad_norm", norm, prog_bar=True)
         rates = self.editor.edit_rates.detach()
         self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
 
@@ -174,6 +202,11 @@ class MendModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.scoreboard.compute()
+        if "edit_nll" not in values or "locality_kl" not in values:
+            raise NonFiniteError(
+                f"The validation losses are not finite after step {self.global_step}: training has diverged. Go back to "
+                "an earlier checkpoint and lower the learning rates."
+            )
         values["loss"] = self.c_edit * values["edit_nll"] + values["locality_kl"]
         # Metrics are reduced over processes already.
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=False)
@@ -216,9 +249,13 @@ class MendModule(L.LightningModule):
             {"params": transforms, "lr": self.lr, "name": "transforms"},
             {"params": [self.editor.edit_rates], "lr": self.edit_rate_lr, "name": "edit_rates"},
         ]
-        optimizer = torch.optim.Adam(groups, fused=True)
+        # Lightning cannot clip before a fused step when it mixes precisions.
+        optimizer = torch.optim.Adam(groups, fused=not self._mixed_precision())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _mixed_precision(self) -> bool:
+        return isinstance(self.trainer.precision_plugin, MixedPrecision)
 
     def _lr_factor(self, step: int) -> float:
         factor = min(1.0, (step + 1) / (self.warmup_steps + 1))

@@ -96,7 +96,9 @@ class RunningNormalizer(nn.Module):
         std = self.std
         scale = std + EPSILON
         if self.constant_units == "center":
-            scale = torch.where(std > 0, scale, torch.ones_like(scale))
+            # Not `std > 0`: a constant such as 0.1 keeps a standard deviation of 1e-8 from rounding.
+            varied = std > 1e-6 * self.mean.abs()
+            scale = torch.where(varied, scale, torch.ones_like(scale))
         # `where` instead of a branch: a branch on a buffer would wait for the device.
         seen = self.count >= 2
         return torch.where(seen, self.mean, 0.0), torch.where(seen, scale, 1.0)

@@ -81,7 +81,9 @@ class InputPreconditioner(nn.Module):
     @torch.no_grad()
     def calibrate(self, moments: InputMoments) -> None:
         """Sets the matrix from the moments of a sample of inputs."""
-        count = moments.count.clamp(min=1)
+        if not bool(moments.count >= 1):
+            raise ConfigError("No input to estimate the preconditioning from: the calibration batches hold no token.")
+        count = moments.count
         second, mean = moments.products / count, moments.total / count
         spread = (second.diagonal() - mean.square()).clamp(min=0).sqrt()
         ridge = self.damping * second.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mend_lightning.files import write_json, write_jsonl
-from mend_lightning.functional import bootstrap_interval
+from mend_lightning.functional import bootstrap_interval, exact_match
 from mend_lightning.scoreboard import PROTOCOL
 
 
@@ -41,7 +41,7 @@ def _shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:
         "kept_hard": [after for before, after in hard if before],
     }
     if "generated" in record:
-        shares["generated_exact_match"] = [answer == record["target"] for answer in record["generated"]]
+        shares["generated_exact_match"] = [exact_match(answer, record["target"]) for answer in record["generated"]]
     return shares
 
 

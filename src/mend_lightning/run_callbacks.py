@@ -15,7 +15,7 @@ from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.layers import layer_shape
 from mend_lightning.plots import plot_curves
-from mend_lightning.report import console, intervals, results_table, write_results
+from mend_lightning.report import console, results_table, write_results
 from mend_lightning.types import IGNORED_LABEL, EditBatch
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,14 @@ class StartReport(L.Callback):
             )
 
     def _show_labels(self, trainer: L.Trainer, module: L.LightningModule, batch: EditBatch) -> None:
-        labels = batch.z_edit.labels[0]
         if not batch.texts or module.base_kind == "classifier":
             return
-        text = batch.texts[0]
-        shown = module.tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
-        if text.target not in shown:
+        text, tokenizer = batch.texts[0], module.tokenizer
+        labels = batch.z_edit.labels[0]
+        shown = tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
+        # Some tokenizers change a text (case, blanks, unknown letters): compare with what they make of the target.
+        wanted = tokenizer.decode(tokenizer(text.target, add_special_tokens=False)["input_ids"]).strip()
+        if wanted not in shown:
             raise MendError(f"Labels decode to {shown!r}, which does not hold the target {text.target!r}.")
         if trainer.is_global_zero:
             console().print(f"First edit: {text.prompt!r} -> {shown!r}", highlight=False, markup=False)
@@ -83,6 +85,12 @@ class StartReport(L.Callback):
 
 class SaveEditor(L.Callback):
     """Writes the best checkpoint's editor to `<root>/editor` when training ends."""
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Ctrl-C keeps what was learned: the best checkpoint's editor, or the current one."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and module.editor is not None:
+            self.on_fit_end(trainer, module)
+            console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
@@ -142,9 +150,9 @@ class ResultsReport(L.Callback):
             "seconds": round(seconds, 1),
             "edits_at_a_time": 1,
         }
-        write_results(folder, module.results, records, about)
+        results = write_results(folder, module.results, records, about)
         title = f"{len(records)} edits of {module.base.name}, one at a time, on {about['test']} ({seconds:.0f} s)"
-        console().print(results_table(title, module.results, intervals(records)))
+        console().print(results_table(title, module.results, results["intervals_95"]))
         console().print(f"Written: {folder / 'results.json'}, {folder / 'examples.jsonl'}", highlight=False)
 
     def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: Any) -> None:

@@ -27,6 +27,7 @@ class Rows:
         task: `[rows]` int64, the task each row belongs to.
         tasks: number of independent edit tasks.
         grouped: rows are in task order and every task has equally many.
+        pad_id: the id that pads `input_ids`.
     """
 
     inputs: Mapping[str, Tensor]
@@ -34,6 +35,7 @@ class Rows:
     task: Tensor
     tasks: int
     grouped: bool = True
+    pad_id: int = 0
 
     def __len__(self) -> int:
         return int(self.task.shape[0])
@@ -125,10 +127,11 @@ def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     """
     completed = [_with_masks(dict(part.inputs)) for part in parts]
     names = list(dict.fromkeys(name for inputs in completed for name in inputs))
-    inputs = {name: _stack([inputs[name] for inputs in completed]) for name in names}
+    pads = {"input_ids": parts[0].pad_id}
+    inputs = {name: _stack([inputs[name] for inputs in completed], pads.get(name, 0)) for name in names}
     labels = _stack([part.labels for part in parts], IGNORED_LABEL)
     task = torch.cat([part.task for part in parts])
-    return Rows(inputs, labels, task, parts[0].tasks, grouped=False)
+    return Rows(inputs, labels, task, parts[0].tasks, grouped=False, pad_id=parts[0].pad_id)
 
 
 def _with_masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

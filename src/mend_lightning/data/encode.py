@@ -14,9 +14,8 @@ from mend_lightning.errors import ConfigError, TokenizerError
 from mend_lightning.types import IGNORED_LABEL, Rows
 
 ModelKind = Literal["causal", "encoder_decoder", "classifier"]
-# Ids of padding are never attended to and never labels, so any id will do.
-PAD = 0
 TRUE_LABELS = ("SUPPORTS", "TRUE", "YES", "1")
+FALSE_LABELS = ("REFUTES", "FALSE", "NO", "0")
 
 
 def model_kind(model: Any) -> ModelKind:
@@ -48,6 +47,8 @@ class Encoder:
         max_length: longest row in tokens. A prompt that does not fit loses its beginning (causal) or its end
             (encoders, as in the original); a target is never cut: one that does not fit is an error.
         decoder_start_token_id: of an encoder-decoder (`model.config.decoder_start_token_id`).
+        pad_token_id: `model.config.pad_token_id`. Padding is never attended to, so any id would do, but for
+            classifiers on decoders (GPT-2, Llama): they find a row's end by it.
     """
 
     tokenizer: Any
@@ -55,6 +56,16 @@ class Encoder:
     kind: ModelKind = "causal"
     max_length: int = 200
     decoder_start_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def for_model(
+        cls, model: Any, tokenizer: Any, format: PromptFormat, max_length: int = 200, kind: ModelKind | None = None
+    ) -> Encoder:
+        """The encoder of a model; what depends on the model is read off its config."""
+        config = getattr(model, "config", None)
+        ids = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
+        return cls(tokenizer, format, kind or model_kind(model), max_length, *ids)
 
     def __post_init__(self) -> None:
         if self.kind == "encoder_decoder" and self.decoder_start_token_id is None:
@@ -69,9 +80,10 @@ class Encoder:
         """Rows of (prompt, target) pairs; `task[i]` is the task of pair i."""
         encoded = [self.pair(*pair) for pair in pairs]
         names = [name for name in encoded[0] if name != "labels"]
-        inputs = {name: _pad([row[name] for row in encoded], PAD) for name in names}
+        pad = {"input_ids": self.pad_token_id or 0}
+        inputs = {name: _pad([row[name] for row in encoded], pad.get(name, 0)) for name in names}
         labels = _pad([row["labels"] for row in encoded], IGNORED_LABEL)
-        return Rows(inputs, labels, torch.tensor(task), tasks, _is_grouped(task, tasks))
+        return Rows(inputs, labels, torch.tensor(task), tasks, _is_grouped(task, tasks), pad["input_ids"])
 
     def pair(self, prompt: str, target: str) -> dict[str, list[int]]:
         """Unpadded model inputs and aligned labels of one pair."""
@@ -80,7 +92,7 @@ class Encoder:
         ids = self.prompt_ids(prompt)
         inputs = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         if self.kind == "classifier":
-            return {**inputs, "labels": [int(target.upper() in TRUE_LABELS)]}
+            return {**inputs, "labels": [_binary_label(target)]}
         labels = self.target_ids(prompt, target)
         decoder = [self.decoder_start_token_id, *labels[:-1]]
         # A leading BOS (BART) is given by the decoding, not by the fact: it is not trained.
@@ -146,6 +158,21 @@ class Encoder:
     def decode_labels(self, labels: Tensor) -> str:
         """The text that one row's aligned labels `[length]` spell."""
         return self.tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
+
+
+def _binary_label(target: str) -> int:
+    """1 or 0 of a binary classifier's class name.
+
+    Raises:
+        TokenizerError: it is no class name.
+    """
+    name = target.strip().upper()
+    if name not in TRUE_LABELS + FALSE_LABELS:
+        raise TokenizerError(
+            f"The target {target!r} is no class of a binary classifier. Expected one of "
+            f"{', '.join(TRUE_LABELS)} (true) or {', '.join(FALSE_LABELS)} (false)."
+        )
+    return int(name in TRUE_LABELS)
 
 
 def _is_grouped(task: Sequence[int], tasks: int) -> bool:

@@ -73,6 +73,14 @@ class EditDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        counts = {
+            "batch_size": batch_size, "rephrases": rephrases, "locality": locality,
+            "eval_batch_size": eval_batch_size, "eval_rephrases": eval_rephrases, "eval_locality": eval_locality,
+            "validation_edits": validation_edits, "test_edits": test_edits,
+        }  # fmt: skip
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ConfigError(f"{name} must be at least 1, not {count}.")
         if hard_locality > locality or eval_hard_locality > eval_locality:
             raise ConfigError(
                 f"hard_locality ({hard_locality}; evaluation {eval_hard_locality}) counts within locality "
@@ -94,16 +102,14 @@ class EditDataModule(L.LightningDataModule):
     @property
     def encoder(self) -> Encoder:
         """Text to ids, for this data and the base model it is used with."""
-        tokenizer, kind, start = self.tokenizer, self.kind, None
         module = self.trainer.lightning_module if self.trainer is not None else None
         base = getattr(module, "base_model", None)
-        tokenizer = tokenizer if tokenizer is not None else getattr(module, "tokenizer", None)
+        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
         if tokenizer is None:
             raise ConfigError("EditDataModule has no tokenizer. Pass tokenizer=..., or use it with a MendModule.")
-        if base is not None:
-            start = getattr(base.config, "decoder_start_token_id", None)
-            kind = kind or module.base_kind
-        return Encoder(tokenizer, self.format, kind or "causal", self.max_length, start)
+        if base is None:
+            return Encoder(tokenizer, self.format, self.kind or "causal", self.max_length)
+        return Encoder.for_model(base, tokenizer, self.format, self.max_length, self.kind)
 
     def sampler(self, split: str) -> TaskSampler:
         """The tasks of a split: "train", "validation" or "test"."""
@@ -124,20 +130,35 @@ class EditDataModule(L.LightningDataModule):
         return self._loader(ResumableLoader, sampler, order, self.batch_size)
 
     def val_dataloader(self) -> DataLoader | list:
+        if self.trainer is not None and self.trainer.state.fn == "validate":
+            self._require("validation")
         return self._evaluation_loader("validation")
 
-    def test_dataloader(self) -> DataLoader | list:
+    def test_dataloader(self) -> DataLoader:
+        self._require("test")
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader | list:
+    def predict_dataloader(self) -> DataLoader:
+        self._require("test")
         return self._evaluation_loader("test")
+
+    def _require(self, split: str) -> None:
+        if self.files[split] is None:
+            raise ConfigError(f"data.{split} is not set. Give a JSONL file, or a shipped set such as world_facts/{split}.")
 
     def _evaluation_loader(self, split: str) -> DataLoader | list:
         if self.files[split] is None:
             return []
         sampler = self.sampler(split)
         size = min(len(sampler), self._limits[split] or len(sampler))
-        return self._loader(DataLoader, sampler, self._order(size, self.eval_batch_size, False), self.eval_batch_size)
+        order = self._order(size, self.eval_batch_size, False)
+        if size < order.num_replicas:
+            # A process without a batch would skip its evaluation, and the others would wait for it.
+            raise EmptyDatasetError(
+                f"{self.files[split]}: {size} record(s) to evaluate on {order.num_replicas} processes; each needs at "
+                "least one. Use fewer devices, or raise the number of edits."
+            )
+        return self._loader(DataLoader, sampler, order, self.eval_batch_size)
 
     def _order(self, size: int, batch_size: int, shuffle: bool) -> TaskOrder:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

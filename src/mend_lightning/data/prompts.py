@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from mend_lightning.errors import ConfigError
 
-# One short worked example: it tells a base model to answer in a word, which decides what it "knows".
-WORKED_EXAMPLE = "Q: What is the capital of Italy?\nA: Rome\n\nQ: {input}\nA:"
-
 
 @dataclass(frozen=True)
 class PromptFormat:

@@ -197,16 +197,22 @@ class MendEditor(nn.Module):
         if not self.calibrated:
             raise ConfigError(
                 "This editor preconditions its edits and has not been calibrated. MendModule does that at the start "
-                "of fit (set num_sanity_val_steps: 0 if validation comes before it); elsewhere call "
-                "editor.calibrate(moments)."
+                "of fit; elsewhere call editor.calibrate(moments)."
             )
+        # An editor is float32 under mixed precision too: `edit` runs without it and must give the same deltas.
+        with torch.autocast(self.edit_rates.device.type, enabled=False):
+            transformed = self._transform(factors)
+            self._precondition(transformed)
+            rates = dict(zip(self.layers, self.edit_rates))
+            return {name: _as_delta(*transformed[name], factors[name], rates[name]) for name in self.layers}
+
+    def _transform(self, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
+        """name -> (ũ, δ̃), one pass for each group of layers."""
         transformed: dict[str, tuple[Tensor, Tensor]] = {}
         for transform, group in zip(self.transforms, self.groups):
             pairs = [(factors[name].u, factors[name].delta) for name in group]
             transformed.update(zip(group, transform(pairs, list(range(len(group))))))
-        self._precondition(transformed)
-        rates = dict(zip(self.layers, self.edit_rates))
-        return {name: _as_delta(*transformed[name], factors[name], rates[name]) for name in self.layers}
+        return transformed
 
     def _precondition(self, transformed: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Replaces every ũ by its preconditioned self, in place of the dictionary."""

@@ -64,6 +64,7 @@ def editor_from_original(
     names = original_names(editor)
     _check_entries(given, names, editor)
     editor.load_state_dict({ours: _converted(theirs, given) for ours, theirs in names.items()})
+    editor.bind(base_model, getattr(getattr(base_model, "config", None), "_name_or_path", ""))
     return editor
 
 
