@@ -85,7 +85,8 @@ def runs(base_folder, facts, tmp_path_factory) -> dict[str, tuple[dict, Path]]:
 
 def launch(root: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    # Where this process found what it imported.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
         [*command, __file__, str(root), str(processes)], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -248,6 +248,16 @@ def test_damaged_files(damage, text, tmp_path):
         Edit.load(path)
 
 
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))})
+    path = edit.save(tmp_path / "fact.safetensors")
+    monkeypatch.setattr("mend_lightning.edit.save_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        edit.save(path)
+    assert os.listdir(tmp_path) == ["fact.safetensors"]
+    assert Edit.load(path).deltas.keys() == {"fc"}
+
+
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))})

@@ -148,13 +148,24 @@ def test_the_best_editor_is_saved_and_not_the_last(mend, edit_data, trainer, tmp
     keep = ModelCheckpoint(tmp_path / "checkpoints", filename="{step}", monitor="val/loss", save_top_k=1)
     settings = {"val_check_interval": 1, "check_val_every_n_epoch": None, "enable_checkpointing": True}
     # Far too high a rate: the longer it trains, the worse it gets.
-    module = mend("llama", lr=1.0, edit_rate_lr=1.0)
+    module = mend("llama", lr=0.2, edit_rate_lr=0.2)
     run = trainer(max_steps=4, callbacks=[keep, SaveEditor()], **settings)
     run.fit(module, edit_data())
     best = torch.load(keep.best_model_path, weights_only=True)
     assert best["global_step"] < run.global_step
     saved = MendEditor.from_pretrained(tmp_path / "editor").state_dict()
     assert_same_state({f"editor.{name}": value for name, value in saved.items()}, best["state_dict"])
+
+
+def test_a_run_that_diverged_is_stopped(mend, edit_data, trainer):
+    run = trainer(max_steps=8, val_check_interval=1, check_val_every_n_epoch=None)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        run.fit(mend("llama", lr=1e4, edit_rate_lr=1e4), edit_data())
+
+
+def test_an_untrained_editor_is_not_measured(mend, edit_data, trainer):
+    with pytest.raises(ConfigError, match="test needs a trained editor. Give --model.editor RUN/editor"):
+        trainer().test(mend("llama"), edit_data())
 
 
 @pytest.fixture
@@ -337,13 +348,14 @@ def test_editor_folder_round_trip(checkpoint, mend, edit_data, trainer, tmp_path
     assert trainer().validate(again, edit_data(), verbose=False) == expected
 
 
-def test_preconditioning_needs_a_data_module(mend, edit_data, trainer):
+def test_preconditioning_needs_a_data_module(mend, edit_data, trainer, tmp_path):
     module = mend("llama", precondition=0.1)
     batch = first_batches(module, edit_data(), 1)[0]
     with pytest.raises(ConfigError, match="this fit has no data module. Pass an EditDataModule"):
         trainer(max_steps=1).fit(module, given([batch]))
     trainer(max_steps=1).fit(module, edit_data())
     assert module.editor.calibrated
+    assert MendEditor.from_pretrained(module.editor.save_pretrained(tmp_path)).calibrated
 
 
 def test_editor_of_another_base(checkpoint, mend, edit_data, trainer, tmp_path):

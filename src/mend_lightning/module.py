@@ -96,6 +96,7 @@ class MendModule(L.LightningModule):
         self.base_model = self.tokenizer = self.editor = None
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
+        self._trained = editor is not None
 
     def configure_model(self) -> None:
         """Loads the base and builds the editor, once; Lightning calls this before every stage."""
@@ -136,16 +137,27 @@ class MendModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks the Trainer, before gigabytes load."""
-        untrained = self.editor is None and self._editor_folder is None and not self.trainer.ckpt_path
-        if stage in ("validate", "test", "predict") and untrained:
-            raise ConfigError(
-                f"{stage} needs a trained editor. Give --model.editor RUN/editor (the folder that fit wrote), or "
-                "--ckpt_path CHECKPOINT."
-            )
         if self._inference_mode():
             raise InferenceModeError(
                 "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
                 "Use Trainer(inference_mode=False); `mend-lightning` sets it."
+            )
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._check_trained()
+
+    def on_test_start(self) -> None:
+        self._check_trained()
+
+    def on_predict_start(self) -> None:
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        if not self._trained:
+            raise ConfigError(
+                f"{self.trainer.state.fn.value} needs a trained editor. Give --model.editor RUN/editor (the folder that "
+                "fit wrote), or --ckpt_path CHECKPOINT."
             )
 
     def _inference_mode(self) -> bool:
@@ -155,6 +167,7 @@ class MendModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
+        self._trained = True
         if self.editor.calibrated:
             return
         if self.trainer.datamodule is None:
@@ -274,6 +287,7 @@ class MendModule(L.LightningModule):
         saved = checkpoint.get("mend_lightning")
         if saved is None:
             raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
+        self._trained = True
         mine = self.editor.description()
         for name in ("layers", "settings", "base_fingerprint"):
             if saved[name] != mine[name]:
