@@ -3,8 +3,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
-# Two spinning OpenMP teams on two cores cost a factor of ten; waiting threads sleep instead.
-export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: install quickstart test
 
