@@ -147,7 +147,8 @@ def _print_saved(edit: Edit, path: Path, model: Any) -> None:
     ranks = [delta.rank for delta in edit.deltas.values()]
     console().print(
         f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {len(norms)} layers, rank {min(ranks)} to "
-        f"{max(ranks)}, largest ‖ΔW‖/‖W‖ {largest:.4f}. The base model's weights are untouched.",
+        f"{max(ranks)}, largest ‖ΔW‖/‖W‖ {largest:.4f}. The model now gives the new answer with probability "
+        f"{edit.about['probability']:.2f}. The base model's weights are untouched.",
         highlight=False,
     )
 

@@ -41,6 +41,12 @@ class LowRankDelta:
         gram = (self.down @ self.down.mT) * (self.up @ self.up.mT)
         return gram.sum((1, 2)).clamp(min=0).sqrt()
 
+    def scaled(self, factor: Tensor | float) -> LowRankDelta:
+        """ΔW times a factor: a number, or one of each task `[tasks]`."""
+        if isinstance(factor, Tensor):
+            factor = factor[:, None, None]
+        return LowRankDelta(self.down, self.up * factor)
+
     def of_task(self, task: int) -> LowRankDelta:
         """The delta of one task, its all-zero padding ranks dropped."""
         down, up = self.down[task].detach(), self.up[task].detach()

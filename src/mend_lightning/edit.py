@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mend_lightning.confidence import target_nll, worst_of_task
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.errors import BaseModelMismatchError, ConfigError, NoEffectWarning, StateDictError
+from mend_lightning.errors import (
+    BaseModelMismatchError,
+    ConfigError,
+    LowConfidenceWarning,
+    NoEffectWarning,
+    StateDictError,
+)
 from mend_lightning.files import written
 from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.layers import layer_shape
 from mend_lightning.step import compute_deltas
+from mend_lightning.types import Rows
 
 FORMAT = "1"
 
@@ -35,8 +44,9 @@ class Edit:
 
     Attributes:
         deltas: layer name -> LowRankDelta of one task.
-        about: JSON-able facts about the edit: `edits` (prompt and target of each), `base`, `base_fingerprint`,
-            `editor`, `date`, `versions`.
+        about: JSON-able facts about the edit: `edits` (prompt and target of each), `probability` (that the
+            edited model gives the whole target; of several, the least), `base`, `base_fingerprint`, `editor`, `date`,
+            `versions`.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -162,13 +172,28 @@ def make_edit(
     editor.eval().to(device)
     try:
         with torch.no_grad():
-            deltas = compute_deltas(model, editor, rows.to(device))
+            rows = rows.to(device)
+            deltas = compute_deltas(model, editor, rows)
+            probability = _probability(model, editor, deltas, rows)
     finally:
         editor.train(training).to(home)
     parts = {name: delta.of_task(0) for name, delta in deltas.items()}
     if not any(bool(delta.norm() > 0) for delta in parts.values()):
         warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=2)
-    return Edit(parts, _about(editor, model, facts))
+    if editor.confidence is not None and probability < 0.9 * editor.confidence:
+        warnings.warn(
+            f"After the edit {facts} the model gives the new answer with probability {probability:.2f}; the editor aims at "
+            f"{editor.confidence}. Look at its answers before you keep it.",
+            LowConfidenceWarning,
+            stacklevel=2,
+        )
+    return Edit(parts, {**_about(editor, model, facts), "probability": round(probability, 4)})
+
+
+def _probability(model: nn.Module, editor: MendEditor, deltas: dict[str, LowRankDelta], rows: Rows) -> float:
+    """The least probable fact's, under the edited model."""
+    with applied(editor.modules_in(model), deltas):
+        return math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
 
 
 def _about(editor: MendEditor, model: nn.Module, facts: Sequence[tuple[str, str]]) -> dict[str, Any]:

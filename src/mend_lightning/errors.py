@@ -67,3 +67,7 @@ class ConfigError(MendError, ValueError):
 
 class NoEffectWarning(UserWarning):
     """An operation ran but changed nothing."""
+
+
+class LowConfidenceWarning(UserWarning):
+    """An edit is as large as it may be, and the model is still less sure of the new answer than was asked for."""

@@ -42,7 +42,7 @@ class MendModule(L.LightningModule):
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
-        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition: see `MendEditor`.
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, confidence: see `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step.
         lr: Adam's learning rate of the transforms (paper: 1e-6).
         edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6).
@@ -71,6 +71,7 @@ class MendModule(L.LightningModule):
         inputs: Inputs = "combined",
         edit_rate: float = 1e-4,
         precondition: float | None = None,
+        confidence: float | None = None,
         calibration_batches: int = 16,
         lr: float = 1e-6,
         edit_rate_lr: float = 1e-6,
@@ -87,6 +88,7 @@ class MendModule(L.LightningModule):
         self._settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
             "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition,
+            "confidence": confidence,
         }  # fmt: skip
         if calibration_batches < 1:
             raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")

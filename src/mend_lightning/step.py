@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.capture import kept_factors, record_factors
+from mend_lightning.confidence import confident_scales
 from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.forward import attended_mask, label_mask, labelled, logits_at
 from mend_lightning.losses import mean_by_task, token_kl, token_nll
@@ -42,15 +43,22 @@ class StepOutput:
 
 
 def edit_factors(
-    model: nn.Module, layers: Mapping[str, nn.Module], z_edit: Rows
+    model: nn.Module, layers: Mapping[str, nn.Module], z_edit: Rows, trunk: TrunkOutputs | None = None
 ) -> tuple[dict[str, Factors], Tensor, Tensor]:
     """Gradient factors of the edits' loss, for all tasks in one backward pass.
+
+    Args:
+        model: the base model.
+        layers: name -> module of the edited layers.
+        z_edit: the edits.
+        trunk: the trunk's outputs for `z_edit`, where they are there already.
 
     Returns:
         name -> Factors, the inner loss of each task `[tasks]`, and the share of skipped tokens.
     """
     mask, targets, task = labelled(z_edit, "The edit")
-    with replayed(run_trunk(model, z_edit, layers), slice(None)), record_factors(layers) as tape:
+    trunk = trunk or run_trunk(model, z_edit, layers)
+    with replayed(trunk, slice(None)), record_factors(layers) as tape:
         nll = mean_by_task(token_nll(logits_at(model, z_edit, mask), targets), task, z_edit.tasks)
         raw = tape.gradients(nll.sum())
     factors = {name: kept_factors(u, delta, z_edit.task, z_edit.tasks) for name, (u, delta) in raw.items()}
@@ -59,9 +67,28 @@ def edit_factors(
     return factors, nll.detach(), torch.tensor(1 - kept / total)
 
 
+def make_deltas(
+    model: nn.Module, editor: nn.Module, z_edit: Rows
+) -> tuple[dict[str, LowRankDelta], Tensor, Tensor]:
+    """The weight deltas that `editor` makes of the edits `z_edit`, each as large as the editor's `confidence` asks.
+
+    Returns:
+        name -> LowRankDelta, and the inner loss and share of skipped tokens of `edit_factors`.
+    """
+    layers = editor.modules_in(model)
+    trunk = run_trunk(model, z_edit, layers)
+    factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
+    deltas = editor(factors)
+    if editor.confidence is not None:
+        # A constant to the meta-gradient: training learns directions, and the search what they are worth.
+        scales = confident_scales(model, layers, deltas, z_edit, trunk, editor.confidence)
+        deltas = {name: delta.scaled(scales) for name, delta in deltas.items()}
+    return deltas, inner, skipped
+
+
 def compute_deltas(model: nn.Module, editor: nn.Module, z_edit: Rows) -> dict[str, LowRankDelta]:
-    """The weight deltas that `editor` makes of the edits `z_edit`: name -> LowRankDelta."""
-    return editor(edit_factors(model, editor.modules_in(model), z_edit)[0])
+    """The weight deltas of `make_deltas` alone: name -> LowRankDelta."""
+    return make_deltas(model, editor, z_edit)[0]
 
 
 def locality_mask(x_out: Rows, positions: LocalityPositions) -> Tensor:
@@ -86,8 +113,7 @@ def edit_step(
     layers = editor.modules_in(model)
     # The edits have a pass of their own: what an edit is must not depend, not even in its rounding, on the
     # rows that happen to share its batch.
-    factors, inner, skipped = edit_factors(model, layers, batch.z_edit)
-    deltas = editor(factors)
+    deltas, inner, skipped = make_deltas(model, editor, batch.z_edit)
     rows = concatenate_rows([batch.x_out, batch.x_in])
     trunk = run_trunk(model, rows, layers)
     mask = locality_mask(batch.x_out, locality_positions)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.confidence import check_confidence
 from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
 from mend_lightning.editors.storage import load_editor, save_editor
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
@@ -41,6 +42,8 @@ class MendEditor(nn.Module):
         edit_rate: initial α of every layer (the paper's 1e-4).
         precondition: damping λ of the inverse input second moment that ũ is multiplied by (`InputPreconditioner`);
             None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
+        confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
+            rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
         constant_units: see `RunningNormalizer`.
 
     Example:
@@ -61,14 +64,18 @@ class MendEditor(nn.Module):
         inputs: Inputs = "combined",
         edit_rate: float = 1e-4,
         precondition: float | None = None,
+        confidence: float | None = None,
         constant_units: str = "center",
     ) -> None:
         super().__init__()
         self.layers = {name: tuple(shape) for name, shape in layers.items()}
         self.settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
-            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "constant_units": constant_units,
+            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "confidence": confidence,
+            "constant_units": constant_units,
         }  # fmt: skip
+        check_confidence(confidence)
+        self.confidence = confidence
         self.groups = group_layers(self.layers, shared)
         # What the editor was trained for; `bind` sets it, and it is saved with the editor.
         self.base_name: str = ""

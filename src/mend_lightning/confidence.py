@@ -1,0 +1,108 @@
+"""How far an edit goes: just far enough for the model to be confident of the new answer.
+
+The gradient of a log-likelihood says in which direction to go and not how far: δ at the logits is `p − y`, the same for an
+answer that has probability 10⁻³ and for one that has 10⁻⁹. With one learned rate for all edits the easy ones overshoot, and
+it is overshooting that harms unrelated facts. So each edit's `ΔW` is multiplied by a scale of its own: the smallest at which
+the edited model gives the edit's own target the wanted probability. Only `z_edit` is looked at, and only the blocks above the
+trunk run again. This is not in the MEND paper, and off by default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.errors import ConfigError
+from mend_lightning.forward import label_mask, logits_at
+from mend_lightning.functional import rows_sum
+from mend_lightning.losses import token_nll
+from mend_lightning.trunk import TrunkOutputs, replayed
+from mend_lightning.types import Rows
+
+# Multiples of the learned edit rate that are tried. Always all of them: under FSDP every process must run the same
+# number of forward passes, and a loop that stops early would wait for the device.
+SCALES = (0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0)
+
+
+def check_confidence(confidence: float | None) -> None:
+    """Raises ConfigError unless `confidence` is None or a probability between 0 and 1."""
+    if confidence is not None and not 0 < confidence < 1:
+        raise ConfigError(
+            f"confidence is the probability that an edited model shall give the new answer; it must be between 0 and 1, "
+            f"not {confidence}. None leaves every edit as large as the learned edit rate makes it."
+        )
+
+
+def target_nll(model: nn.Module, rows: Rows) -> Tensor:
+    """−log p of every row's whole target, summed over its tokens: `[rows]` float32."""
+    mask = label_mask(rows)
+    row = torch.arange(len(rows), device=mask.device)[:, None].expand_as(mask)[mask]
+    return rows_sum(token_nll(logits_at(model, rows, mask), rows.labels[mask]), row, len(rows))
+
+
+def worst_of_task(values: Tensor, rows: Rows) -> Tensor:
+    """The largest of `values` `[rows]` in each task: `[tasks]`."""
+    of_task = rows.task == torch.arange(rows.tasks, device=values.device)[:, None]
+    return torch.where(of_task, values, -math.inf).amax(1)
+
+
+@torch.no_grad()
+def confident_scales(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    deltas: Mapping[str, LowRankDelta],
+    z_edit: Rows,
+    trunk: TrunkOutputs,
+    confidence: float,
+) -> Tensor:
+    """The factor by which each task's deltas must be multiplied for the model to be confident of its targets.
+
+    Args:
+        model: the base model.
+        layers: name -> module of the edited layers.
+        deltas: name -> LowRankDelta of all tasks, at the learned edit rate.
+        z_edit: the edits.
+        trunk: the trunk's outputs for `z_edit`.
+        confidence: wanted probability of a whole target; of several edits in a task, of the least probable one.
+
+    Returns:
+        `[tasks]` float32 between the first and the last of `SCALES`, interpolated between them. Where none is enough, the
+        one that comes closest.
+    """
+    tried = []
+    for scale in SCALES:
+        larger = {name: delta.scaled(scale) for name, delta in deltas.items()}
+        with replayed(trunk, slice(None)), applied(layers, larger, z_edit.task_of_row):
+            tried.append(worst_of_task(target_nll(model, z_edit), z_edit))
+    return first_crossing(torch.stack(tried), -math.log(confidence))
+
+
+def first_crossing(nll: Tensor, wanted: float) -> Tensor:
+    """The smallest scale at which `nll` falls to `wanted`, for every task.
+
+    Args:
+        nll: `[len(SCALES), tasks]`, at each of `SCALES`.
+        wanted: the negative log-likelihood to reach.
+
+    Returns:
+        `[tasks]`, geometrically interpolated in both; the scale of the lowest `nll` where it is never reached.
+
+    Example:
+        >>> nll = torch.tensor([9.0, 8.0, 6.0, 4.0, 1.0, 0.5, 3.0])[:, None]
+        >>> [round(first_crossing(nll, wanted).item(), 2) for wanted in (20.0, 4.0, 2.0, 0.1)]
+        [0.25, 1.0, 1.26, 2.5]
+    """
+    scales = torch.tensor(SCALES, device=nll.device).log()
+    logs = nll.clamp(min=1e-12).log()
+    reached = nll <= wanted
+    # argmax of bools: the first that is true.
+    above = torch.where(reached.any(0), reached.int().argmax(0), nll.argmin(0))
+    below = (above - 1).clamp(min=0)
+    high, low = (logs.gather(0, index[None])[0] for index in (above, below))
+    between = reached.any(0) & (above > 0)
+    share = torch.where(between, (low - math.log(wanted)) / (low - high).clamp(min=1e-12), 1.0)
+    return (scales[below] + share * (scales[above] - scales[below])).exp()
