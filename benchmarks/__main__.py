@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one benchmark, prints its table, appends its line; returns the line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
-    names = ("command", "model", "tokens", "rank", "threads")
+    names = ("command", "model", "tokens", "rank", "threads", "reference_gradients")
     edits = options.edits if options.command == "step" else 1
     settings = Settings(edits=edits, **{name: getattr(options, name) for name in names})
     torch.set_num_threads(settings.threads)
@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--tokens", type=int, default=24, help="tokens of every row")
     shared.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")
     shared.add_argument("--threads", type=int, default=2, help="torch's threads")
+    shared.add_argument(
+        "--reference-gradients", choices=("all", "edited"), default="all",
+        help="weights whose gradients the reference's edit computes: all, as the original does, or the edited ones",
+    )  # fmt: skip
     shared.add_argument("--repeats", type=int, default=5, help="rounds that are timed, after one that is not")
     shared.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
     shared.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")

@@ -7,6 +7,10 @@ low-rank hooks, no trunk replay, no task dimension.
 What differs on purpose: this updates the running statistics edit after edit, the package with all edits of a
 batch before it normalises any of them. So losses are compared with the statistics frozen, after both have seen the
 same tokens (their order does not matter then); times are taken in training mode.
+
+The edit's own backward pass reaches every weight of the model, as the original's `loss.backward()` does: it never switches
+`requires_grad` off, and throws all gradients away but what its hooks caught. `all_gradients=False` is a leaner reference
+that computes the edited weights' gradients alone. The outer backward pass is lean either way.
 """
 
 from __future__ import annotations
@@ -68,12 +72,17 @@ class ReferenceMend:
         model: the frozen base model.
         editor: whose parameters are used and, in `step`, get gradients.
         c_edit: weight of the edit loss.
+        all_gradients: whether the edit's backward pass computes the gradients of all weights, as in the original, or
+            of the edited layers' only.
     """
 
-    def __init__(self, model: nn.Module, editor: MendEditor, c_edit: float = 0.1) -> None:
+    def __init__(
+        self, model: nn.Module, editor: MendEditor, c_edit: float = 0.1, all_gradients: bool = True
+    ) -> None:
         self.model, self.editor, self.c_edit = model, editor, c_edit
         modules = dict(model.named_modules())
         self.layers = {name: modules[name] for name in editor.layers}
+        self.trainable = list(model.parameters()) if all_gradients else [x.weight for x in self.layers.values()]
         self.networks, self.statistics = {}, {}
         for transform, group in zip(editor.transforms, editor.groups):
             statistics = RunningStatistics(transform.d_in), RunningStatistics(transform.d_out)
@@ -120,7 +129,7 @@ class ReferenceMend:
         with self._watched() as (inputs, deltas), torch.enable_grad():
             logits = self.model(**row_inputs(z_edit, index)[0]).logits
             loss = nll(logits, z_edit.labels[index : index + 1])
-            # As in the original, this computes the gradients of the weights too.
+            # As in the original, this computes the gradients of weights too, which nobody reads.
             loss.backward()
         factors = {}
         for name in self.layers:
@@ -142,15 +151,16 @@ class ReferenceMend:
             return keep
 
         try:
+            for weight in self.trainable:
+                weight.requires_grad_(True)
             for name, layer in self.layers.items():
-                layer.weight.requires_grad_(True)
                 handles.append(layer.register_forward_hook(watch(name)))
             yield inputs, deltas
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in self.layers.values():
-                layer.weight.requires_grad_(False).grad = None
+            for weight in self.trainable:
+                weight.requires_grad_(False).grad = None
 
     def _transformed(self, name: str, u: Tensor, delta: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         u_statistics, delta_statistics = self.statistics[name]

@@ -30,6 +30,7 @@ class Settings:
     tokens: int = 24
     rank: int = 1920
     threads: int = 2
+    reference_gradients: str = "all"
 
 
 @dataclass
@@ -48,7 +49,8 @@ def build(settings: Settings) -> Bench:
     editor = make_editor(model, settings.rank)
     edits = settings.edits if settings.command == "step" else 1
     batch = make_batch(model, edits, settings.tokens)
-    return Bench(model, editor, ReferenceMend(model, editor, C_EDIT), batch)
+    reference = ReferenceMend(model, editor, C_EDIT, settings.reference_gradients == "all")
+    return Bench(model, editor, reference, batch)
 
 
 def workload(bench: Bench, command: str, variant: str) -> Callable[[], object]:
