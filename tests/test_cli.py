@@ -19,9 +19,10 @@ import yaml
 from bases import REMARKS, SIZES, run_config
 from matplotlib.image import imread
 
-from mend_lightning import Edit, MendEditor, __version__
+from mend_lightning import Edit, LowConfidenceWarning, MendEditor, __version__, commands
 from mend_lightning.cli import COMMANDS, TRAINER_COMMANDS, main
 from mend_lightning.configs import config_folder, config_names
+from mend_lightning.errors import ModelLoadError
 from mend_lightning.scoreboard import PROTOCOL
 
 pytest_plugins = ["bases"]
@@ -315,6 +316,51 @@ def test_layers(base_folder):
     )
     result = call("layers", base_folder("gpt2"), "--layers+", "transformer.h.1.atn.c_attn")
     assert_says(result.err, "matches no layer. Did you mean transformer.h.1.attn.c_attn")
+
+
+def test_a_model_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEND_LIGHTNING_CACHE", str(tmp_path / "file" / "cache"))
+    result = call("get-smollm2")
+    assert result.code == 1
+    assert_says(result.err, r"Cannot write to the folder \S*file/cache: .*MEND_LIGHTNING_CACHE chooses another folder")
+
+
+def test_an_edit_as_sure_as_asked(session, config, tmp_path):
+    """--confidence overrides the editor's own; this one has none."""
+    asked = ["--prompt", QUESTION, "--target", "Oceania", "--dtype", "float32", "--editor", config.parent / "editor"]
+    with pytest.warns(LowConfidenceWarning, match="Oceania"):
+        result = call("edit", *asked, "--confidence", 0.999999, "--out", tmp_path / "sure")
+    assert result.code == 0, result.err
+    plain = call("edit", *asked, "--out", tmp_path / "plain")
+    sure, plain = (Edit.load(tmp_path / name) for name in ("sure", "plain"))
+    assert sure.about["probability"] > plain.about["probability"]
+    result = call("edit", *asked, "--confidence", 1.5, "--out", tmp_path / "x")
+    assert_says(result.err, "must be between 0 and 1, not 1.5")
+
+
+def test_an_editor_remembers_how_its_base_is_loaded(config, session, monkeypatch):
+    folder = config.parent / "editor"
+    description = json.loads((folder / "editor.json").read_text())
+    assert description["base_options"] == {"revision": None, "kind": None}
+    seen = {}
+
+    def load(name, dtype, **options):
+        seen.update(options, name=name)
+        raise ModelLoadError("stop here")
+
+    monkeypatch.setattr(commands, "load_base", load)
+    editor = MendEditor.from_pretrained(folder)
+    editor.base_options = {"revision": "abc", "kind": "causal"}
+    editor.save_pretrained(config.parent / "pinned")
+    asked = ["--prompt", QUESTION, "--target", "Oceania", "--editor", config.parent / "pinned"]
+    assert_says(call("edit", *asked).err, "stop here")
+    assert seen == {
+        "name": editor.base_name, "revision": "abc", "kind": "causal", "trust_remote_code": False
+    }  # fmt: skip
+    seen.clear()
+    assert_says(call("edit", *asked, "--base", "other", "--trust_remote_code", "true").err, "stop here")
+    assert seen == {"name": "other", "trust_remote_code": True}
 
 
 @pytest.mark.parametrize("family, kind", [("t5", "encoder_decoder"), ("bert", "classifier")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import tiny_model
@@ -11,7 +13,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTo
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.forward import run_model
-from mend_lightning.errors import ConfigError, TokenizerError
+from mend_lightning.errors import ConfigError, TokenizerError, TruncationWarning
 
 TEXT = [
     "Q: What is the capital of France?\nA: Paris\n", "Q: In which city is the Louvre?\nA: Paris\n",
@@ -154,11 +156,24 @@ def test_long_prompt_loses_its_beginning_and_the_target_nothing(max_length):
     tokenizer = byte_level()
     prompt = "Which of all the cities of France is the capital of France?"
     full = Encoder(tokenizer, QUESTION, max_length=1000).pair(prompt, "Italy")
-    cut = Encoder(tokenizer, QUESTION, max_length=max_length).pair(prompt, "Italy")
+    with pytest.warns(TruncationWarning, match=rf"max_length \({max_length} tokens.*lose their beginning. Raise max_length"):
+        cut = Encoder(tokenizer, QUESTION, max_length=max_length).pair(prompt, "Italy")
     assert len(cut["input_ids"]) <= max_length < len(full["input_ids"])
     assert cut["input_ids"] == full["input_ids"][-len(cut["input_ids"]) :]
     assert [label for label in cut["labels"] if label != -100] == [label for label in full["labels"] if label != -100]
     assert tokenizer.decode(cut["input_ids"]).endswith("\nA: Italy")
+
+
+def test_a_long_prompt_keeps_its_bos():
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    prompt = "<bos>Which of all the cities of France is the capital of France?"
+    encoder = Encoder(tokenizer, PromptFormat("{input}", " {target}", "\n"), max_length=16)
+    full = replace(encoder, max_length=1000).pair(prompt, "Italy")["input_ids"]
+    with pytest.warns(TruncationWarning):
+        cut = encoder.pair(prompt, "Italy")["input_ids"]
+    assert len(cut) < len(full) and cut[0] == tokenizer.bos_token_id == full[0]
+    assert cut[1:] == full[1 - len(cut) :]
 
 
 def test_target_that_does_not_fit():
@@ -220,7 +235,8 @@ def test_encoder_prompt_loses_its_end_and_keeps_eos():
     encoder = Encoder(tokenizer, QUESTION, "encoder_decoder", max_length=10, decoder_start_token_id=0)
     full = tokenizer(QUESTION.question(PAIRS[0][0]))["input_ids"]
     assert len(full) > 10
-    assert encoder.prompt_ids(PAIRS[0][0]) == [*full[:9], tokenizer.eos_token_id]
+    with pytest.warns(TruncationWarning, match="lose their end"):
+        assert encoder.prompt_ids(PAIRS[0][0]) == [*full[:9], tokenizer.eos_token_id]
 
 
 def test_encoder_decoder_needs_its_start():

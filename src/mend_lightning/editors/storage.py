@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, DESCRIPTION = "editor.safetensors", "editor.json"
 FORMAT = 1
-KEYS = ("layers", "settings", "base", "base_fingerprint", "prompt_format")
+KEYS = ("layers", "settings", "base", "base_options", "base_fingerprint", "prompt_format")
 
 
 def save_editor(editor: MendEditor, folder: str | Path) -> Path:
@@ -75,7 +75,7 @@ def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEdito
     layers = {name: tuple(shape) for name, shape in description["layers"]}
     editor = editor_class(layers, **description["settings"])
     editor.base_name, editor.base_fingerprint = description["base"], description["base_fingerprint"]
-    editor.prompt_format = description["prompt_format"]
+    editor.prompt_format, editor.base_options = description["prompt_format"], description["base_options"]
     try:
         editor.load_state_dict(state)
     except RuntimeError as error:
