@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mend_lightning.answers import edited_answers, judge_answers, task_records
 from mend_lightning.base import BaseModel
+from mend_lightning.calibration import collect_moments
 from mend_lightning.checks import check_checkpointing, check_finite, check_precision, check_prompt_format
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.module import EditDataModule
@@ -23,9 +24,9 @@ from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, InferenceModeError, NonFiniteError, StateDictError
 from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
-from mend_lightning.precondition import InputMoments, collect_moments
+from mend_lightning.precondition import InputMoments
 from mend_lightning.scoreboard import Scoreboard
-from mend_lightning.step import LocalityPositions, compute_deltas, edit_factors, edit_step
+from mend_lightning.step import LocalityPositions, compute_deltas, edit_step
 from mend_lightning.types import EditBatch
 
 _BASE_PREFIX = "base_model."
@@ -42,7 +43,8 @@ class MendModule(L.LightningModule):
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
-        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, confidence: see `MendEditor`.
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, confidence: see
+            `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step.
         lr: Adam's learning rate of the transforms (paper: 1e-6).
         edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6).
@@ -71,6 +73,7 @@ class MendModule(L.LightningModule):
         inputs: Inputs = "combined",
         edit_rate: float = 1e-4,
         precondition: float | None = None,
+        rephrase_ridge: float | None = None,
         confidence: float | None = None,
         calibration_batches: int = 16,
         lr: float = 1e-6,
@@ -88,7 +91,7 @@ class MendModule(L.LightningModule):
         self._settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
             "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition,
-            "confidence": confidence,
+            "rephrase_ridge": rephrase_ridge, "confidence": confidence,
         }  # fmt: skip
         if calibration_batches < 1:
             raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
@@ -183,8 +186,7 @@ class MendModule(L.LightningModule):
         moments: dict[str, InputMoments] = {}
         layers = self.editor.modules_in(self.base_model)
         for batch in islice(batches, self.calibration_batches):
-            factors, _, _ = edit_factors(self.base_model, layers, batch.z_edit.to(self.device))
-            collect_moments(moments, factors)
+            collect_moments(self.base_model, layers, batch.to(self.device), moments)
         self.editor.calibrate(moments)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:

@@ -1,57 +1,105 @@
-"""Preconditioning by the inputs' second moment: what all inputs have in common, an edit leaves alone.
+"""Preconditioning of ũ: what all inputs share an edit leaves alone, and what rephrasings share it follows.
 
-An edit adds `δ̃ (ũ · u)` to a layer's output for *every* input u. Inputs share strong directions (the words of the
-question, the format of the prompt), so `ũ · u` is large for unrelated questions too. With `A = E[u uᵀ]` the factor
-`A⁻¹ũ` answers as little as possible to the average input for the same answer to the edit's own: it minimises
-`E[(v · u)²]` subject to `v · ũ` fixed. This is the input side of K-FAC's natural gradient (Martens & Grosse, 2015) and
-ROME's `C⁻¹k` (Meng et al., 2022). It is not in the MEND paper, and off by default.
+An edit adds `δ̃ (v · u)` to a layer's output for *every* input u, where v is made of the edit's own input ũ. Two questions
+decide what v should be, and both have a linear answer that is estimated once, before training:
+
+* Unrelated inputs should be answered little. They share strong directions with the edit (the words of the question, the
+  format of the prompt), so `ũ · u` is large for them too. With `A = E[u uᵀ]`, `v = A⁻¹ũ` minimises `E[(v · u)²]` at a fixed
+  `v · ũ`. This is the input side of K-FAC's natural gradient (Martens & Grosse, 2015) and ROME's `C⁻¹k` (Meng et al., 2022).
+* Rephrases should be answered as much as the edit itself. They are not known, but what to expect of them is: the linear
+  regression of a rephrase's input u′ on the edit's, `E[u′ | ũ] = C B⁻¹ ũ` with `C = E[u′ uᵀ]` and `B = E[u uᵀ]` over pairs of
+  phrasings at the same token of the answer. What changes from phrasing to phrasing is shrunk, what stays is kept. It then
+  stands in for ũ: `v = A⁻¹ C B⁻¹ ũ`.
+
+Neither is in the MEND paper, and both are off by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import ConfigError
-from mend_lightning.types import Factors
+
+
+@dataclass
+class Moments:
+    """Second moment of pairs of rows, as sums in float64.
+
+    Attributes:
+        count: number of pairs `(u, v)`; products: `[width, width]` sum of `(u vᵀ + v uᵀ) / 2`.
+    """
+
+    count: Tensor
+    products: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> Moments:
+        zeros = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
+        return cls(zeros[0, 0].clone(), zeros[1:])
+
+    def add(self, u: Tensor, v: Tensor | None = None) -> None:
+        """Takes in rows `u` `[tokens, width]`, each with itself or with its row of `v`."""
+        # The product in the rows' own precision: float64 matrix products are slow, single batches small.
+        products = u.T @ (u if v is None else v)
+        self.count += u.shape[0]
+        self.products += products if v is None else (products + products.T) / 2
+
+    def mean(self) -> Tensor:
+        """`[width, width]`, of at least one pair."""
+        return self.products / self.count
 
 
 @dataclass
 class InputMoments:
-    """Sums over a layer's inputs.
+    """Moments of a layer's inputs.
 
     Attributes:
-        count: number of tokens; total: `[width]` their sum; products: `[width, width]` sum of `u uᵀ`. float64.
+        total: `[width]` float64, sum over all tokens.
+        all: of all tokens.
+        answers: of the tokens at which an answer is predicted; there are none in an encoder.
+        paired, pairs: of an edit's and a rephrase's inputs at the same token of the answer: each with itself, and
+            one with the other.
     """
 
-    count: Tensor
     total: Tensor
-    products: Tensor
+    all: Moments
+    answers: Moments
+    paired: Moments
+    pairs: Moments
 
     @classmethod
     def empty(cls, width: int, device: torch.device | str = "cpu") -> InputMoments:
-        zeros = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
-        return cls(torch.zeros((), dtype=torch.float64, device=device), zeros[0], zeros[1:])
+        total = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(total, *(Moments.empty(width, device) for _ in fields(cls)[1:]))
 
     def add(self, u: Tensor) -> None:
-        """Takes in rows `u` `[tokens, width]`."""
-        # The product in the rows' own precision: float64 matrix products are slow, single batches small.
-        self.count += u.shape[0]
+        """Takes in inputs `u` `[tokens, width]` at any token."""
         self.total += u.sum(0)
-        self.products += u.T @ u
+        self.all.add(u)
+
+    def add_pairs(self, u: Tensor, rephrased: Tensor) -> None:
+        """Takes in inputs `[tokens, width]` of edits and of their rephrases, token by token of the answer."""
+        self.paired.add(u)
+        self.paired.add(rephrased)
+        self.pairs.add(u, rephrased)
+
+    def second(self) -> Tensor:
+        """`A` `[width, width]`: the tokens that decide an answer count as much as all tokens together."""
+        return (self.all.mean() + self.answers.mean()) / 2 if bool(self.answers.count) else self.all.mean()
 
     def all_reduce(self) -> None:
         """Sums over all processes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for tensor in (self.count, self.total, self.products):
+            parts = (self.all, self.answers, self.paired, self.pairs)
+            for tensor in (self.total, *(t for part in parts for t in (part.count, part.products))):
                 torch.distributed.all_reduce(tensor)
 
 
 class InputPreconditioner(nn.Module):
-    """Multiplies rows by `s (A + λ tr(A)/d · 1)⁻¹`, fixed once it is calibrated.
+    """Multiplies rows by `s (A + λ tr(A)/d · 1)⁻¹ C (B + ρ tr(B)/d · 1)⁻¹`, fixed once it is calibrated.
 
     The scale s keeps the edit's mean effect on its own inputs what it is without preconditioning, so edit rates
     mean the same with and without.
@@ -59,6 +107,8 @@ class InputPreconditioner(nn.Module):
     Args:
         width: d_in of the layer.
         damping: λ; larger is closer to no preconditioning.
+        rephrase_ridge: ρ, the ridge of the regression `C B⁻¹` on rephrases; None leaves `C B⁻¹` out. It is left out as well
+            where no token of a rephrase corresponds to one of the edit (encoders).
 
     Example:
         >>> moments = InputMoments.empty(2)
@@ -70,27 +120,28 @@ class InputPreconditioner(nn.Module):
         True
     """
 
-    def __init__(self, width: int, damping: float) -> None:
+    def __init__(self, width: int, damping: float, rephrase_ridge: float | None = None) -> None:
         super().__init__()
-        if damping <= 0:
-            raise ConfigError(f"precondition is the damping of an inverse and must be positive, not {damping}.")
-        self.damping = damping
+        _check_positive("precondition is the damping of an inverse", damping)
+        if rephrase_ridge is not None:
+            _check_positive("rephrase_ridge is the ridge of a regression", rephrase_ridge)
+        self.damping, self.rephrase_ridge = damping, rephrase_ridge
         self.register_buffer("matrix", torch.eye(width))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
     def calibrate(self, moments: InputMoments) -> None:
         """Sets the matrix from the moments of a sample of inputs."""
-        if not bool(moments.count >= 1):
+        if not bool(moments.all.count >= 1):
             raise ConfigError("No input to estimate the preconditioning from: the calibration batches hold no token.")
-        count = moments.count
-        second, mean = moments.products / count, moments.total / count
+        matrix = _damped_inverse(moments.second(), self.damping)
+        if self.rephrase_ridge is not None and bool(moments.pairs.count):
+            # Rows are multiplied from the left: the transpose of A⁻¹ C B⁻¹, whose three parts are symmetric.
+            matrix = _damped_inverse(moments.paired.mean(), self.rephrase_ridge) @ moments.pairs.mean() @ matrix
+        second, mean = moments.all.mean(), moments.total / moments.all.count
         spread = (second.diagonal() - mean.square()).clamp(min=0).sqrt()
-        ridge = self.damping * second.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        inverse = torch.linalg.inv(second + ridge * torch.eye(len(mean), dtype=second.dtype, device=second.device))
-        # E[norm(u) · u] over E[(A⁻¹u) · u]: the effect of an edit on its own inputs, without and with.
-        scale = spread.sum() / (inverse * second).sum()
-        self.matrix.copy_(scale * inverse)
+        # E[norm(u) · u] over E[v · u]: the effect of an edit on its own inputs, without and with.
+        self.matrix.copy_(spread.sum() / (matrix * second).sum() * matrix)
         self.calibrated.fill_(True)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -98,9 +149,11 @@ class InputPreconditioner(nn.Module):
         return rows @ self.matrix
 
 
-def collect_moments(moments: dict[str, InputMoments], factors: Mapping[str, Factors]) -> None:
-    """Adds the inputs of every layer in `factors` to `moments` (name -> InputMoments)."""
-    for name, factor in factors.items():
-        if name not in moments:
-            moments[name] = InputMoments.empty(factor.u.shape[1], factor.u.device)
-        moments[name].add(factor.u)
+def _damped_inverse(second: Tensor, damping: float) -> Tensor:
+    ridge = damping * second.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.linalg.inv(second + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device))
+
+
+def _check_positive(what: str, value: float) -> None:
+    if value <= 0:
+        raise ConfigError(f"{what} and must be positive, not {value}.")

@@ -42,6 +42,8 @@ class MendEditor(nn.Module):
         edit_rate: initial α of every layer (the paper's 1e-4).
         precondition: damping λ of the inverse input second moment that ũ is multiplied by (`InputPreconditioner`);
             None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
+        rephrase_ridge: with `precondition`, ridge ρ of the regression of rephrases' inputs on the edit's, which makes edits
+            hold for rephrases (`InputPreconditioner`); None leaves it out, as in the paper.
         confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
             rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
         constant_units: see `RunningNormalizer`.
@@ -64,6 +66,7 @@ class MendEditor(nn.Module):
         inputs: Inputs = "combined",
         edit_rate: float = 1e-4,
         precondition: float | None = None,
+        rephrase_ridge: float | None = None,
         confidence: float | None = None,
         constant_units: str = "center",
     ) -> None:
@@ -71,8 +74,8 @@ class MendEditor(nn.Module):
         self.layers = {name: tuple(shape) for name, shape in layers.items()}
         self.settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
-            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "confidence": confidence,
-            "constant_units": constant_units,
+            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "rephrase_ridge": rephrase_ridge,
+            "confidence": confidence, "constant_units": constant_units,
         }  # fmt: skip
         self.set_confidence(confidence)
         self.groups = group_layers(self.layers, shared)
@@ -89,8 +92,12 @@ class MendEditor(nn.Module):
             for group in self.groups
         )
 
+        if rephrase_ridge is not None and precondition is None:
+            raise ConfigError("rephrase_ridge is a part of the preconditioning: set precondition (its damping) as well.")
         widths = [shape[0] for shape in self.layers.values()] if precondition is not None else []
-        self.preconditioners = nn.ModuleList(InputPreconditioner(width, precondition) for width in widths)
+        self.preconditioners = nn.ModuleList(
+            InputPreconditioner(width, precondition, rephrase_ridge) for width in widths
+        )
 
     @classmethod
     def for_model(

@@ -1,0 +1,123 @@
+"""What calibration collects: against one row, one token at a time, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import KINDS, make_batch, relative_error, tiny_model
+
+from mend_lightning.calibration import collect_moments
+from mend_lightning.editors import MendEditor
+from mend_lightning.layers import select_layers
+from mend_lightning.precondition import InputMoments
+from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
+
+TASKS = 3
+
+
+def with_answers(rows: Rows) -> Rows:
+    """Two labels at the end of every row, which tell its task."""
+    if rows.labels.shape[1] == 1:
+        return rows
+    labels = torch.full_like(rows.labels, IGNORED_LABEL)
+    for index, (task, length) in enumerate(zip(rows.task.tolist(), lengths(rows))):
+        labels[index, length - 2 : length] = torch.tensor([5 + task, 9])
+    return replace(rows, labels=labels)
+
+
+def lengths(rows: Rows) -> list[int]:
+    """Of the sequences that the labels belong to."""
+    mask = rows.inputs.get("decoder_attention_mask", rows.inputs["attention_mask"])
+    return mask.sum(1).tolist()
+
+
+def batch_of(family: str, seed: int, prefix: int = 0) -> EditBatch:
+    batch = make_batch(family, TASKS, seed=seed, prefix=prefix)
+    return EditBatch(*map(with_answers, (batch.z_edit, batch.x_out, batch.x_in)))
+
+
+def slow_inputs(model, layer, rows: Rows) -> list[torch.Tensor]:
+    """`[tokens, d_in]` of every row, run alone and without padding."""
+    found = []
+    handle = layer.register_forward_pre_hook(lambda module, args: found.append(args[0].reshape(-1, args[0].shape[-1])))
+    for index in range(len(rows)):
+        inputs = {}
+        for side in ("", "decoder_"):
+            if f"{side}input_ids" in rows.inputs:
+                mask = rows.inputs[f"{side}attention_mask"][index].bool()
+                inputs[f"{side}input_ids"] = rows.inputs[f"{side}input_ids"][index][mask][None]
+        model(**inputs)
+    handle.remove()
+    return found
+
+
+def outer_sum(lefts, rights) -> torch.Tensor:
+    return sum(torch.outer(a, b) for a, b in zip(lefts, rights))
+
+
+def expected_moments(model, layer, batches: list[EditBatch], decoding: bool) -> dict[str, tuple[int, torch.Tensor]]:
+    tokens, answers, left, right = [], [], [], []
+    for batch in batches:
+        inputs = {name: slow_inputs(model, layer, getattr(batch, name)) for name in ("z_edit", "x_in", "x_out")}
+        for name, rows in inputs.items():
+            tokens += [token for row in rows for token in row]
+            answers += [token for row in rows for token in row[-2:]]
+        for i, edit in enumerate(inputs["z_edit"]):
+            for j, rephrase in enumerate(inputs["x_in"]):
+                if batch.z_edit.task[i] == batch.x_in.task[j]:
+                    left, right = left + list(edit[-2:]), right + list(rephrase[-2:])
+    found = {"all": (len(tokens), outer_sum(tokens, tokens))}
+    if decoding:
+        found["answers"] = len(answers), outer_sum(answers, answers)
+        found["pairs"] = len(left), (outer_sum(left, right) + outer_sum(right, left)) / 2
+        found["paired"] = 2 * len(left), outer_sum(left, left) + outer_sum(right, right)
+    return found
+
+
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_moments_are_the_slow_ones(family, prefix):
+    model = tiny_model(family)
+    layers = select_layers(model)
+    batches = [batch_of(family, seed, prefix) for seed in (0, 1)]
+    moments: dict[str, InputMoments] = {}
+    for batch in batches:
+        collect_moments(model, layers, batch, moments)
+    for name, layer in layers.items():
+        decoding = KINDS[family] == "causal" or "decoder" in name
+        expected = expected_moments(model, layer, batches, decoding)
+        for part in ("all", "answers", "pairs", "paired"):
+            count, products = expected.get(part, (0, torch.zeros_like(moments[name].all.products)))
+            found = getattr(moments[name], part)
+            assert int(found.count) == count, (name, part)
+            # Collected from float32 copies of the inputs.
+            assert relative_error(found.products, products) < 1e-5, (name, part)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_rephrases_of_other_tasks_are_no_pairs():
+    """Several edits a task, two of them with the same answer, and a rephrase of none of them."""
+    model = tiny_model("gpt2")
+    batch = batch_of("gpt2", 0)
+    labels = batch.x_in.labels.clone()
+    labels[labels == 5 + 1] = 30
+    batch = replace(batch, x_in=replace(batch.x_in, labels=labels))
+    moments: dict[str, InputMoments] = {}
+    layers = select_layers(model)
+    collect_moments(model, layers, batch, moments)
+    # Two rephrases of two tokens in each of the other two tasks.
+    assert all(int(each.pairs.count) == 8 for each in moments.values())
+
+
+def test_an_editor_is_calibrated_with_them(family):
+    model = tiny_model(family)
+    editor = MendEditor.for_model(model, rank=2, precondition=0.1, rephrase_ridge=0.1)
+    plain = MendEditor.for_model(model, rank=2, precondition=0.1)
+    for each in (editor, plain):
+        moments: dict[str, InputMoments] = {}
+        collect_moments(model, each.modules_in(model), batch_of(family, 0), moments)
+        each.calibrate(moments)
+    for name, ours, other in zip(editor.layers, editor.preconditioners, plain.preconditioners):
+        assert bool(ours.calibrated)
+        assert torch.equal(ours.matrix, other.matrix) != (KINDS[family] == "causal" or "decoder" in name), name
