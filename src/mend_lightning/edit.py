@@ -32,7 +32,9 @@ from mend_lightning.errors import (
 from mend_lightning.files import written
 from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.layers import layer_shape
-from mend_lightning.step import compute_deltas
+from mend_lightning.prefix import run_trunk
+from mend_lightning.step import make_deltas
+from mend_lightning.trunk import replayed
 from mend_lightning.types import Rows
 
 FORMAT = "1"
@@ -173,8 +175,7 @@ def make_edit(
     try:
         with torch.no_grad():
             rows = rows.to(device)
-            deltas = compute_deltas(model, editor, rows)
-            probability = _probability(model, editor, deltas, rows)
+            deltas, probability = _made(model, editor, rows)
     finally:
         editor.train(training).to(home)
     parts = {name: delta.of_task(0) for name, delta in deltas.items()}
@@ -190,10 +191,13 @@ def make_edit(
     return Edit(parts, {**_about(editor, model, facts), "probability": round(probability, 4)})
 
 
-def _probability(model: nn.Module, editor: MendEditor, deltas: dict[str, LowRankDelta], rows: Rows) -> float:
-    """The least probable fact's, under the edited model."""
-    with applied(editor.modules_in(model), deltas):
-        return math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
+def _made(model: nn.Module, editor: MendEditor, rows: Rows) -> tuple[dict[str, LowRankDelta], float]:
+    """The deltas, and the probability of the least probable fact under the edited model."""
+    layers = editor.modules_in(model)
+    trunk = run_trunk(model, rows, layers)
+    deltas, _, _ = make_deltas(model, editor, rows, trunk)
+    with replayed(trunk, slice(None)), applied(layers, deltas):
+        return deltas, math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
 
 
 def _about(editor: MendEditor, model: nn.Module, facts: Sequence[tuple[str, str]]) -> dict[str, Any]:

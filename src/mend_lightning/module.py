@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from rich.progress import track
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mend_lightning.answers import edited_answers, judge_answers, task_records
 from mend_lightning.base import BaseModel
@@ -25,6 +26,7 @@ from mend_lightning.errors import BaseModelMismatchError, ConfigError, Inference
 from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
 from mend_lightning.precondition import InputMoments
+from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard
 from mend_lightning.step import LocalityPositions, compute_deltas, edit_step
 from mend_lightning.types import EditBatch
@@ -45,7 +47,8 @@ class MendModule(L.LightningModule):
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
         rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, confidence: see
             `MendEditor`.
-        calibration_batches: training batches that the preconditioning is estimated from, before the first step.
+        calibration_batches: training batches that the preconditioning is estimated from, before the first step; at most
+            one epoch.
         lr: Adam's learning rate of the transforms (paper: 1e-6).
         edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6).
         warmup_steps: steps in which both rise from 0.
@@ -182,10 +185,14 @@ class MendModule(L.LightningModule):
             )
         self._calibrate(self.trainer.datamodule.train_dataloader())
 
-    def _calibrate(self, batches: Iterable[EditBatch]) -> None:
+    def _calibrate(self, batches: DataLoader) -> None:
         moments: dict[str, InputMoments] = {}
         layers = self.editor.modules_in(self.base_model)
-        for batch in islice(batches, self.calibration_batches):
+        total = min(self.calibration_batches, len(batches))
+        hidden = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
+        for batch in track(
+            islice(batches, total), "Estimating the preconditioning", total, console=console(), disable=hidden
+        ):
             collect_moments(self.base_model, layers, batch.to(self.device), moments)
         self.editor.calibrate(moments)
 

@@ -68,15 +68,21 @@ def edit_factors(
 
 
 def make_deltas(
-    model: nn.Module, editor: nn.Module, z_edit: Rows
+    model: nn.Module, editor: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None
 ) -> tuple[dict[str, LowRankDelta], Tensor, Tensor]:
     """The weight deltas that `editor` makes of the edits `z_edit`, each as large as the editor's `confidence` asks.
+
+    Args:
+        model: the base model.
+        editor: a `MendEditor`.
+        z_edit: the edits.
+        trunk: see `edit_factors`.
 
     Returns:
         name -> LowRankDelta, and the inner loss and share of skipped tokens of `edit_factors`.
     """
     layers = editor.modules_in(model)
-    trunk = run_trunk(model, z_edit, layers)
+    trunk = trunk or run_trunk(model, z_edit, layers)
     factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
     deltas = editor(factors)
     if editor.confidence is not None:
