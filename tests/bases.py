@@ -41,7 +41,8 @@ REMARKS = (
     "ignore:.*The number of training batches.*is smaller than the logging interval.*",
     "ignore:.*in eval mode at the start of training.*",
 )
-# Records that each split of the tiny data holds. An odd number: the last evaluation batch is not full.
+# Records that each split in tests/facts holds (some of world_facts, copied: what a tiny model learns depends on each of
+# them). An odd number: the last evaluation batch is not full.
 SIZES = {"train": 16, "validation": 5, "test": 7}
 FORMATS = {
     "causal": PromptFormat("Q: {input}\nA:", stop="\n"),
@@ -52,10 +53,11 @@ FORMATS = {
 
 @pytest.fixture(scope="session")
 def facts(tmp_path_factory) -> Path:
-    """Folder with the first lines of each split of world_facts, and of claims to verify (FEVER's kind)."""
+    """Folder with a few facts of each split of world_facts, and with claims to verify (FEVER's kind)."""
     folder = tmp_path_factory.mktemp("facts")
     for split, size in SIZES.items():
-        lines = find_data_file(f"world_facts/{split}").read_text(encoding="utf-8").splitlines()[:size]
+        lines = (Path(__file__).parent / "facts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == size
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         claims = "\n".join(json.dumps(claim(json.loads(line), i)) for i, line in enumerate(lines))
         (folder / f"claims_{split}.jsonl").write_text(claims + "\n", encoding="utf-8")
