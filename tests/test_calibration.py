@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import KINDS, make_batch, relative_error, tiny_model
+from torch.nn.functional import pad
 
 from mend_lightning.calibration import collect_moments
 from mend_lightning.editors import MendEditor
@@ -36,6 +37,14 @@ def lengths(rows: Rows) -> list[int]:
 def batch_of(family: str, seed: int, prefix: int = 0) -> EditBatch:
     batch = make_batch(family, TASKS, seed=seed, prefix=prefix)
     return EditBatch(*map(with_answers, (batch.z_edit, batch.x_out, batch.x_in)))
+
+
+def padded_decoder(rows: Rows) -> Rows:
+    """An encoder-decoder's rows with the decoder's side padded to the length of the encoder's."""
+    more = (0, rows.inputs["input_ids"].shape[1] - rows.labels.shape[1])
+    names = ("decoder_input_ids", "decoder_attention_mask")
+    inputs = {**rows.inputs, **{name: pad(rows.inputs[name], more) for name in names}}
+    return replace(rows, inputs=inputs, labels=pad(rows.labels, more, value=IGNORED_LABEL))
 
 
 def slow_inputs(model, layer, rows: Rows) -> list[torch.Tensor]:
@@ -108,6 +117,19 @@ def test_rephrases_of_other_tasks_are_no_pairs():
     collect_moments(model, layers, batch, moments)
     # Two rephrases of two tokens in each of the other two tasks.
     assert all(int(each.pairs.count) == 8 for each in moments.values())
+
+
+def test_an_encoder_as_long_as_its_decoder_has_no_answers():
+    """Lengths do not tell the two apart."""
+    model = tiny_model("t5")
+    layers = select_layers(model)
+    short = batch_of("t5", 0)
+    batch = EditBatch(*map(padded_decoder, (short.z_edit, short.x_out, short.x_in)))
+    assert batch.z_edit.labels.shape == batch.z_edit.inputs["input_ids"].shape
+    moments: dict[str, InputMoments] = {}
+    collect_moments(model, layers, batch, moments)
+    for name, each in moments.items():
+        assert bool(each.answers.count) == ("decoder" in name), name
 
 
 def test_an_editor_is_calibrated_with_them(family):

@@ -137,17 +137,23 @@ def test_it_is_saved_with_the_editor(tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_an_edit_says_how_probable_its_answer_became(family, base_folder):
+    # The base knows this one, and an editor that was not trained makes it less sure.
+    fact = ("Which continent is North Korea in?", "Asia")
     model, tokenizer = load_base(str(base_folder(family)), "float32")
-    editor = MendEditor.for_model(model, rank=2, edit_rate=1e-3)
+    editor = spread_parameters(MendEditor.for_model(model, rank=2, edit_rate=0.1), 0.02)
     editor.bind(model, "tiny", vars(FORMATS[KINDS[family]]))
-    edit = make_edit(editor, model, tokenizer, ("Which city is the capital of France?", "Zagreb"))
-    rows = editor_encoder(editor, model, tokenizer).rows([("Which city is the capital of France?", "Zagreb")], [0], 1)
-    with edit.applied(model), torch.no_grad():
-        (row,) = rows_of_task(rows, 0)
+    edit = make_edit(editor, model, tokenizer, fact)
+    (row,) = rows_of_task(editor_encoder(editor, model, tokenizer).rows([fact], [0], 1), 0)
+
+    @torch.no_grad()
+    def probability() -> float:
         log_p = log_probabilities(model, row)
-    expected = math.exp(sum(float(log_p[position, target]) for position, target in row.labels))
-    assert edit.about["probability"] == pytest.approx(expected, abs=1e-3)
-    assert 0 < expected < 1
+        return math.exp(sum(float(log_p[position, target]) for position, target in row.labels))
+
+    before = probability()
+    with edit.applied(model):
+        assert edit.about["probability"] == pytest.approx(probability(), abs=1e-4)
+    assert abs(edit.about["probability"] - before) > 0.01
 
 
 def test_an_edit_that_cannot_reach_it_warns(base_folder):
