@@ -152,11 +152,13 @@ def before_after_table(
 def _print_saved(edit: Edit, path: Path, model: Any) -> None:
     norms = edit.relative_norm(model)
     largest = max(norms.values())
-    ranks = [delta.rank for delta in edit.deltas.values()]
+    ranks = sorted({delta.rank for delta in edit.deltas.values()})
+    rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    layers = f"{len(norms)} layer" if len(norms) == 1 else f"{len(norms)} layers"
     console().print(
-        f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {len(norms)} layers, rank {min(ranks)} to "
-        f"{max(ranks)}, largest ‖ΔW‖/‖W‖ {largest:.4f}. The model now gives the new answer with probability "
-        f"{edit.about['probability']:.2f}. The base model's weights are untouched.",
+        f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}, largest ‖ΔW‖/‖W‖ {largest:.4f}. "
+        f"The model now gives the new answer with probability {edit.about['probability']:.2f}. The base model's weights are "
+        "untouched.",
         highlight=False,
     )
 
