@@ -105,6 +105,19 @@ def test_moments_are_the_slow_ones(family, prefix):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_pairs_are_left_out_where_nobody_asks_for_them():
+    """Two matrices a layer are saved, and the rest is the same."""
+    model = tiny_model("gpt2")
+    layers = select_layers(model)
+    full: dict[str, InputMoments] = {}
+    lean: dict[str, InputMoments] = {}
+    collect_moments(model, layers, batch_of("gpt2", 0), full)
+    collect_moments(model, layers, batch_of("gpt2", 0), lean, pairs=False)
+    for name, each in lean.items():
+        assert each.pairs is None and each.paired is None
+        assert torch.equal(each.second(), full[name].second())
+
+
 def test_rephrases_of_other_tasks_are_no_pairs():
     """Several edits a task, two of them with the same answer, and a rephrase of none of them."""
     model = tiny_model("gpt2")

@@ -17,35 +17,48 @@ from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows, concatenate_row
 
 @torch.no_grad()
 def collect_moments(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: EditBatch, moments: dict[str, InputMoments]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batch: EditBatch,
+    moments: dict[str, InputMoments],
+    pairs: bool = True,
 ) -> None:
     """Adds the layers' inputs on all rows of a batch to `moments` (name -> InputMoments).
 
     Args:
         model: the base model.
         layers: name -> module of the edited layers.
-        batch: edit tasks. Their rephrases are paired with the edits they rephrase.
+        batch: edit tasks.
         moments: filled where a layer is missing.
+        pairs: whether edits are paired with their rephrases, which only `rephrase_ridge` needs.
     """
     rows = concatenate_rows([batch.z_edit, batch.x_in, batch.x_out])
-    edits, rephrases = rephrase_pairs(batch.z_edit, batch.x_in)
-    pairs = edits, rephrases + len(batch.z_edit)
-    answers, encoder = label_mask(rows), _encoder_modules(model)
+    paired = _paired_rows(batch) if pairs else None
+    answers, attended, encoder = label_mask(rows), attended_mask(rows), _encoder_modules(model)
     for name, calls in record_inputs(model, layers, rows).items():
         for u in calls:
             u = u.reshape(len(rows), -1, u.shape[-1]).float()
             if name not in moments:
-                moments[name] = InputMoments.empty(u.shape[-1], u.device)
+                moments[name] = InputMoments.empty(u.shape[-1], u.device, pairs)
             decoding = layers[name] not in encoder and u.shape[1] == answers.shape[1]
-            moments[name].add(u[attended_mask(rows) if decoding else _input_mask(rows, u.shape[1])])
+            moments[name].add(u[attended if decoding else _input_mask(rows, u.shape[1])])
             if decoding:
-                _add_answers(moments[name], u, answers, pairs)
+                _add_answers(moments[name], u, answers, paired)
 
 
-def _add_answers(moments: InputMoments, u: Tensor, answers: Tensor, pairs: tuple[Tensor, Tensor]) -> None:
+def _add_answers(
+    moments: InputMoments, u: Tensor, answers: Tensor, paired: tuple[Tensor, Tensor] | None
+) -> None:
     moments.answers.add(u[answers])
-    # Both rows of a pair have the same labels, so their label positions correspond one by one.
-    moments.add_pairs(*(u[rows][answers[rows]] for rows in pairs))
+    if paired is not None:
+        # Both rows of a pair have the same labels, so their label positions correspond one by one.
+        moments.add_pairs(*(u[rows][answers[rows]] for rows in paired))
+
+
+def _paired_rows(batch: EditBatch) -> tuple[Tensor, Tensor]:
+    """`rephrase_pairs` as indices into the rows of `z_edit` and then `x_in`."""
+    edits, rephrases = rephrase_pairs(batch.z_edit, batch.x_in)
+    return edits, rephrases + len(batch.z_edit)
 
 
 def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dict[str, list[Tensor]]:

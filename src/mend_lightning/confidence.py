@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.errors import ConfigError
-from mend_lightning.forward import label_mask, logits_at
+from mend_lightning.forward import label_mask, logits_at, row_of
 from mend_lightning.functional import rows_sum
 from mend_lightning.losses import token_nll
 from mend_lightning.trunk import TrunkOutputs, replayed
@@ -40,8 +40,7 @@ def check_confidence(confidence: float | None) -> None:
 def target_nll(model: nn.Module, rows: Rows) -> Tensor:
     """−log p of every row's whole target, summed over its tokens: `[rows]` float32."""
     mask = label_mask(rows)
-    row = torch.arange(len(rows), device=mask.device)[:, None].expand_as(mask)[mask]
-    return rows_sum(token_nll(logits_at(model, rows, mask), rows.labels[mask]), row, len(rows))
+    return rows_sum(token_nll(logits_at(model, rows, mask), rows.labels[mask]), row_of(mask), len(rows))
 
 
 def worst_of_task(values: Tensor, rows: Rows) -> Tensor:
@@ -74,10 +73,11 @@ def confident_scales(
         one that comes closest.
     """
     tried = []
-    for scale in SCALES:
-        larger = {name: delta.scaled(scale) for name, delta in deltas.items()}
-        with replayed(trunk, slice(None)), applied(layers, larger, z_edit.task_of_row):
-            tried.append(worst_of_task(target_nll(model, z_edit), z_edit))
+    with replayed(trunk, slice(None)):
+        for scale in SCALES:
+            larger = {name: delta.scaled(scale) for name, delta in deltas.items()}
+            with applied(layers, larger, z_edit.task_of_row):
+                tried.append(worst_of_task(target_nll(model, z_edit), z_edit))
     return first_crossing(torch.stack(tried), -math.log(confidence))
 
 

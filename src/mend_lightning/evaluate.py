@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.delta import LowRankDelta, applied
-from mend_lightning.forward import label_mask, logits_at
+from mend_lightning.forward import label_mask, logits_at, row_of
 from mend_lightning.functional import rows_all_true, rows_sum
 from mend_lightning.losses import is_correct, token_kl, token_nll
 from mend_lightning.prefix import run_trunk
@@ -94,8 +94,7 @@ def score_rows(
 
 def _compare(before: Tensor, after: Tensor, rows: Rows, mask: Tensor) -> RowScores:
     targets = rows.labels[mask]
-    row = torch.arange(len(rows), device=mask.device)[:, None].expand_as(mask)[mask]
-    index = (row, len(rows))
+    index = (row_of(mask), len(rows))
     hit_before, hit_after = is_correct(before, targets), is_correct(after, targets)
     same = (before > 0) == (after > 0) if before.shape[-1] == 1 else before.argmax(-1) == after.argmax(-1)
     return RowScores(

@@ -23,6 +23,16 @@ def label_mask(rows: Rows) -> Tensor:
     return rows.labels != IGNORED_LABEL
 
 
+def row_of(mask: Tensor) -> Tensor:
+    """The row of every position that `mask` `[rows, length]` picks, in the order of `x[mask]`: `[n]` int64.
+
+    Example:
+        >>> row_of(torch.tensor([[True, False], [True, True]])).tolist()
+        [0, 1, 1]
+    """
+    return torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+
+
 def attended_mask(rows: Rows) -> Tensor:
     """Real (not padding) positions of the sequence that the logits belong to: `[rows, length]` bool.
 

@@ -193,7 +193,7 @@ class MendModule(L.LightningModule):
         for batch in track(
             islice(batches, total), "Estimating the preconditioning", total, console=console(), disable=hidden
         ):
-            collect_moments(self.base_model, layers, batch.to(self.device), moments)
+            collect_moments(self.base_model, layers, batch.to(self.device), moments, self.editor.follows_rephrases)
         self.editor.calibrate(moments)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:

@@ -16,7 +16,7 @@ Neither is in the MEND paper, and both are off by default.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +61,20 @@ class InputMoments:
         all: of all tokens.
         answers: of the tokens at which an answer is predicted; there are none in an encoder.
         paired, pairs: of an edit's and a rephrase's inputs at the same token of the answer: each with itself, and
-            one with the other.
+            one with the other. None where no regression on rephrases is wanted.
     """
 
     total: Tensor
     all: Moments
     answers: Moments
-    paired: Moments
-    pairs: Moments
+    paired: Moments | None = None
+    pairs: Moments | None = None
 
     @classmethod
-    def empty(cls, width: int, device: torch.device | str = "cpu") -> InputMoments:
+    def empty(cls, width: int, device: torch.device | str = "cpu", pairs: bool = True) -> InputMoments:
+        """Moments of nothing; `pairs` says whether rephrases will be paired (two more matrices)."""
         total = torch.zeros(width, dtype=torch.float64, device=device)
-        return cls(total, *(Moments.empty(width, device) for _ in fields(cls)[1:]))
+        return cls(total, *(Moments.empty(width, device) for _ in range(4 if pairs else 2)))
 
     def add(self, u: Tensor) -> None:
         """Takes in inputs `u` `[tokens, width]` at any token."""
@@ -93,7 +94,7 @@ class InputMoments:
     def all_reduce(self) -> None:
         """Sums over all processes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts = (self.all, self.answers, self.paired, self.pairs)
+            parts = [part for part in (self.all, self.answers, self.paired, self.pairs) if part is not None]
             for tensor in (self.total, *(t for part in parts for t in (part.count, part.products))):
                 torch.distributed.all_reduce(tensor)
 
@@ -135,7 +136,7 @@ class InputPreconditioner(nn.Module):
         if not bool(moments.all.count >= 1):
             raise ConfigError("No input to estimate the preconditioning from: the calibration batches hold no token.")
         matrix = _damped_inverse(moments.second(), self.damping)
-        if self.rephrase_ridge is not None and bool(moments.pairs.count):
+        if self.rephrase_ridge is not None and moments.pairs is not None and bool(moments.pairs.count):
             # Rows are multiplied from the left: the transpose of A⁻¹ C B⁻¹, whose three parts are symmetric.
             matrix = _damped_inverse(moments.paired.mean(), self.rephrase_ridge) @ moments.pairs.mean() @ matrix
         second, mean = moments.all.mean(), moments.total / moments.all.count

@@ -211,6 +211,11 @@ class MendEditor(nn.Module):
         """Whether edits can be made: always without preconditioning, else after `calibrate`."""
         return all(bool(preconditioner.calibrated) for preconditioner in self.preconditioners)
 
+    @property
+    def follows_rephrases(self) -> bool:
+        """Whether calibration needs pairs of phrasings."""
+        return self.settings["rephrase_ridge"] is not None
+
     def calibrate(self, moments: Mapping[str, InputMoments]) -> None:
         """Fixes the preconditioning from moments of the layers' inputs (name -> InputMoments, all processes')."""
         for name, preconditioner in zip(self.layers, self.preconditioners):
