@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bases import REMARKS, first_batches, given
 from models import KINDS, make_batch, relative_error, tiny_model
 from torch.nn.functional import pad
 
 from mend_lightning.calibration import collect_moments
 from mend_lightning.editors import MendEditor
+from mend_lightning.errors import ConfigError
 from mend_lightning.layers import select_layers
 from mend_lightning.precondition import InputMoments
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
+pytest_plugins = ["bases"]
 TASKS = 3
 
 
@@ -156,3 +159,24 @@ def test_an_editor_is_calibrated_with_them(family):
     for name, ours, other in zip(editor.layers, editor.preconditioners, plain.preconditioners):
         assert bool(ours.calibrated)
         assert torch.equal(ours.matrix, other.matrix) != (KINDS[family] == "causal" or "decoder" in name), name
+
+
+@pytest.mark.filterwarnings(*REMARKS)
+def test_preconditioning_needs_a_data_module(mend, edit_data, trainer, tmp_path):
+    module = mend("llama", precondition=0.1)
+    batch = first_batches(module, edit_data(), 1)[0]
+    with pytest.raises(ConfigError, match="this fit has no data module. Pass an EditDataModule"):
+        trainer(max_steps=1).fit(module, given([batch]))
+    trainer(max_steps=1).fit(module, edit_data())
+    assert module.editor.calibrated
+    assert MendEditor.from_pretrained(module.editor.save_pretrained(tmp_path)).calibrated
+
+
+@pytest.mark.filterwarnings(*REMARKS)
+def test_fit_estimates_the_regression_on_rephrases(mend, edit_data, trainer):
+    matrices = {}
+    for ridge in (None, 0.1):
+        module = mend("llama", precondition=0.1, rephrase_ridge=ridge)
+        trainer(max_steps=1).fit(module, edit_data())
+        matrices[ridge] = [each.matrix for each in module.editor.preconditioners]
+    assert not any(torch.allclose(a, b) for a, b in zip(matrices[None], matrices[0.1]))

@@ -345,25 +345,6 @@ def test_editor_folder_round_trip(checkpoint, mend, edit_data, trainer, tmp_path
     assert trainer().validate(again, edit_data(), verbose=False) == expected
 
 
-def test_preconditioning_needs_a_data_module(mend, edit_data, trainer, tmp_path):
-    module = mend("llama", precondition=0.1)
-    batch = first_batches(module, edit_data(), 1)[0]
-    with pytest.raises(ConfigError, match="this fit has no data module. Pass an EditDataModule"):
-        trainer(max_steps=1).fit(module, given([batch]))
-    trainer(max_steps=1).fit(module, edit_data())
-    assert module.editor.calibrated
-    assert MendEditor.from_pretrained(module.editor.save_pretrained(tmp_path)).calibrated
-
-
-def test_fit_estimates_the_regression_on_rephrases(mend, edit_data, trainer):
-    matrices = {}
-    for ridge in (None, 0.1):
-        module = mend("llama", precondition=0.1, rephrase_ridge=ridge)
-        trainer(max_steps=1).fit(module, edit_data())
-        matrices[ridge] = [each.matrix for each in module.editor.preconditioners]
-    assert not any(torch.allclose(a, b) for a, b in zip(matrices[None], matrices[0.1]))
-
-
 def test_editor_of_another_base(checkpoint, mend, edit_data, trainer, tmp_path):
     checkpoint[1].editor.save_pretrained(tmp_path / "editor")
     with pytest.raises(BaseModelMismatchError, match="has none. Load the base model the editor was trained on"):
