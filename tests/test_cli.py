@@ -5,11 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +12,7 @@ import pytest
 import torch
 import yaml
 from bases import REMARKS, SIZES, run_config
+from commandline import assert_says, call
 from matplotlib.image import imread
 
 from mend_lightning import Edit, LowConfidenceWarning, MendEditor, __version__, commands
@@ -29,18 +25,6 @@ pytest_plugins = ["bases"]
 # The commands of one run write to one folder.
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")
 QUESTION = "Which continent is North Korea in?"
-
-
-def call(*arguments) -> SimpleNamespace:
-    """Runs the command line in this process; what it returned and printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-    # Tables wrap their cells and errors their lines; what is looked for is the words.
-    return SimpleNamespace(code=code, out=" ".join(out.getvalue().split()), err=" ".join(err.getvalue().split()))
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +174,6 @@ def test_bad_edit_files(content, text, tmp_path):
     result = call("edit", "--edits", path)
     assert result.code == 1
     assert_says(result.err, text)
-
-
-def assert_says(error: str, text: str) -> None:
-    """The text is in the error, and no traceback."""
-    assert re.search(text, error), error
-    assert "error: " in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -378,21 +356,3 @@ def test_overfitting_on_one_batch(config, tmp_path):
     once = ["--trainer.overfit_batches", "1", "--trainer.default_root_dir", tmp_path]
     with pytest.warns(UserWarning, match="You requested to overfit"):
         assert call("fit", "--config", config, *once).code == 0
-
-
-def test_interrupted(base_folder, facts, tmp_path):
-    """Ctrl-C: the exit code says so, the last checkpoint is whole, and the run goes on from it."""
-    config = run_config(tmp_path / "run", base_folder("llama"), facts, max_steps=100_000)
-    command = [sys.executable, "-m", "mend_lightning.cli", "fit", "--config", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    last, end = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 60
-    while not last.exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode not in (0, None) and "Traceback" not in printed, printed
-    steps = torch.load(last, weights_only=True)["global_step"]
-    assert 0 < steps < 100_000
-    assert call("fit", "--config", config, "--ckpt_path", last, "--trainer.max_steps", steps + 2).code == 0
-    assert torch.load(last, weights_only=True)["global_step"] == steps + 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -139,9 +140,33 @@ def test_killed(base_folder, facts, tmp_path):
     assert_same_run(resumed, expected)
 
 
+def test_interrupted(base_folder, facts, tmp_path):
+    """Ctrl-C: the exit code says so, the last checkpoint is whole, and the run goes on from it."""
+    config = run_config(tmp_path / "run", base_folder("llama"), facts, max_steps=100_000)
+    command = [sys.executable, "-m", "mend_lightning.cli", "fit", "--config", str(config)]
+    # As from a terminal: a shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=reset)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    try:
+        wait_for(last, process)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0].decode()
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode not in (0, None) and "Traceback" not in printed, printed
+    steps = load(last)["global_step"]
+    assert 0 < steps < 100_000
+    assert main(["fit", "--config", str(config), "--ckpt_path", str(last), "--trainer.max_steps", str(steps + 2)]) == 0
+    assert load(last)["global_step"] == steps + 2
+
+
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
     """Returns as soon as `path` exists."""
     end = time.monotonic() + seconds
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0].decode()
+        if process.poll() is not None or time.monotonic() >= end:
+            process.kill()
+            raise AssertionError(process.communicate()[0].decode())
         time.sleep(0.01)
