@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from models import make_rows, relative_error, tiny_model
@@ -10,6 +12,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning.delta import LowRankDelta, applied, pack_tasks, task_slots
+from mend_lightning.dense_delta import DenseDelta, SumDelta
 from mend_lightning.errors import BaseModelMismatchError
 from mend_lightning.forward import run_model
 from mend_lightning.layers import editable_layers, layer_shape
@@ -224,3 +227,45 @@ def test_packing_ragged_tasks(task):
     weight = torch.randn_like(packed)
     (packed * weight).sum().backward()
     assert torch.equal(rows.grad, weight[task, slot])
+
+
+@pytest.mark.parametrize("task", [[0, 0, 1, 1, 2, 2], [2, 0, 2, 1]], ids=["grouped", "mapped"])
+def test_dense_and_summed_deltas_equal_dense_weights(family, task):
+    """A dense delta a task, and a dense delta of all tasks plus a low-rank one of each."""
+    model, rows = tiny_model(family), make_rows(family, task, TASKS)
+    layers = {name: layer for name, layer in editable_layers(model).items() if name != "lm_head"}
+    low = random_deltas(layers)
+    base = {name: 0.1 * torch.randn(1, *reversed(layer_shape(layer)), dtype=torch.float64) for name, layer in layers.items()}
+    dense = {name: DenseDelta(delta.dense()) for name, delta in low.items()}
+    summed = {name: SumDelta((DenseDelta(base[name]), delta)) for name, delta in low.items()}
+    with applied(layers, dense, rows.task_of_row):
+        actual = run_model(model, rows)
+    assert relative_error(actual, dense_logits(model, low, rows)) < 1e-12
+    with applied(layers, summed, rows.task_of_row):
+        actual = run_model(model, rows)
+    with _shifted(layers, base):
+        assert relative_error(actual, dense_logits(model, low, rows)) < 1e-12
+
+
+@contextmanager
+def _shifted(layers: dict[str, nn.Module], base: dict[str, Tensor]):
+    """The model with `base` added to its weights, which dense_logits then reads."""
+    changes = {name: change[0].T if isinstance(layers[name], Conv1D) else change[0] for name, change in base.items()}
+    for name, change in changes.items():
+        layers[name].weight.data += change
+    yield
+    for name, change in changes.items():
+        layers[name].weight.data -= change
+
+
+def test_what_a_dense_and_a_summed_delta_say_of_themselves():
+    change, low = torch.randn(3, 4, 2), LowRankDelta(torch.randn(3, 1, 2), torch.randn(3, 1, 4))
+    dense, summed = DenseDelta(change), SumDelta((DenseDelta(change[:1]), low))
+    factor = torch.tensor([1.0, -2.0, 0.5])
+    for delta, whole in ((dense, change), (summed, change[:1] + low.dense())):
+        assert (delta.tasks, delta.shape) == (3, (2, 4))
+        torch.testing.assert_close(delta.dense(), whole)
+        torch.testing.assert_close(delta.norm(), torch.stack([torch.linalg.matrix_norm(each) for each in whole]))
+        torch.testing.assert_close(delta.scaled(factor).dense(), torch.stack([f * each for f, each in zip(factor, whole)]))
+        torch.testing.assert_close(delta.of_task(2).tensors()["weight"], whole[2])
+    assert summed.rank == dense.rank == 2

@@ -167,12 +167,12 @@ def test_answers_are_those_of_plain_greedy_decoding(family, asked):
     model, editor, encoder, batch = asked(family)
     base = state_copy(model)
     scores = evaluate_batch(model, editor, batch)
-    answers = edited_answers(model, editor, encoder, batch, scores)
+    answers = edited_answers(model, encoder, batch, scores)
     assert_same_state(state_copy(model), base)
     prompts, targets, tasks = questions(batch)
     layers = editor.modules_in(model)
     expected = [
-        plain_greedy(model, dense_weights(model, layers, scores.deltas, task), encoder, prompt)
+        plain_greedy(model, dense_weights(model, layers, scores.edited.deltas, task), encoder, prompt)
         for prompt, task in zip(prompts, tasks.tolist())
     ]
     assert answers == expected
@@ -227,10 +227,10 @@ def test_the_target_does_not_tell_when_to_stop(asked):
     model, editor, encoder, batch = asked("llama")
     scores = evaluate_batch(model, editor, batch)
     wrong = replace(scores, edit=all_wrong(scores.edit), rephrase=all_wrong(scores.rephrase))
-    expected = edited_answers(model, editor, encoder, batch, wrong)
+    expected = edited_answers(model, encoder, batch, wrong)
     for target in ("x", "a target of quite a number of words that never end"):
         other = replace(batch, texts=tuple(replace(text, target=target) for text in batch.texts))
-        assert edited_answers(model, editor, encoder, other, wrong) == expected
+        assert edited_answers(model, encoder, other, wrong) == expected
 
 
 def all_wrong(rows: RowScores) -> RowScores:
@@ -244,7 +244,7 @@ def test_nothing_stays_behind_after_an_exception(asked):
     with pytest.raises(ZeroDivisionError):
         evaluate_batch(model, editor, batch)
     with pytest.raises(ZeroDivisionError):
-        edited_answers(model, editor, encoder, batch, scores)
+        edited_answers(model, encoder, batch, scores)
     handle.remove()
     assert_same_state(state_copy(model), base)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

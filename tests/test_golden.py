@@ -16,7 +16,8 @@ from golden.checks import (
 )
 from golden.running import Run, logits, parameters_by_original_name, run_case
 
-from mend_lightning.step import compute_deltas, edit_factors, edit_step, locality_mask
+from mend_lightning.factors import edit_factors
+from mend_lightning.step import compute_deltas, edit_step, locality_mask
 from mend_lightning.trunk import TrunkOutputs
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=REASON)

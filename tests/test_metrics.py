@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from mend_lightning.edited import DeltaEdits
 from mend_lightning.evaluate import BatchScores, RowScores
 from mend_lightning.functional import bootstrap_interval, exact_match, rows_all_true, rows_sum, token_f1
 from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
@@ -150,7 +151,7 @@ def random_rows(count: int, seed: int, task_size: int = 1) -> RowScores:
 def test_scoreboard_against_loops_over_rows():
     board, all_rows, all_hard = Scoreboard(), [], []
     for seed, tasks in enumerate((4, 1, 3)):
-        scores = BatchScores(*(random_rows(tasks * n, 10 * seed + n, n) for n in (1, 2, 4)), deltas={})
+        scores = BatchScores(*(random_rows(tasks * n, 10 * seed + n, n) for n in (1, 2, 4)), edited=DeltaEdits({}, {}))
         hard = torch.rand(tasks * 4, generator=torch.Generator().manual_seed(seed)) < 0.5
         board.update(scores, hard)
         all_rows.append(scores)

@@ -326,7 +326,7 @@ def test_the_start_report_says_what_is_trained_and_leaves_no_trace(mend, edit_da
     assert_same_state(module.editor.state_dict(), plain.editor.state_dict())
     shown = capsys.readouterr().out
     parameters = sum(p.numel() for p in module.editor.parameters())
-    assert f"Editor: {parameters:,} parameters in 2 transform(s)" in shown
+    assert f"Editor: MendEditor, {parameters:,} parameters" in shown
     assert shown.count("edits model.layers.") == 9
     assert f"First edit: {batch.texts[0].prompt!r} -> ' {batch.texts[0].target}\\n'" in shown
     assert "Memory: base" in shown

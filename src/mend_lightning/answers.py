@@ -11,7 +11,6 @@ from torch import nn
 from mend_lightning.data.encode import Encoder
 from mend_lightning.evaluate import BatchScores, RowScores
 from mend_lightning.functional import exact_match, token_f1
-from mend_lightning.generate import generate_answers
 from mend_lightning.types import EditBatch
 
 
@@ -23,9 +22,7 @@ def questions(batch: EditBatch) -> tuple[list[str], list[str], torch.Tensor]:
     return prompts, targets, torch.tensor(tasks)
 
 
-def edited_answers(
-    model: nn.Module, editor: nn.Module, encoder: Encoder, batch: EditBatch, scores: BatchScores
-) -> list[str]:
+def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores: BatchScores) -> list[str]:
     """Greedy answers of each task's edited model to its question and rephrases, ended by the natural stop.
 
     A row whose every target token, the stop included, is the most probable one given those before it is what
@@ -39,15 +36,8 @@ def edited_answers(
     answers = list(targets)
     open_rows = [i for i, known in enumerate(right) if not known]
     if open_rows:
-        device = scores.edit.task.device
-        texts = generate_answers(
-            model,
-            encoder,
-            [prompts[i] for i in open_rows],
-            editor.modules_in(model),
-            scores.deltas,
-            tasks[open_rows].to(device),
-        )
+        tasks = tasks[open_rows].to(scores.edit.task.device)
+        texts = scores.edited.answers(model, encoder, [prompts[i] for i in open_rows], tasks)
         for i, text in zip(open_rows, texts):
             answers[i] = text
     return answers

@@ -134,7 +134,7 @@ def kept_factors(u: Tensor, delta: Tensor, task_of_row: Tensor, tasks: int) -> F
     """
     rows = task_of_row.shape[0]
     u, delta = (x.reshape(rows, -1, x.shape[-1]) for x in (u, delta))
-    task = task_of_row[:, None].expand(rows, u.shape[1]).reshape(-1)
+    row = torch.arange(rows, device=u.device)[:, None].expand(rows, u.shape[1]).reshape(-1)
     u, delta = u.flatten(0, 1), delta.flatten(0, 1)
     kept = (u != 0).any(-1) & (delta != 0).any(-1)
-    return Factors(u[kept].float(), delta[kept].float(), task[kept], tasks)
+    return Factors(u[kept].float(), delta[kept].float(), task_of_row[row[kept]], tasks, row[kept])

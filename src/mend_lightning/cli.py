@@ -157,6 +157,7 @@ def _quiet() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*LightningCLI's args parameter is intended.*",  # this is the command line
         ".*in eval mode at the start of training.*",  # the base is frozen: that is the point
+        ".*`configure_optimizers` returned `None`.*",  # an editor that needs no training; SaveEditor says so
         ".*LeafSpec.*",  # Lightning calls what torch has deprecated
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mend_lightning.base import Dtype, load_base
-from mend_lightning.edit import Edit, editor_encoder, make_edit
-from mend_lightning.editors.mend import MendEditor
+from mend_lightning.edit import Edit, make_edit, ready
+from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, DataFileError, RecordError
 from mend_lightning.functional import exact_match
 from mend_lightning.generate import generate_answers
@@ -64,26 +64,33 @@ def edit_command(
         out: where the edit is saved.
     """
     facts = _facts(prompt, target, edits)
-    mend_editor = MendEditor.from_pretrained(editor)
-    if not (base or mend_editor.base_name):
+    trained = Editor.from_pretrained(editor)
+    if not (base or trained.base_name):
         raise ConfigError(f"{editor} does not say which base model it is for. Give --base (a model id or folder).")
     if confidence is not None:
-        mend_editor.set_confidence(confidence)
+        trained.set_confidence(confidence)
     # Another base is loaded as it asks to be; the editor's own as it was for training.
-    options = {} if base else mend_editor.base_options
-    model, tokenizer = load_base(base or mend_editor.base_name, dtype, trust_remote_code=trust_remote_code, **options)
+    options = {} if base else trained.base_options
+    model, tokenizer = load_base(base or trained.base_name, dtype, trust_remote_code=trust_remote_code, **options)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    edit = make_edit(mend_editor, model, tokenizer, facts)
     asked = [("edited", question) for question, _ in facts]
     for kind, questions in (("rephrase", rephrase), ("unrelated", unrelated), ("near neighbour", neighbour)):
         asked += [(kind, question) for question in questions]
-    encoder = editor_encoder(mend_editor, model, tokenizer)
     questions = [question for _, question in asked]
-    before = generate_answers(model, encoder, questions)
-    with edit.applied(model):
-        after = generate_answers(model, encoder, questions)
+    with ready(trained, model, tokenizer) as encoder, torch.no_grad():
+        before = generate_answers(model, encoder, questions)
+        if trained.changes_weights:
+            edit = make_edit(trained, model, tokenizer, facts)
+            with edit.applied(model):
+                after = generate_answers(model, encoder, questions)
+        else:
+            rows = encoder.rows(facts, [0] * len(facts), 1).to(model.device)
+            after = trained.edited(model, rows).answers(model, encoder, questions)
     console().print(before_after_table(asked, before, after, dict(facts)))
-    _print_saved(edit, edit.save(out), model)
+    if trained.changes_weights:
+        _print_saved(edit, edit.save(out), model)
+    else:
+        console().print(f"{type(trained).__name__} changes no weight, so there is no edit to save.", highlight=False)
 
 
 def _facts(prompt: str | None, target: str | None, edits: Path | None) -> list[tuple[str, str]]:

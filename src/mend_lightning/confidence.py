@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.delta import Delta, applied
 from mend_lightning.errors import ConfigError
 from mend_lightning.forward import label_mask, logits_at, row_of
 from mend_lightning.functional import rows_sum
@@ -53,7 +53,7 @@ def worst_of_task(values: Tensor, rows: Rows) -> Tensor:
 def confident_scales(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    deltas: Mapping[str, LowRankDelta],
+    deltas: Mapping[str, Delta],
     z_edit: Rows,
     trunk: TrunkOutputs,
     confidence: float,
@@ -63,7 +63,7 @@ def confident_scales(
     Args:
         model: the base model.
         layers: name -> module of the edited layers.
-        deltas: name -> LowRankDelta of all tasks, at the learned edit rate.
+        deltas: name -> Delta of all tasks, at the learned edit rate.
         z_edit: the edits.
         trunk: the trunk's outputs for `z_edit`.
         confidence: wanted probability of a whole target; of several edits in a task, of the least probable one.

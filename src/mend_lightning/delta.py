@@ -1,15 +1,38 @@
-"""Low-rank weight deltas, one per task, and the hooks that add them to a running model."""
+"""Weight deltas, one per task: low-rank ones, and the hooks that add any to a running model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import BaseModelMismatchError
+
+
+class Delta(Protocol):
+    """`ΔW` of one layer, for each of several independent tasks: a `LowRankDelta`, or a `DenseDelta`.
+
+    Attributes:
+        tasks: their number.
+        rank: the largest rank that ΔW can have.
+        shape: (d_in, d_out).
+    """
+
+    tasks: int
+    rank: int
+    shape: tuple[int, int]
+
+    def dense(self) -> Tensor: ...
+    def norm(self) -> Tensor: ...
+    def scaled(self, factor: Tensor | float) -> Delta: ...
+    def of_task(self, task: int) -> Delta: ...
+    def to(self, device: torch.device | str) -> Delta: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +55,11 @@ class LowRankDelta:
     def rank(self) -> int:
         return int(self.down.shape[1])
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out)."""
+        return int(self.down.shape[-1]), int(self.up.shape[-1])
+
     def dense(self) -> Tensor:
         """ΔW as `[tasks, d_out, d_in]`: for tests and small models only."""
         return self.up.transpose(1, 2) @ self.down
@@ -53,6 +81,13 @@ class LowRankDelta:
         used = (down != 0).any(-1) & (up != 0).any(-1)
         return LowRankDelta(down[used][None].clone(), up[used][None].clone())
 
+    def to(self, device: torch.device | str) -> LowRankDelta:
+        return LowRankDelta(self.down.to(device), self.up.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved of a single task's delta: `{"down": [rank, d_in], "up": [rank, d_out]}`."""
+        return {"down": self.down[0], "up": self.up[0]}
+
     def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
         """`x ΔWᵀ` for every row with its own task's delta.
 
@@ -64,20 +99,25 @@ class LowRankDelta:
         Returns:
             `[rows, ..., d_out]` in the delta's dtype.
         """
-        down, up = self.down, self.up
-        if task_of_row is not None:
-            each = x.shape[0] // task_of_row.shape[0]
-            index = task_of_row.repeat_interleave(each) if each > 1 else task_of_row
-            # index_select: its backward is twice as fast as indexing's.
-            down, up = down.index_select(0, index), up.index_select(0, index)
+        down, up = rows_of_tasks((self.down, self.up), x, task_of_row)
         flat = x.to(down.dtype).reshape(down.shape[0], -1, x.shape[-1])
         product = torch.bmm(torch.bmm(flat, down.mT), up)
         return product.reshape(*x.shape[:-1], up.shape[-1])
 
 
+def rows_of_tasks(factors: Sequence[Tensor], x: Tensor, task_of_row: Tensor | None) -> Sequence[Tensor]:
+    """Each row's own part of `factors` `[tasks, ...]`: `[rows, ...]`, or as they are where rows are grouped."""
+    if task_of_row is None:
+        return factors
+    each = x.shape[0] // task_of_row.shape[0]
+    index = task_of_row.repeat_interleave(each) if each > 1 else task_of_row
+    # index_select: its backward is twice as fast as indexing's.
+    return [factor.index_select(0, index) for factor in factors]
+
+
 @contextmanager
 def applied(
-    layers: Mapping[str, nn.Module], deltas: Mapping[str, LowRankDelta], task_of_row: Tensor | None = None
+    layers: Mapping[str, nn.Module], deltas: Mapping[str, Delta], task_of_row: Tensor | None = None
 ) -> Iterator[None]:
     """Adds `deltas` to the layers' outputs while the block runs; weights are never touched.
 
@@ -85,7 +125,7 @@ def applied(
 
     Args:
         layers: name -> module, at least those named in `deltas`.
-        deltas: name -> LowRankDelta.
+        deltas: name -> Delta.
         task_of_row: see `LowRankDelta.output`.
 
     Raises:
@@ -116,7 +156,7 @@ def applied(
             handle.remove()
 
 
-def _adder(delta: LowRankDelta, task_of_row: Tensor | None):
+def _adder(delta: Delta, task_of_row: Tensor | None):
     def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         # Factors are tiny beside the weights: autocast would round them to nothing.
         with torch.autocast(output.device.type, enabled=False):

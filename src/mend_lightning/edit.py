@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mend_lightning.confidence import target_nll, worst_of_task
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.prompts import PromptFormat
-from mend_lightning.delta import LowRankDelta, applied
-from mend_lightning.editors.mend import MendEditor
+from mend_lightning.delta import Delta, LowRankDelta, applied
+from mend_lightning.dense_delta import DenseDelta
+from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import (
     BaseModelMismatchError,
     ConfigError,
@@ -32,20 +33,16 @@ from mend_lightning.errors import (
 from mend_lightning.files import written
 from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.layers import layer_shape
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import make_deltas
-from mend_lightning.trunk import replayed
-from mend_lightning.types import Rows
 
 FORMAT = "1"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A correction of a base model: one low-rank delta a layer, and where it comes from.
+    """A correction of a base model: one delta a layer, low-rank from most editors, and where it comes from.
 
     Attributes:
-        deltas: layer name -> LowRankDelta of one task.
+        deltas: layer name -> Delta of one task.
         about: JSON-able facts about the edit: `edits` (prompt and target of each), `probability` (that the
             edited model gives the whole target; of several, the least), `base`, `base_fingerprint`, `editor`, `date`,
             `versions`.
@@ -61,7 +58,7 @@ class Edit:
         [[2.0, 2.0]]
     """
 
-    deltas: dict[str, LowRankDelta]
+    deltas: dict[str, Delta]
     about: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
@@ -76,17 +73,15 @@ class Edit:
 
     def on(self, device: torch.device | str) -> Edit:
         """The same edit with its factors on `device`."""
-        deltas = {name: LowRankDelta(d.down.to(device), d.up.to(device)) for name, d in self.deltas.items()}
-        return replace(self, deltas=deltas)
+        return replace(self, deltas={name: delta.to(device) for name, delta in self.deltas.items()})
 
     def layers_in(self, model: nn.Module) -> dict[str, nn.Module]:
         """name -> module of the layers the edit changes, after checking that it fits."""
         modules = dict(model.named_modules())
         for name, delta in self.deltas.items():
-            shape = (delta.down.shape[-1], delta.up.shape[-1])
-            if name not in modules or layer_shape(modules[name]) != shape:
+            if name not in modules or layer_shape(modules[name]) != delta.shape:
                 raise BaseModelMismatchError(
-                    f"The edit changes a layer {name!r} of shape {shape}, which {type(model).__name__} does not have. "
+                    f"The edit changes a layer {name!r} of shape {delta.shape}, which {type(model).__name__} does not have. "
                     f"It was made for {self.about.get('base') or 'another model'}."
                 )
         layers = {name: modules[name] for name in self.deltas}
@@ -102,7 +97,7 @@ class Edit:
 
     def size(self) -> int:
         """Bytes of all factors."""
-        return sum(t.numel() * t.element_size() for d in self.deltas.values() for t in (d.down, d.up))
+        return sum(t.numel() * t.element_size() for delta in self.deltas.values() for t in delta.tensors().values())
 
     def relative_norm(self, model: nn.Module) -> dict[str, float]:
         """Layer name -> ‖ΔW‖ / ‖W‖ (Frobenius)."""
@@ -113,8 +108,8 @@ class Edit:
         """Writes the edit as one safetensors file (factors, with `about` as metadata); returns the path."""
         tensors = {}
         for name, delta in self.deltas.items():
-            tensors[f"{name}.down"] = delta.down[0].detach().cpu().contiguous()
-            tensors[f"{name}.up"] = delta.up[0].detach().cpu().contiguous()
+            for part, tensor in delta.tensors().items():
+                tensors[f"{name}.{part}"] = tensor.detach().cpu().contiguous()
         metadata = {"format": "pt", "mend_lightning_edit": FORMAT, "about": json.dumps(self.about, ensure_ascii=False)}
         with written(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -137,19 +132,24 @@ class Edit:
             raise StateDictError(f"{path} is a safetensors file, but not an edit saved by mend-lightning.")
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         try:
-            deltas = {n: LowRankDelta(tensors[f"{n}.down"][None], tensors[f"{n}.up"][None]) for n in names}
-            return cls(deltas, json.loads(metadata["about"]))
+            return cls({name: _delta_of(tensors, name) for name in names}, json.loads(metadata["about"]))
         except (KeyError, json.JSONDecodeError) as error:
             raise StateDictError(f"{path} is a saved edit with a part missing or broken: {error}") from error
 
 
-def editor_encoder(editor: MendEditor, model: nn.Module, tokenizer: Any, max_length: int = 200) -> Encoder:
+def _delta_of(tensors: Mapping[str, Tensor], name: str) -> Delta:
+    if f"{name}.weight" in tensors:
+        return DenseDelta(tensors[f"{name}.weight"][None])
+    return LowRankDelta(tensors[f"{name}.down"][None], tensors[f"{name}.up"][None])
+
+
+def editor_encoder(editor: Editor, model: nn.Module, tokenizer: Any, max_length: int = 200) -> Encoder:
     """The encoder with the prompt format that `editor` was trained with."""
     return Encoder.for_model(model, tokenizer, PromptFormat(**editor.prompt_format), max_length)
 
 
 def make_edit(
-    editor: MendEditor, model: nn.Module, tokenizer: Any, facts: Sequence[tuple[str, str]] | tuple[str, str]
+    editor: Editor, model: nn.Module, tokenizer: Any, facts: Sequence[tuple[str, str]] | tuple[str, str]
 ) -> Edit:
     """Edits `model` so that it answers each prompt with its target; the model itself stays as it is.
 
@@ -161,23 +161,19 @@ def make_edit(
 
     Raises:
         BaseModelMismatchError: the editor is for another base.
-        ConfigError: there is no fact, or the model is in training mode.
+        ConfigError: there is no fact, the model is in training mode, or the editor changes no weight.
     """
     facts = [tuple(facts)] if facts and isinstance(facts[0], str) else list(facts)
     if not facts:
         raise ConfigError("An edit needs at least one (prompt, target) pair.")
     if model.training:
         raise ConfigError("The model is in training mode, where dropout would change the edit. Call model.eval() first.")
-    editor.check_base(model)
-    rows = editor_encoder(editor, model, tokenizer).rows(facts, [0] * len(facts), 1)
-    training, home, device = editor.training, editor.edit_rates.device, next(model.parameters()).device
-    editor.eval().to(device)
-    try:
-        with torch.no_grad():
-            rows = rows.to(device)
-            deltas, probability = _made(model, editor, rows)
-    finally:
-        editor.train(training).to(home)
+    if not editor.changes_weights:
+        raise ConfigError(
+            f"{type(editor).__name__} changes no weight, so it makes no Edit that could be saved or merged. "
+            "`mend-lightning edit` shows what it does; in Python use editor.edited(model, rows)."
+        )
+    deltas, probability = _made(model, editor, tokenizer, facts)
     parts = {name: delta.of_task(0) for name, delta in deltas.items()}
     if not any(bool(delta.norm() > 0) for delta in parts.values()):
         warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=2)
@@ -191,16 +187,36 @@ def make_edit(
     return Edit(parts, {**_about(editor, model, facts), "probability": round(probability, 4)})
 
 
-def _made(model: nn.Module, editor: MendEditor, rows: Rows) -> tuple[dict[str, LowRankDelta], float]:
+def _made(
+    model: nn.Module, editor: Editor, tokenizer: Any, facts: Sequence[tuple[str, str]]
+) -> tuple[Mapping[str, Delta], float]:
     """The deltas, and the probability of the least probable fact under the edited model."""
-    layers = editor.modules_in(model)
-    trunk = run_trunk(model, rows, layers)
-    deltas, _, _ = make_deltas(model, editor, rows, trunk)
-    with replayed(trunk, slice(None)), applied(layers, deltas):
-        return deltas, math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
+    with ready(editor, model, tokenizer) as encoder, torch.no_grad():
+        rows = encoder.rows(facts, [0] * len(facts), 1).to(next(model.parameters()).device)
+        deltas = editor.make_deltas(model, rows).deltas
+        with applied(editor.modules_in(model), deltas):
+            return deltas, math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
 
 
-def _about(editor: MendEditor, model: nn.Module, facts: Sequence[tuple[str, str]]) -> dict[str, Any]:
+@contextmanager
+def ready(editor: Editor, model: nn.Module, tokenizer: Any) -> Iterator[Encoder]:
+    """The editor in eval mode on the model's device, checked, with an encoder; afterwards where it was."""
+    editor.check_base(model)
+    encoder = editor_encoder(editor, model, tokenizer)
+    training, before = editor.training, editor.encoder
+    home = next((parameter.device for parameter in editor.parameters()), None)
+    editor.eval().to(next(model.parameters()).device)
+    editor.encoder = encoder
+    try:
+        yield encoder
+    finally:
+        editor.encoder = before
+        editor.train(training)
+        if home is not None:
+            editor.to(home)
+
+
+def _about(editor: Editor, model: nn.Module, facts: Sequence[tuple[str, str]]) -> dict[str, Any]:
     import transformers
 
     from mend_lightning import __version__

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.edited import Edited
+from mend_lightning.editors.editor import Editor
 from mend_lightning.forward import label_mask, logits_at, row_of
 from mend_lightning.functional import rows_all_true, rows_sum
 from mend_lightning.losses import is_correct, token_kl, token_nll
 from mend_lightning.prefix import run_trunk
-from mend_lightning.step import compute_deltas
 from mend_lightning.trunk import replayed
 from mend_lightning.types import EditBatch, Rows, concatenate_rows
 
@@ -52,44 +51,40 @@ class BatchScores:
 
     Attributes:
         edit: of `z_edit`; rephrase: of `x_in`; locality: of `x_out`.
-        deltas: the weight deltas that were applied.
+        edited: the edited model.
     """
 
     edit: RowScores
     rephrase: RowScores
     locality: RowScores
-    deltas: Mapping[str, LowRankDelta]
+    edited: Edited
 
 
 @torch.no_grad()
-def evaluate_batch(model: nn.Module, editor: nn.Module, batch: EditBatch) -> BatchScores:
+def evaluate_batch(model: nn.Module, editor: Editor, batch: EditBatch) -> BatchScores:
     """Makes the edits of a batch and scores all its rows before and after, in batched passes.
 
     Args:
         model: the base model, in eval mode.
-        editor: a `MendEditor` in eval mode (in training mode it would update its statistics).
+        editor: any editor, in eval mode (in training mode MEND's would update its statistics).
         batch: independent edit tasks.
     """
-    deltas = compute_deltas(model, editor, batch.z_edit)
+    edited = editor.edited(model, batch.z_edit)
     rows = concatenate_rows([batch.z_edit, batch.x_in, batch.x_out])
-    scores = score_rows(model, editor.modules_in(model), deltas, rows)
+    scores = score_rows(model, edited, rows)
     ends = (0, len(batch.z_edit), len(batch.z_edit) + len(batch.x_in), len(rows))
     edit, rephrase, locality = (scores.part(slice(a, b)) for a, b in zip(ends, ends[1:]))
-    return BatchScores(edit, rephrase, locality, deltas)
+    return BatchScores(edit, rephrase, locality, edited)
 
 
 @torch.no_grad()
-def score_rows(
-    model: nn.Module, layers: Mapping[str, nn.Module], deltas: Mapping[str, LowRankDelta], rows: Rows
-) -> RowScores:
+def score_rows(model: nn.Module, edited: Edited, rows: Rows) -> RowScores:
     """Scores `rows` under the base model and under each row's own edit."""
     mask = label_mask(rows)
-    trunk = run_trunk(model, rows, layers)
+    trunk = run_trunk(model, rows, edited.layers)
     with replayed(trunk, slice(None)):
         before = logits_at(model, rows, mask)
-        with applied(layers, deltas, rows.task_of_row):
-            after = logits_at(model, rows, mask)
-    return _compare(before, after, rows, mask)
+    return _compare(before, edited.logits_at(model, rows, mask, trunk), rows, mask)
 
 
 def _compare(before: Tensor, after: Tensor, rows: Rows, mask: Tensor) -> RowScores:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.encode import Encoder
-from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.delta import Delta, applied
 from mend_lightning.errors import ConfigError
 
 # Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
@@ -24,7 +24,7 @@ def generate_answers(
     encoder: Encoder,
     prompts: Sequence[str],
     layers: Mapping[str, nn.Module] | None = None,
-    deltas: Mapping[str, LowRankDelta] | None = None,
+    deltas: Mapping[str, Delta] | None = None,
     task_of_row: Tensor | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +21,17 @@ from mend_lightning.calibration import collect_moments
 from mend_lightning.checks import check_checkpointing, check_finite, check_precision, check_prompt_format
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.module import EditDataModule
+from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, InferenceModeError, NonFiniteError, StateDictError
 from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
+from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.precondition import InputMoments
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard
-from mend_lightning.step import LocalityPositions, compute_deltas, edit_step
+from mend_lightning.step import LocalityPositions, edit_step
 from mend_lightning.types import EditBatch
 
 _BASE_PREFIX = "base_model."
@@ -43,6 +46,8 @@ class MendModule(L.LightningModule):
     Args:
         base: the model whose beliefs are edited.
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
+        algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments; None: MEND, with
+            `rank` to `confidence` below.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
         rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, confidence: see
@@ -66,6 +71,7 @@ class MendModule(L.LightningModule):
         self,
         base: BaseModel = BaseModel(),
         editor: str | Path | None = None,
+        algorithm: EditorFactory | None = None,
         layers: list[str] | None = None,
         last_blocks: int | None = None,
         rank: int = 1920,
@@ -91,11 +97,10 @@ class MendModule(L.LightningModule):
         self.strict_loading = False
         self.base, self._editor_folder = base, editor
         self._layers, self._last_blocks = layers, last_blocks
-        self._settings = {
-            "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
-            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition,
-            "rephrase_ridge": rephrase_ridge, "confidence": confidence,
-        }  # fmt: skip
+        self._algorithm = algorithm or partial(
+            MendEditor, rank=rank, n_hidden=n_hidden, shared=shared, normalize=normalize, init=init, inputs=inputs,
+            edit_rate=edit_rate, precondition=precondition, rephrase_ridge=rephrase_ridge, confidence=confidence,
+        )  # fmt: skip
         if calibration_batches < 1:
             raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
         self.calibration_batches = calibration_batches
@@ -113,23 +118,26 @@ class MendModule(L.LightningModule):
         self.base_model, self.tokenizer = self.base.load()
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
-            self.editor = MendEditor.from_pretrained(self._editor_folder).train()
+            self.editor = Editor.from_pretrained(self._editor_folder).train()
             self.editor.check_base(self.base_model)
-            check_prompt_format(self.editor.prompt_format, self._prompt_format())
         else:
-            self.editor = MendEditor.for_model(self.base_model, self._layers, self._last_blocks, **self._settings)
+            chosen = select_layers(self.base_model, self._layers, self._last_blocks)
+            self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
         check_checkpointing(self.base_model)
         check_precision(self.editor)
-        self.editor.bind(self.base_model, self.base.name, self._prompt_format(), self.base.options())
+        self.editor.encoder = self._encoder()
+        given = asdict(self.editor.encoder.format) if self.editor.encoder else None
+        check_prompt_format(self.editor.prompt_format, given)
+        self.editor.bind(self.base_model, self.base.name, given, self.base.options())
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
         frozen = [f"{_BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
         self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
 
-    def _prompt_format(self) -> dict[str, str] | None:
-        """The data's prompt format, which is saved with the editor; None keeps a loaded editor's."""
+    def _encoder(self) -> Encoder | None:
+        """The data's, whose prompt format is saved with the editor; None (another data module) keeps a loaded editor's."""
         data = self._trainer.datamodule if self._trainer is not None else None
-        return asdict(data.format) if isinstance(data, EditDataModule) else None
+        return data.encoder if isinstance(data, EditDataModule) else None
 
     @property
     def base_kind(self) -> str:
@@ -162,7 +170,7 @@ class MendModule(L.LightningModule):
         self._check_trained()
 
     def _check_trained(self) -> None:
-        if not self._trained:
+        if not self._trained and self.editor.trainable:
             raise ConfigError(
                 f"{self.trainer.state.fn.value} needs a trained editor. Give --model.editor RUN/editor (the folder that "
                 "fit wrote), or --ckpt_path CHECKPOINT."
@@ -176,6 +184,8 @@ class MendModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
         self._trained = True
+        if not self.editor.trainable:
+            self.trainer.fit_loop.max_epochs = 0
         if self.editor.calibrated:
             return
         if self.trainer.datamodule is None:
@@ -217,8 +227,10 @@ class MendModule(L.LightningModule):
                 "Usual causes: a base in float16 (use bfloat16 or float32), or a learning rate that is too high."
             )
         self.log("train/grad_norm", norm, prog_bar=True)
-        rates = self.editor.edit_rates.detach()
-        self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
+        rates = dict(self.editor.named_parameters()).get("edit_rates")
+        if rates is not None:
+            rates = rates.detach()
+            self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         scores = evaluate_batch(self.base_model, self.editor, batch)
@@ -240,10 +252,10 @@ class MendModule(L.LightningModule):
         """Scores a batch and asks the edited model; returns one record a task for the report."""
         scores = evaluate_batch(self.base_model, self.editor, batch)
         self.scoreboard.update(scores, hard_rows(batch))
-        self.scoreboard.update_norms(scores.deltas, self.editor.modules_in(self.base_model))
+        self.scoreboard.update_norms(scores.edited.deltas, self.editor.modules_in(self.base_model))
         answers = None
         if self.base_kind != "classifier":
-            answers = edited_answers(self.base_model, self.editor, self._encoder(), batch, scores)
+            answers = edited_answers(self.base_model, self._encoder(), batch, scores)
             self.scoreboard.update_generated(*judge_answers(answers, batch))
         return task_records(batch, scores, answers)
 
@@ -254,25 +266,22 @@ class MendModule(L.LightningModule):
 
     def predict_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a task: the question, the target, and the answers before and after the edit."""
-        deltas = compute_deltas(self.base_model, self.editor, batch.z_edit)
-        layers = self.editor.modules_in(self.base_model)
         prompts = [text.prompt for text in batch.texts]
         before = generate_answers(self.base_model, self._encoder(), prompts)
-        after = generate_answers(self.base_model, self._encoder(), prompts, layers, deltas)
+        after = self.editor.edited(self.base_model, batch.z_edit).answers(self.base_model, self._encoder(), prompts)
         return [
             {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
             for text, old, new in zip(batch.texts, before, after)
         ]
 
-    def _encoder(self) -> Encoder:
-        return self.trainer.datamodule.encoder
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        transforms = [p for name, p in self.editor.named_parameters() if name != "edit_rates"]
-        groups = [
-            {"params": transforms, "lr": self.lr, "name": "transforms"},
-            {"params": [self.editor.edit_rates], "lr": self.edit_rate_lr, "name": "edit_rates"},
-        ]
+    def configure_optimizers(self) -> dict[str, Any] | None:
+        named = dict(self.editor.named_parameters())
+        if not named:
+            return None
+        rates = named.pop("edit_rates", None)
+        groups = [{"params": list(named.values()), "lr": self.lr, "name": "transforms"}]
+        if rates is not None:
+            groups.append({"params": [rates], "lr": self.edit_rate_lr, "name": "edit_rates"})
         # Lightning cannot clip before a fused step when it mixes precisions.
         optimizer = torch.optim.Adam(groups, fused=not self._mixed_precision())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)

@@ -49,7 +49,7 @@ class StartReport(L.Callback):
         # The editor's gradient and Adam's two moments are as large as the editor.
         return [
             *lines,
-            f"Editor: {parameters:,} parameters in {len(editor.groups)} transform(s)",
+            f"Editor: {type(editor).__name__}, {parameters:,} parameters",
             f"Memory: base {base_bytes / 2**20:,.0f} MB + editor, gradient and Adam {16 * parameters / 2**20:,.0f} MB, "
             "and activations",
         ]
@@ -102,6 +102,7 @@ class SaveEditor(L.Callback):
             module.editor.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         folder = module.editor.save_pretrained(Path(trainer.default_root_dir) / "editor")
         source = f"best checkpoint, {Path(best).name}" if best else "the last step; no checkpoint was kept"
+        source = source if module.editor.trainable else f"{type(module.editor).__name__} needs no training"
         console().print(f"Editor saved to {folder} ({source})", highlight=False)
 
 
@@ -142,6 +143,7 @@ class ResultsReport(L.Callback):
         folder = Path(trainer.default_root_dir)
         seconds = time.perf_counter() - self._started
         about = {
+            "editor": type(module.editor).__name__,
             "base": module.base.name,
             "base_fingerprint": module.editor.base_fingerprint,
             "test": str(trainer.datamodule.files["test"]),

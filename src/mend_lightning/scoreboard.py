@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.delta import LowRankDelta
+from mend_lightning.delta import Delta
 from mend_lightning.evaluate import BatchScores, RowScores
 from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
 
@@ -73,7 +73,7 @@ class Scoreboard(nn.Module):
         metrics["locality_agreement"].update(rows.agreement / rows.tokens, rows.tokens)
         metrics["locality_kl"].update(rows.kl / rows.tokens, rows.tokens)
 
-    def update_norms(self, deltas: Mapping[str, LowRankDelta], layers: Mapping[str, nn.Module]) -> None:
+    def update_norms(self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]) -> None:
         """Takes in how large the deltas are beside the weights they stand for."""
         for name, delta in deltas.items():
             self.metrics["delta_norm"].update(delta.norm() / layers[name].weight.float().norm())

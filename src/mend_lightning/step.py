@@ -1,4 +1,4 @@
-"""One edit of a base model, and one meta-learning step: pure functions over a model and an editor."""
+"""One meta-learning step: a pure function over a model and an editor."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.capture import kept_factors, record_factors
-from mend_lightning.confidence import confident_scales
-from mend_lightning.delta import LowRankDelta, applied
-from mend_lightning.forward import attended_mask, label_mask, labelled, logits_at
+from mend_lightning.delta import Delta, applied
+from mend_lightning.editors.editor import Editor
+from mend_lightning.forward import attended_mask, label_mask, logits_at
 from mend_lightning.losses import mean_by_task, token_kl, token_nll
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs, replayed
-from mend_lightning.types import EditBatch, Factors, Rows, concatenate_rows
+from mend_lightning.types import EditBatch, Rows, concatenate_rows
 
 LocalityPositions = Literal["all", "answer"]
 
@@ -42,59 +41,9 @@ class StepOutput:
         return (c_edit * self.edit + self.locality).mean()
 
 
-def edit_factors(
-    model: nn.Module, layers: Mapping[str, nn.Module], z_edit: Rows, trunk: TrunkOutputs | None = None
-) -> tuple[dict[str, Factors], Tensor, Tensor]:
-    """Gradient factors of the edits' loss, for all tasks in one backward pass.
-
-    Args:
-        model: the base model.
-        layers: name -> module of the edited layers.
-        z_edit: the edits.
-        trunk: the trunk's outputs for `z_edit`, where they are there already.
-
-    Returns:
-        name -> Factors, the inner loss of each task `[tasks]`, and the share of skipped tokens.
-    """
-    mask, targets, task = labelled(z_edit, "The edit")
-    trunk = trunk or run_trunk(model, z_edit, layers)
-    with replayed(trunk, slice(None)), record_factors(layers) as tape:
-        nll = mean_by_task(token_nll(logits_at(model, z_edit, mask), targets), task, z_edit.tasks)
-        raw = tape.gradients(nll.sum())
-    factors = {name: kept_factors(u, delta, z_edit.task, z_edit.tasks) for name, (u, delta) in raw.items()}
-    kept = sum(each.u.shape[0] for each in factors.values())
-    total = sum(u.shape[:-1].numel() for u, _ in raw.values())
-    return factors, nll.detach(), torch.tensor(1 - kept / total)
-
-
-def make_deltas(
-    model: nn.Module, editor: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None
-) -> tuple[dict[str, LowRankDelta], Tensor, Tensor]:
-    """The weight deltas that `editor` makes of the edits `z_edit`, each as large as the editor's `confidence` asks.
-
-    Args:
-        model: the base model.
-        editor: a `MendEditor`.
-        z_edit: the edits.
-        trunk: see `edit_factors`.
-
-    Returns:
-        name -> LowRankDelta, and the inner loss and share of skipped tokens of `edit_factors`.
-    """
-    layers = editor.modules_in(model)
-    trunk = trunk or run_trunk(model, z_edit, layers)
-    factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
-    deltas = editor(factors)
-    if editor.confidence is not None:
-        # A constant to the meta-gradient: training learns directions, and the search what they are worth.
-        scales = confident_scales(model, layers, deltas, z_edit, trunk, editor.confidence)
-        deltas = {name: delta.scaled(scales) for name, delta in deltas.items()}
-    return deltas, inner, skipped
-
-
-def compute_deltas(model: nn.Module, editor: nn.Module, z_edit: Rows) -> dict[str, LowRankDelta]:
-    """The weight deltas of `make_deltas` alone: name -> LowRankDelta."""
-    return make_deltas(model, editor, z_edit)[0]
+def compute_deltas(model: nn.Module, editor: Editor, z_edit: Rows) -> dict[str, Delta]:
+    """The weight deltas that `editor` makes of the edits: layer name -> Delta."""
+    return dict(editor.make_deltas(model, z_edit).deltas)
 
 
 def locality_mask(x_out: Rows, positions: LocalityPositions) -> Tensor:
@@ -103,7 +52,7 @@ def locality_mask(x_out: Rows, positions: LocalityPositions) -> Tensor:
 
 
 def edit_step(
-    model: nn.Module, editor: nn.Module, batch: EditBatch, locality_positions: LocalityPositions = "all"
+    model: nn.Module, editor: Editor, batch: EditBatch, locality_positions: LocalityPositions = "all"
 ) -> StepOutput:
     """Edits with every `z_edit` of the batch at once and measures what came of it.
 
@@ -112,22 +61,22 @@ def edit_step(
 
     Args:
         model: the frozen base model, in eval mode.
-        editor: a `MendEditor`.
+        editor: a trainable editor.
         batch: the edit tasks.
         locality_positions: see `locality_mask`.
     """
     layers = editor.modules_in(model)
     # The edits have a pass of their own: what an edit is must not depend, not even in its rounding, on the
     # rows that happen to share its batch.
-    deltas, inner, skipped = make_deltas(model, editor, batch.z_edit)
+    made = editor.make_deltas(model, batch.z_edit)
     rows = concatenate_rows([batch.x_out, batch.x_in])
     trunk = run_trunk(model, rows, layers)
     mask = locality_mask(batch.x_out, locality_positions)
     x_out = slice(0, len(batch.x_out))
     with replayed(trunk, x_out), torch.no_grad():
         base_logits = logits_at(model, rows.part(x_out), _widened(mask, rows))
-    edit, locality = _edited_losses(model, layers, deltas, trunk, rows, _widened(mask, rows), base_logits)
-    return StepOutput(edit, locality, inner, skipped)
+    edit, locality = _edited_losses(model, layers, made.deltas, trunk, rows, _widened(mask, rows), base_logits)
+    return StepOutput(edit, locality, made.inner, made.skipped)
 
 
 def _widened(mask: Tensor, rows: Rows) -> Tensor:
@@ -137,7 +86,7 @@ def _widened(mask: Tensor, rows: Rows) -> Tensor:
 def _edited_losses(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    deltas: Mapping[str, LowRankDelta],
+    deltas: Mapping[str, Delta],
     trunk: TrunkOutputs,
     rows: Rows,
     locality: Tensor,

@@ -28,6 +28,7 @@ class Rows:
         tasks: number of independent edit tasks.
         grouped: rows are in task order and every task has equally many.
         pad_id: the id that pads `input_ids`.
+        texts: (prompt, target) of each row, for editors that read text; empty where rows were not made of text.
     """
 
     inputs: Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class Rows:
     tasks: int
     grouped: bool = True
     pad_id: int = 0
+    texts: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return int(self.task.shape[0])
@@ -51,10 +53,11 @@ class Rows:
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, labels=function(self.labels), task=function(self.task))
 
-    def part(self, rows: slice) -> Rows:
+    def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
         part = self._map(lambda tensor: tensor[rows])
-        return replace(part, grouped=False)
+        chosen = torch.arange(len(self))[rows].tolist()
+        return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen) if self.texts else ())
 
     @property
     def task_of_row(self) -> Tensor | None:
@@ -107,12 +110,14 @@ class Factors:
         delta: `[tokens, d_out]` float32, the loss gradient at the layer's output.
         task: `[tokens]` int64, the task of each token.
         tasks: number of tasks.
+        row: `[tokens]` int64, the row of `z_edit` that each token is of; None where nobody asks.
     """
 
     u: Tensor
     delta: Tensor
     task: Tensor
     tasks: int
+    row: Tensor | None = None
 
 
 def concatenate_rows(parts: Sequence[Rows]) -> Rows:
@@ -131,7 +136,9 @@ def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     inputs = {name: _stack([inputs[name] for inputs in completed], pads.get(name, 0)) for name in names}
     labels = _stack([part.labels for part in parts], IGNORED_LABEL)
     task = torch.cat([part.task for part in parts])
-    return Rows(inputs, labels, task, parts[0].tasks, grouped=False, pad_id=parts[0].pad_id)
+    # All or none: a text must stand for its own row.
+    texts = sum((part.texts for part in parts), ()) if all(len(part.texts) == len(part) for part in parts) else ()
+    return Rows(inputs, labels, task, parts[0].tasks, grouped=False, pad_id=parts[0].pad_id, texts=texts)
 
 
 def _with_masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -85,7 +85,8 @@ class Encoder:
         pad = {"input_ids": self.pad_token_id or 0}
         inputs = {name: _pad([row[name] for row in encoded], pad.get(name, 0)) for name in names}
         labels = _pad([row["labels"] for row in encoded], IGNORED_LABEL)
-        return Rows(inputs, labels, torch.tensor(task), tasks, _is_grouped(task, tasks), pad["input_ids"])
+        grouped = _is_grouped(task, tasks)
+        return Rows(inputs, labels, torch.tensor(task), tasks, grouped, pad["input_ids"], tuple(map(tuple, pairs)))
 
     def pair(self, prompt: str, target: str) -> dict[str, list[int]]:
         """Unpadded model inputs and aligned labels of one pair."""

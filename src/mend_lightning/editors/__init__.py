@@ -1,5 +1,6 @@
-"""Editors: each turns an edit's gradient factors into low-rank weight deltas."""
+"""Editors: each turns the edits of a batch into a changed model, one file each."""
 
+from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 
-__all__ = ["MendEditor"]
+__all__ = ["Editor", "EditorFactory", "MendEditor"]

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.confidence import check_confidence
 from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
-from mend_lightning.editors.storage import load_editor, save_editor
+from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
-from mend_lightning.errors import BaseModelMismatchError, ConfigError
-from mend_lightning.fingerprint import base_fingerprint
-from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.errors import ConfigError
 from mend_lightning.precondition import InputMoments, InputPreconditioner
 from mend_lightning.types import Factors
 
-if TYPE_CHECKING:
-    from mend_lightning.edit import Edit
 
-
-class MendEditor(nn.Module):
+class MendEditor(Editor):
     """The learned part of MEND: one gradient transform per layer shape and one edit rate per layer.
 
-    It knows layer names and shapes, not the model: factors come in, deltas go out. Everything is
-    float32, whatever the base's dtype.
+    It knows layer names and shapes, not the model: factors come in, deltas go out.
 
     Args:
         layers: name -> (d_in, d_out) of the edited layers. Their order is the order in which layers of one
@@ -70,20 +62,13 @@ class MendEditor(nn.Module):
         confidence: float | None = None,
         constant_units: str = "center",
     ) -> None:
-        super().__init__()
-        self.layers = {name: tuple(shape) for name, shape in layers.items()}
-        self.settings = {
+        settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
             "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "rephrase_ridge": rephrase_ridge,
             "confidence": confidence, "constant_units": constant_units,
         }  # fmt: skip
-        self.set_confidence(confidence)
+        super().__init__(layers, **settings)
         self.groups = group_layers(self.layers, shared)
-        # What the editor was trained for; `bind` sets it, and it is saved with the editor.
-        self.base_name: str = ""
-        self.base_options: dict[str, str | None] = {}
-        self.base_fingerprint: str = ""
-        self.prompt_format: dict[str, str] = {}
         self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(edit_rate)))
         self.transforms = nn.ModuleList(
             GradientTransform(
@@ -100,18 +85,6 @@ class MendEditor(nn.Module):
         )
 
     @classmethod
-    def for_model(
-        cls,
-        model: nn.Module,
-        layers: Sequence[str] | None = None,
-        last_blocks: int | None = None,
-        **settings,
-    ) -> MendEditor:
-        """An editor for `model`; `layers` are names or patterns, None the paper's choice."""
-        chosen = select_layers(model, layers, last_blocks)
-        return cls({name: layer_shape(layer) for name, layer in chosen.items()}, **settings)
-
-    @classmethod
     def from_original(
         cls, base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str], **settings
     ) -> MendEditor:
@@ -120,91 +93,6 @@ class MendEditor(nn.Module):
         from mend_lightning.editors.original import editor_from_original
 
         return editor_from_original(base_model, state_dict, layers, **settings)
-
-    def bind(
-        self,
-        model: nn.Module,
-        name: str = "",
-        prompt_format: Mapping[str, str] | None = None,
-        options: Mapping[str, str | None] | None = None,
-    ) -> None:
-        """Notes which base model (and prompt format) this editor is trained for.
-
-        Args:
-            model: the base model.
-            name: what it was loaded by.
-            prompt_format: the text around questions and answers.
-            options: what else `load_base` needs to load it again (revision, kind).
-        """
-        self.base_name = name or self.base_name
-        self.base_options = dict(options or self.base_options)
-        self.base_fingerprint = base_fingerprint(self.modules_in(model))
-        self.prompt_format = dict(prompt_format or self.prompt_format)
-
-    def check_base(self, model: nn.Module) -> None:
-        """Raises BaseModelMismatchError unless `model` is the base this editor was trained for."""
-        found = base_fingerprint(self.modules_in(model))
-        if self.base_fingerprint and found != self.base_fingerprint:
-            raise BaseModelMismatchError(
-                f"This editor was trained for {self.base_name or 'another model'} (weights {self.base_fingerprint}); "
-                f"the given model has other weights ({found}). Load the base model the editor was trained on."
-            )
-
-    def set_confidence(self, confidence: float | None) -> None:
-        """Changes the probability at which edits stop growing; see the constructor.
-
-        Raises:
-            ConfigError: it is no probability between 0 and 1.
-        """
-        check_confidence(confidence)
-        self.confidence = self.settings["confidence"] = confidence
-
-    def description(self) -> dict[str, Any]:
-        """Everything but the parameters, as builtins: what `editor.json` and checkpoints hold."""
-        return {
-            "base": self.base_name,
-            "base_options": self.base_options,
-            "base_fingerprint": self.base_fingerprint,
-            "prompt_format": self.prompt_format,
-            "layers": [[name, list(shape)] for name, shape in self.layers.items()],
-            "settings": self.settings,
-        }
-
-    def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
-        """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
-        # Imported here: that file is above this one.
-        from mend_lightning.edit import make_edit
-
-        return make_edit(self, model, tokenizer, [(prompt, target)])
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Saves the editor as `editor.safetensors` and `editor.json` in `folder`."""
-        return save_editor(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MendEditor:
-        """Loads an editor that `save_pretrained` or `mend-lightning fit` wrote, in eval mode."""
-        return load_editor(cls, folder)
-
-    def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
-        """name -> module of the edited layers in `model`.
-
-        Raises:
-            BaseModelMismatchError: the model lacks one of them, or it has another shape there.
-        """
-        modules = dict(model.named_modules())
-        for name, shape in self.layers.items():
-            if name not in modules:
-                raise BaseModelMismatchError(
-                    f"This editor was made for a model with a layer {name!r} of shape {shape}; "
-                    f"{type(model).__name__} has none. Load the base model the editor was trained on."
-                )
-            if layer_shape(modules[name]) != shape:
-                raise BaseModelMismatchError(
-                    f"Layer {name!r} is {layer_shape(modules[name])} (d_in, d_out) in this model, but the editor "
-                    f"was made for {shape}. Load the base model the editor was trained on."
-                )
-        return {name: modules[name] for name in self.layers}
 
     @property
     def calibrated(self) -> bool:

@@ -13,14 +13,14 @@ from mend_lightning.errors import StateDictError
 from mend_lightning.files import write_json, written
 
 if TYPE_CHECKING:
-    from mend_lightning.editors.mend import MendEditor
+    from mend_lightning.editors.editor import Editor
 
 WEIGHTS, DESCRIPTION = "editor.safetensors", "editor.json"
 FORMAT = 1
 KEYS = ("layers", "settings", "base", "base_options", "base_fingerprint", "prompt_format")
 
 
-def save_editor(editor: MendEditor, folder: str | Path) -> Path:
+def save_editor(editor: Editor, folder: str | Path) -> Path:
     """Writes `editor.safetensors` and `editor.json`, each in one move; returns the folder."""
     folder = Path(folder)
     state = {name: value.detach().cpu().contiguous() for name, value in editor.state_dict().items()}
@@ -54,8 +54,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
-def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEditor:
-    """Reads what `save_editor` wrote.
+def load_editor(editor_class: type[Editor], folder: str | Path) -> Editor:
+    """Reads what `save_editor` wrote: an editor of `editor_class`, or of one of this package's subclasses of it.
 
     Raises:
         StateDictError: a file is missing, truncated, holds NaN, or the two do not fit together.
@@ -73,7 +73,7 @@ def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEdito
             "diverged. Take the editor of an earlier checkpoint."
         )
     layers = {name: tuple(shape) for name, shape in description["layers"]}
-    editor = editor_class(layers, **description["settings"])
+    editor = _class_of(description, editor_class, folder)(layers, **description["settings"])
     editor.base_name, editor.base_fingerprint = description["base"], description["base_fingerprint"]
     editor.prompt_format, editor.base_options = description["prompt_format"], description["base_options"]
     try:
@@ -81,3 +81,20 @@ def load_editor(editor_class: type[MendEditor], folder: str | Path) -> MendEdito
     except RuntimeError as error:
         raise StateDictError(f"{path} does not fit its {DESCRIPTION}: {error}") from error
     return editor.eval()
+
+
+def _class_of(description: dict[str, Any], wanted: type[Editor], folder: str | Path) -> type[Editor]:
+    """The class that a description names. Only classes of this package, and `wanted`: a file must not import code."""
+    # Editors saved before there were several are MEND's.
+    name = description.get("class", "MendEditor")
+    if name == wanted.__name__:
+        return wanted
+    from mend_lightning import editors
+
+    found = getattr(editors, name, None) if name in editors.__all__ else None
+    if found is None or not issubclass(found, wanted):
+        raise StateDictError(
+            f"{folder} holds an editor of class {name!r}, not {wanted.__name__!r}. Load it with {name}.from_pretrained"
+            f"{'' if found is None else ', or Editor.from_pretrained'}."
+        )
+    return found

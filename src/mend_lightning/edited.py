@@ -1,0 +1,63 @@
+"""A model under edits: how it scores rows and what it answers, each row under its own task's edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mend_lightning.data.encode import Encoder
+from mend_lightning.delta import Delta, applied
+from mend_lightning.forward import logits_at
+from mend_lightning.generate import generate_answers
+from mend_lightning.trunk import TrunkOutputs, replayed
+from mend_lightning.types import Rows
+
+
+class Edited(Protocol):
+    """What an editor made of `z_edit`. Most editors change weights (`DeltaEdits`), some the prompt or the output.
+
+    Attributes:
+        layers: name -> module of the layers whose weights change; the blocks below them are trunk. Empty where an edit
+            changes no weight.
+        deltas: name -> Delta of those layers.
+    """
+
+    layers: Mapping[str, nn.Module]
+    deltas: Mapping[str, Delta]
+
+    def logits_at(self, model: nn.Module, rows: Rows, mask: Tensor, trunk: TrunkOutputs) -> Tensor:
+        """Logits of the edited model at the positions of `mask` `[rows, length]`: `[n, vocabulary]`.
+
+        Args:
+            model: the base model.
+            rows: what is asked; `rows.task` says under which edit.
+            mask: positions with a label; every row has one.
+            trunk: the trunk's outputs for `rows` (`run_trunk(model, rows, self.layers)`).
+        """
+        ...
+
+    def answers(
+        self, model: nn.Module, encoder: Encoder, prompts: Sequence[str], task_of_row: Tensor | None = None
+    ) -> list[str]:
+        """Greedy answers of the edited model; arguments as in `generate_answers`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DeltaEdits:
+    """Edits that add a `ΔW` to some layers: everything but the cache and the in-context baseline."""
+
+    layers: Mapping[str, nn.Module]
+    deltas: Mapping[str, Delta]
+
+    def logits_at(self, model: nn.Module, rows: Rows, mask: Tensor, trunk: TrunkOutputs) -> Tensor:
+        with replayed(trunk, slice(None)), applied(self.layers, self.deltas, rows.task_of_row):
+            return logits_at(model, rows, mask)
+
+    def answers(
+        self, model: nn.Module, encoder: Encoder, prompts: Sequence[str], task_of_row: Tensor | None = None
+    ) -> list[str]:
+        return generate_answers(model, encoder, prompts, self.layers, self.deltas, task_of_row)

@@ -1,0 +1,224 @@
+"""What all editors share: which layers of which base model they change, how they make edits, how they are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor, nn
+
+from mend_lightning.confidence import check_confidence, confident_scales
+from mend_lightning.data.encode import Encoder
+from mend_lightning.delta import Delta
+from mend_lightning.edited import DeltaEdits, Edited
+from mend_lightning.editors.storage import load_editor, save_editor
+from mend_lightning.errors import BaseModelMismatchError, ConfigError
+from mend_lightning.factors import edit_factors
+from mend_lightning.fingerprint import base_fingerprint
+from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.precondition import InputMoments
+from mend_lightning.prefix import run_trunk
+from mend_lightning.trunk import TrunkOutputs
+from mend_lightning.types import Factors, Rows
+
+if TYPE_CHECKING:
+    from mend_lightning.edit import Edit
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an editor made of the edits of a batch.
+
+    Attributes:
+        deltas: layer name -> Delta, one `ΔW` a task.
+        inner: `[tasks]` the unedited model's NLL of the edit.
+        skipped: share of the edit tokens that were dropped because u or delta is zero.
+    """
+
+    deltas: Mapping[str, Delta]
+    inner: Tensor
+    skipped: Tensor
+
+
+class Editor(nn.Module):
+    """An editor of some layers of one base model. Everything it learns is float32, whatever the base's dtype.
+
+    An editor of gradients (MEND, KE) has a `forward`: factors in, deltas out. One that finds its deltas in another way
+    (fine-tuning) overrides `make_deltas`; one whose edits change no weight (cache, in-context) overrides `edited`.
+
+    Args:
+        layers: name -> (d_in, d_out) of the edited layers.
+        settings: the other arguments of the subclass's constructor, as builtins: they are saved with the editor.
+    """
+
+    # False: edits are no weight deltas, and there is no `Edit` to save.
+    changes_weights = True
+
+    def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
+        super().__init__()
+        self.layers = {name: tuple(shape) for name, shape in layers.items()}
+        self.settings = settings
+        self.set_confidence(settings.get("confidence"))
+        # What the editor was trained for; `bind` sets it, and it is saved with the editor.
+        self.base_name: str = ""
+        self.base_options: dict[str, str | None] = {}
+        self.base_fingerprint: str = ""
+        self.prompt_format: dict[str, str] = {}
+        # Text to ids, for editors that read or write text; not saved.
+        self.encoder: Encoder | None = None
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        layers: Sequence[str] | None = None,
+        last_blocks: int | None = None,
+        **settings,
+    ) -> Self:
+        """An editor for `model`; `layers` are names or patterns, None the paper's choice."""
+        chosen = select_layers(model, layers, last_blocks)
+        return cls({name: layer_shape(layer) for name, layer in chosen.items()}, **settings)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there is anything to train: without, an editor is ready as it is built."""
+        return any(True for _ in self.parameters())
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether edits can be made; False asks `fit` for `calibrate` first."""
+        return True
+
+    @property
+    def follows_rephrases(self) -> bool:
+        """Whether calibration needs pairs of phrasings."""
+        return False
+
+    def calibrate(self, moments: Mapping[str, InputMoments]) -> None:
+        """Takes in moments of the layers' inputs (name -> InputMoments) where `calibrated` asked for them."""
+        raise ConfigError(f"{type(self).__name__} needs no calibration.")
+
+    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Made:
+        """The weight deltas of the edits `z_edit`, each as large as the editor's `confidence` asks.
+
+        Args:
+            model: the base model, in eval mode.
+            z_edit: the edits of several independent tasks.
+            trunk: the trunk's outputs for `z_edit`, where they are there already.
+        """
+        layers = self.modules_in(model)
+        trunk = trunk or run_trunk(model, z_edit, layers)
+        factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
+        deltas = self.from_factors(model, factors, z_edit)
+        if self.confidence is not None:
+            # A constant to the meta-gradient: training learns directions, and the search what they are worth.
+            scales = confident_scales(model, layers, deltas, z_edit, trunk, self.confidence)
+            deltas = {name: delta.scaled(scales) for name, delta in deltas.items()}
+        return Made(deltas, inner, skipped)
+
+    def from_factors(self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows) -> dict[str, Delta]:
+        """Deltas of gradient factors; an editor that also reads the edits' text overrides this."""
+        return self(factors)
+
+    def edited(self, model: nn.Module, z_edit: Rows) -> Edited:
+        """The model under the edits `z_edit`."""
+        return DeltaEdits(self.modules_in(model), self.make_deltas(model, z_edit).deltas)
+
+    def bind(
+        self,
+        model: nn.Module,
+        name: str = "",
+        prompt_format: Mapping[str, str] | None = None,
+        options: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Notes which base model (and prompt format) this editor is trained for.
+
+        Args:
+            model: the base model.
+            name: what it was loaded by.
+            prompt_format: the text around questions and answers.
+            options: what else `load_base` needs to load it again (revision, kind).
+        """
+        self.base_name = name or self.base_name
+        self.base_options = dict(options or self.base_options)
+        self.base_fingerprint = base_fingerprint(self.modules_in(model))
+        self.prompt_format = dict(prompt_format or self.prompt_format)
+
+    def check_base(self, model: nn.Module) -> None:
+        """Raises BaseModelMismatchError unless `model` is the base this editor was trained for."""
+        found = base_fingerprint(self.modules_in(model))
+        if self.base_fingerprint and found != self.base_fingerprint:
+            raise BaseModelMismatchError(
+                f"This editor was trained for {self.base_name or 'another model'} (weights {self.base_fingerprint}); "
+                f"the given model has other weights ({found}). Load the base model the editor was trained on."
+            )
+
+    def set_confidence(self, confidence: float | None) -> None:
+        """Changes the probability at which edits stop growing; see `confident_scales`.
+
+        Raises:
+            ConfigError: it is no probability between 0 and 1, or this editor has no such setting.
+        """
+        check_confidence(confidence)
+        if confidence is not None and "confidence" not in self.settings:
+            raise ConfigError(f"{type(self).__name__} has no confidence: how far its edits go is decided in another way.")
+        self.confidence = confidence
+        if "confidence" in self.settings:
+            self.settings["confidence"] = confidence
+
+    def description(self) -> dict[str, Any]:
+        """Everything but the parameters, as builtins: what `editor.json` and checkpoints hold."""
+        return {
+            "class": type(self).__name__,
+            "base": self.base_name,
+            "base_options": self.base_options,
+            "base_fingerprint": self.base_fingerprint,
+            "prompt_format": self.prompt_format,
+            "layers": [[name, list(shape)] for name, shape in self.layers.items()],
+            "settings": self.settings,
+        }
+
+    def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
+        """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
+        # Imported here: that file is above this one.
+        from mend_lightning.edit import make_edit
+
+        return make_edit(self, model, tokenizer, [(prompt, target)])
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Saves the editor as `editor.safetensors` and `editor.json` in `folder`."""
+        return save_editor(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Loads an editor that `save_pretrained` or `mend-lightning fit` wrote, in eval mode.
+
+        `Editor.from_pretrained` loads any of this package's editors; a subclass's only its own.
+        """
+        return load_editor(cls, folder)
+
+    def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
+        """name -> module of the edited layers in `model`.
+
+        Raises:
+            BaseModelMismatchError: the model lacks one of them, or it has another shape there.
+        """
+        modules = dict(model.named_modules())
+        for name, shape in self.layers.items():
+            if name not in modules:
+                raise BaseModelMismatchError(
+                    f"This editor was made for a model with a layer {name!r} of shape {shape}; "
+                    f"{type(model).__name__} has none. Load the base model the editor was trained on."
+                )
+            if layer_shape(modules[name]) != shape:
+                raise BaseModelMismatchError(
+                    f"Layer {name!r} is {layer_shape(modules[name])} (d_in, d_out) in this model, but the editor "
+                    f"was made for {shape}. Load the base model the editor was trained on."
+                )
+        return {name: modules[name] for name in self.layers}
+
+
+# What `fit` builds an editor with: everything but the layers is known from the config before the base is loaded.
+EditorFactory = Callable[[Mapping[str, tuple[int, int]]], Editor]
