@@ -50,12 +50,14 @@ class MendModule(L.LightningModule):
             `rank` to `confidence` below.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
-        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, confidence: see
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge,
+            confidence: see
             `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step; at most
             one epoch.
         lr: Adam's learning rate of the transforms (paper: 1e-6).
-        edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6).
+        edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6), and of other
+            numbers a layer, such as log λ of `ridge`.
         warmup_steps: steps in which both rise from 0.
         decay: "linear" lets both fall to 0 over the Trainer's steps; "none" keeps them.
         c_edit: weight of the edit loss (paper: 0.1).
@@ -83,6 +85,7 @@ class MendModule(L.LightningModule):
         edit_rate: float = 1e-4,
         precondition: float | None = None,
         rephrase_ridge: float | None = None,
+        ridge: float | None = None,
         confidence: float | None = None,
         calibration_batches: int = 16,
         lr: float = 1e-6,
@@ -99,7 +102,8 @@ class MendModule(L.LightningModule):
         self._layers, self._last_blocks = layers, last_blocks
         self._algorithm = algorithm or partial(
             MendEditor, rank=rank, n_hidden=n_hidden, shared=shared, normalize=normalize, init=init, inputs=inputs,
-            edit_rate=edit_rate, precondition=precondition, rephrase_ridge=rephrase_ridge, confidence=confidence,
+            edit_rate=edit_rate, precondition=precondition, rephrase_ridge=rephrase_ridge, ridge=ridge,
+            confidence=confidence,
         )  # fmt: skip
         if calibration_batches < 1:
             raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
@@ -278,10 +282,10 @@ class MendModule(L.LightningModule):
         named = dict(self.editor.named_parameters())
         if not named:
             return None
-        rates = named.pop("edit_rates", None)
+        rates = [named.pop(name) for name in self.editor.rate_names if name in named]
         groups = [{"params": list(named.values()), "lr": self.lr, "name": "transforms"}]
-        if rates is not None:
-            groups.append({"params": [rates], "lr": self.edit_rate_lr, "name": "edit_rates"})
+        if rates:
+            groups.append({"params": rates, "lr": self.edit_rate_lr, "name": "edit_rates"})
         # Lightning cannot clip before a fused step when it mixes precisions.
         optimizer = torch.optim.Adam(groups, fused=not self._mixed_precision())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)

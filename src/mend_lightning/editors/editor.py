@@ -55,6 +55,8 @@ class Editor(nn.Module):
 
     # False: edits are no weight deltas, and there is no `Edit` to save.
     changes_weights = True
+    # Parameters that are a few numbers a layer, and learn with a rate of their own (`MendModule.edit_rate_lr`).
+    rate_names = ("edit_rates", "log_ridge")
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
         super().__init__()

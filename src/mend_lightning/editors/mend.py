@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
+from mend_lightning.delta import LowRankDelta
+from mend_lightning.editors.aggregate import ridge_delta, summed
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
 from mend_lightning.errors import ConfigError
@@ -36,6 +38,8 @@ class MendEditor(Editor):
             None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
         rephrase_ridge: with `precondition`, ridge ρ of the regression of rephrases' inputs on the edit's, which makes edits
             hold for rephrases (`InputPreconditioner`); None leaves it out, as in the paper.
+        ridge: initial λ of the ridge regression that makes one ΔW of all tokens (MALMEN; `aggregate.ridge_delta`), learned for
+            each layer; None: MEND's plain sum.
         confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
             rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
         constant_units: see `RunningNormalizer`.
@@ -59,17 +63,22 @@ class MendEditor(Editor):
         edit_rate: float = 1e-4,
         precondition: float | None = None,
         rephrase_ridge: float | None = None,
+        ridge: float | None = None,
         confidence: float | None = None,
         constant_units: str = "center",
     ) -> None:
         settings = {
             "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
             "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "rephrase_ridge": rephrase_ridge,
-            "confidence": confidence, "constant_units": constant_units,
+            "ridge": ridge, "confidence": confidence, "constant_units": constant_units,
         }  # fmt: skip
         super().__init__(layers, **settings)
         self.groups = group_layers(self.layers, shared)
         self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(edit_rate)))
+        if ridge is not None and ridge <= 0:
+            raise ConfigError(f"ridge is the damping of a regression and must be positive, not {ridge}.")
+        # Its logarithm is learned: λ stays positive, and an optimiser's step is a share of it.
+        self.log_ridge = None if ridge is None else nn.Parameter(torch.full((len(self.layers),), math.log(ridge)))
         self.transforms = nn.ModuleList(
             GradientTransform(
                 *self.layers[group[0]], len(group), rank, n_hidden, init, inputs, shared, normalize, constant_units
@@ -134,8 +143,13 @@ class MendEditor(Editor):
         with torch.autocast(self.edit_rates.device.type, enabled=False):
             transformed = self._transform(factors)
             self._precondition(transformed)
-            rates = dict(zip(self.layers, self.edit_rates))
-            return {name: _as_delta(*transformed[name], factors[name], rates[name]) for name in self.layers}
+            return {name: self._delta(i, *transformed[name], factors[name]) for i, name in enumerate(self.layers)}
+
+    def _delta(self, layer: int, u: Tensor, delta: Tensor, factors: Factors) -> LowRankDelta:
+        """ΔW of one layer: the sum over tokens, or the ridge regression."""
+        if self.log_ridge is None:
+            return summed(u, delta, factors, self.edit_rates[layer])
+        return ridge_delta(u, delta, factors, self.edit_rates[layer], self.log_ridge[layer].exp())
 
     def _transform(self, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
         """name -> (ũ, δ̃), one pass for each group of layers."""
@@ -170,8 +184,3 @@ def group_layers(layers: Mapping[str, tuple[int, int]], shared: bool) -> list[li
         groups.setdefault(shape, []).append(name)
     return list(groups.values())
 
-
-def _as_delta(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:
-    slot, rank = task_slots(factors.task, factors.tasks)
-    place = (factors.task, factors.tasks, rank, slot)
-    return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))
