@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,10 +12,9 @@ import torch
 
 from benchmarks.models import tiny_variant
 from benchmarks.workloads import Settings, build, workload
+from mend_lightning.cost import RESET, resident_peak
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ROUNDS = 2
-MEGABYTE = 1e6
 
 
 def peak_memory(settings: Settings, variant: str) -> dict[str, float] | None:
@@ -48,18 +44,7 @@ def measure(settings: Settings, variant: str) -> dict[str, float]:
     _run_tiny(settings, variant)
     bench = build(settings)
     run = workload(bench, settings.command, variant)
-    return beyond_resident(run, ROUNDS)
-
-
-def beyond_resident(run: Callable[[], object], rounds: int = 1) -> dict[str, float]:
-    """Megabytes resident now (`before`), and how far above them the peak lies while `run` runs (`beyond`)."""
-    _release()
-    before = _status("VmRSS")
-    # Sets the peak back to what is resident now.
-    RESET.write_text("5")
-    for _ in range(rounds):
-        run()
-    return {"before": before, "beyond": max(0.0, _status("VmHWM") - before)}
+    return resident_peak(run, ROUNDS)
 
 
 def _run_tiny(settings: Settings, variant: str) -> None:
@@ -67,22 +52,6 @@ def _run_tiny(settings: Settings, variant: str) -> None:
     run = workload(build(tiny), tiny.command, variant)
     for _ in range(ROUNDS):
         run()
-
-
-def _release() -> None:
-    """Hands freed memory back to the system, or the first run would use it and look cheaper than it is."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _status(field: str) -> float:
-    for line in STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024 / MEGABYTE
-    raise RuntimeError(f"{STATUS} has no field {field}.")
 
 
 if __name__ == "__main__":

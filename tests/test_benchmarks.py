@@ -14,7 +14,7 @@ from models import relative_error
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.memory import RESET, beyond_resident, peak_memory  # noqa: E402
+from benchmarks.memory import peak_memory  # noqa: E402
 from benchmarks.timing import Timing, in_turn  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
     C_EDIT,
@@ -26,6 +26,7 @@ from benchmarks.workloads import (  # noqa: E402
     warm_up_statistics,
     workload,
 )
+from mend_lightning.cost import RESET, resident_peak  # noqa: E402
 from mend_lightning.step import edit_step  # noqa: E402
 
 LOSS, GRADIENT = 1e-4, 1e-3
@@ -91,7 +92,7 @@ def test_seconds_are_divided_by_the_edits_of_a_step():
 @needs_proc
 def test_the_peak_is_seen_after_the_memory_was_freed():
     # 64 MB: above the size from which malloc takes every block from the system and gives it back.
-    found = beyond_resident(lambda: torch.ones(16_000_000).sum())
+    found = resident_peak(lambda: torch.ones(16_000_000).sum())
     assert 60 < found["beyond"] < 80
 
 

@@ -74,6 +74,7 @@ def test_results_of_test(session, config):
     assert set(results["metrics"]) == set(PROTOCOL) | {"edit_nll"}
     assert set(results["protocol"]) == set(PROTOCOL)
     assert (results["edits"], results["seed"], results["edits_at_a_time"]) == (SIZES["test"], 0, 1)
+    assert results["cost_of_an_edit"]["seconds"] > 0 and results["cost_of_an_edit"]["edits"] == SIZES["test"]
     assert results["versions"]["mend_lightning"] == __version__
     assert {"torch", "transformers", "lightning", "python"} <= results["versions"].keys()
     assert results["base_fingerprint"] == MendEditor.from_pretrained(config.parent / "editor").base_fingerprint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 
 from mend_lightning.checks import check_batch, unreached_parameters
+from mend_lightning.cost import EditCost, measure_cost
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.layers import layer_shape
@@ -19,6 +21,9 @@ from mend_lightning.report import console, results_table, write_results
 from mend_lightning.types import IGNORED_LABEL, EditBatch
 
 logger = logging.getLogger(__name__)
+
+# Edits whose cost is measured, each alone.
+COST_EDITS = 8
 
 
 class StartReport(L.Callback):
@@ -137,11 +142,12 @@ class ResultsReport(L.Callback):
         self._records.extend(outputs)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        records = gathered(self._records)
+        records, seconds = gathered(self._records), time.perf_counter() - self._started
+        # On every process: where the base is sharded, an edit needs them all.
+        cost = _cost(trainer, module)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
-        seconds = time.perf_counter() - self._started
         about = {
             "editor": type(module.editor).__name__,
             "base": module.base.name,
@@ -151,10 +157,12 @@ class ResultsReport(L.Callback):
             "seed": trainer.datamodule.seed,
             "seconds": round(seconds, 1),
             "edits_at_a_time": 1,
+            "cost_of_an_edit": asdict(cost),
         }
         results = write_results(folder, module.results, records, about)
         title = f"{len(records)} edits of {module.base.name}, one at a time, on {about['test']} ({seconds:.0f} s)"
         console().print(results_table(title, module.results, results["intervals_95"]))
+        console().print(_cost_line(results["cost_of_an_edit"]), highlight=False)
         console().print(f"Written: {folder / 'results.json'}, {folder / 'examples.jsonl'}", highlight=False)
 
     def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: Any) -> None:
@@ -166,6 +174,19 @@ class ResultsReport(L.Callback):
             path = Path(trainer.default_root_dir) / "predictions.jsonl"
             write_jsonl(path, records)
             console().print(f"Written: {path}", highlight=False)
+
+
+def _cost(trainer: L.Trainer, module: L.LightningModule) -> EditCost:
+    """Of the first edits of the test set, each made alone."""
+    data = trainer.datamodule
+    tasks = [data.sampler("test").task(0, index) for index in range(min(COST_EDITS, len(data.sampler("test"))))]
+    rows = [data.encoder.rows([(task.prompt, task.target)], [0], 1).to(module.device) for task in tasks]
+    return measure_cost(module.base_model, module.editor, rows)
+
+
+def _cost_line(cost: dict[str, Any]) -> str:
+    memory = "" if cost["megabytes"] is None else f", {cost['megabytes']:.0f} MB of memory beyond the model and the editor"
+    return f"Making one edit takes {cost['seconds']:.3g} s (median of {cost['edits']}){memory}."
 
 
 def gathered(records: list[Any]) -> list[Any]:

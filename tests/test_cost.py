@@ -1,0 +1,36 @@
+"""The cost of an edit, of an editor whose seconds and megabytes are known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from models import make_rows, tiny_model
+
+from mend_lightning.cost import RESET, measure_cost
+from mend_lightning.edited import DeltaEdits
+from mend_lightning.editors import Editor
+
+SECONDS, MEGABYTES = 0.05, 64
+
+
+class Costly(Editor):
+    made = 0
+
+    def edited(self, model, z_edit):
+        self.made += 1
+        # The first is ten times as slow, as a first one is; it must not count.
+        time.sleep(10 * SECONDS if self.made == 1 else SECONDS)
+        torch.ones(MEGABYTES * 250_000).sum()
+        return DeltaEdits({}, {})
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="the peak is read from Linux's /proc")
+def test_seconds_and_megabytes_of_single_edits():
+    editor = Costly({})
+    cost = measure_cost(tiny_model("llama"), editor, [make_rows("llama", [0], 1)] * 3)
+    # The machine may be busy: a sleep is never shorter, and the wide bound is far below the first edit's.
+    assert SECONDS <= cost.seconds < 5 * SECONDS
+    assert cost.megabytes == pytest.approx(MEGABYTES, rel=0.2)
+    assert (cost.edits, editor.made) == (3, 5)
