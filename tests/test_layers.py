@@ -42,6 +42,7 @@ OTHERS = {
     "GPTNeoX": (SIZES, "gpt_neox.layers.3.mlp.", ("dense_h_to_4h", "dense_4h_to_h")),
     "Mistral": ({**SIZES, "num_key_value_heads": 2}, "model.layers.3.mlp.", ("gate_proj", "up_proj", "down_proj")),
     "Qwen2": ({**SIZES, "num_key_value_heads": 2}, "model.layers.3.mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "Qwen3": ({**SIZES, "num_key_value_heads": 2}, "model.layers.3.mlp.", ("gate_proj", "up_proj", "down_proj")),
     "Gemma2": ({**SIZES, "num_key_value_heads": 2}, "model.layers.3.mlp.", ("gate_proj", "up_proj", "down_proj")),
     "Phi3": ({**SIZES, "pad_token_id": 0}, "model.layers.3.mlp.", ("gate_up_proj", "down_proj")),
     "Phi": (SIZES, "model.layers.3.mlp.", ("fc1", "fc2")),
@@ -81,6 +82,22 @@ def test_defaults_of_other_families(family):
         model = getattr(transformers, f"{family}ForCausalLM")(config)
     assert default_layers(model, last_blocks=1) == [block + name for name in names]
     assert len(default_layers(model)) == 3 * len(names)
+
+
+def test_of_a_model_that_sees_pictures_the_language_model_is_edited():
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4)
+    with torch.device("meta"):
+        alone = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**text))
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    names = [f"layers.{i}.mlp.{part}_proj" for i in (1, 2, 3) for part in ("gate", "up", "down")]
+    assert default_layers(alone) == [f"model.{name}" for name in names]
+    # The picture's blocks have an MLP of linear layers as well.
+    assert list(find_stacks(model)) == ["model.vision_tower.encoder.layers", "model.language_model.layers"]
+    assert default_layers(model) == [f"model.language_model.{name}" for name in names]
+    # A module that holds the model, as a LightningModule does.
+    assert default_layers(nn.ModuleDict({"base": model})) == [f"base.model.language_model.{name}" for name in names]
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,24 @@ def _is_stack(modules: nn.ModuleList) -> bool:
     return alike and any(is_editable(child) for child in modules[0].modules())
 
 
+def text_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The stacks that read text: of a model that also sees pictures or hears, its language model's alone.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> list(text_stacks(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=32))))
+        ['transformer.h']
+    """
+    stacks = find_stacks(model)
+    whole = next((module for module in model.modules() if hasattr(module, "get_decoder")), None)
+    if len(stacks) < 2 or whole is None or getattr(whole.config, "is_encoder_decoder", False):
+        return stacks
+    inside = {id(module) for module in whole.get_decoder().modules()}
+    return {name: stack for name, stack in stacks.items() if id(stack) in inside} or stacks
+
+
 def default_layers(model: nn.Module, last_blocks: int | None = None) -> list[str]:
-    """The paper's choice: the MLP matrices of the last blocks of every stack.
+    """The paper's choice: the MLP matrices of the last blocks of every stack that reads text.
 
     Args:
         model: a Hugging Face model, or a module that holds one.
@@ -87,7 +103,7 @@ def default_layers(model: nn.Module, last_blocks: int | None = None) -> list[str
     Raises:
         LayerNotFoundError: the model has no block stack, or its MLPs have names not known here.
     """
-    stacks = find_stacks(model)
+    stacks = text_stacks(model)
     if last_blocks is None:
         last_blocks = LAST_BLOCKS["encoder_decoder" if len(stacks) > 1 else "single"]
     names = [
