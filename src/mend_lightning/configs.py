@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from mend_lightning.errors import ConfigError
@@ -14,7 +15,7 @@ def config_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """Names of the shipped configs."""
+    """Names of the shipped configs that can be run; what they share lies in `shared/`."""
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
@@ -33,18 +34,17 @@ def find_config(name: str) -> str:
     shipped = config_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return str(shipped)
-    raise ConfigError(
-        f"Config {name!r} is no file (looked in {Path.cwd()}) and no shipped config. Shipped: {', '.join(config_names())}."
-    )
+    raise ConfigError(f"Config {name!r} is no file (looked in {Path.cwd()}) and no shipped config.{near_config(name)}")
 
 
-def with_config_paths(arguments: list[str]) -> list[str]:
-    """Command-line arguments with every `--config NAME` turned into `--config PATH`."""
-    found: list[str] = []
-    for argument in arguments:
-        if found and found[-1] in ("--config", "-c"):
-            argument = find_config(argument)
-        elif argument.startswith("--config="):
-            argument = "--config=" + find_config(argument.removeprefix("--config="))
-        found.append(argument)
-    return found
+def near_config(name: str) -> str:
+    """What an error about an unknown config says at its end.
+
+    Example:
+        >>> near_config("quikstart")
+        ' Did you mean quickstart? `mend-lightning show-config` lists the shipped ones.'
+    """
+    known = config_names() + [f"shared/{path.stem}" for path in config_folder().glob("shared/*.yaml")]
+    near = difflib.get_close_matches(name.lower().removesuffix(".yaml"), known, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{hint} `mend-lightning show-config` lists the shipped ones."
