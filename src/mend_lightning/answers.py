@@ -26,7 +26,8 @@ def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores:
     """Greedy answers of each task's edited model to its question and rephrases, ended by the natural stop.
 
     A row whose every target token, the stop included, is the most probable one given those before it is what
-    greedy decoding says, so only the other rows are decoded.
+    greedy decoding says, so only the other rows are decoded. Where the format has no stop (running text), an answer is
+    as many tokens as its target has: an exact match is then the same as a right row.
 
     Returns:
         Answers in the order of `questions`.
@@ -36,8 +37,10 @@ def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores:
     answers = list(targets)
     open_rows = [i for i, known in enumerate(right) if not known]
     if open_rows:
+        running = encoder.format.stop is None
+        lengths = [len(encoder.target_ids(prompts[i], targets[i])) for i in open_rows] if running else None
         tasks = tasks[open_rows].to(scores.edit.task.device)
-        texts = scores.edited.answers(model, encoder, [prompts[i] for i in open_rows], tasks)
+        texts = scores.edited.answers(model, encoder, [prompts[i] for i in open_rows], tasks, lengths)
         for i, text in zip(open_rows, texts):
             answers[i] = text
     return answers

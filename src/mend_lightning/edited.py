@@ -40,7 +40,12 @@ class Edited(Protocol):
         ...
 
     def answers(
-        self, model: nn.Module, encoder: Encoder, prompts: Sequence[str], task_of_row: Tensor | None = None
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        prompts: Sequence[str],
+        task_of_row: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> list[str]:
         """Greedy answers of the edited model; arguments as in `generate_answers`."""
         ...
@@ -58,6 +63,11 @@ class DeltaEdits:
             return logits_at(model, rows, mask)
 
     def answers(
-        self, model: nn.Module, encoder: Encoder, prompts: Sequence[str], task_of_row: Tensor | None = None
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        prompts: Sequence[str],
+        task_of_row: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> list[str]:
-        return generate_answers(model, encoder, prompts, self.layers, self.deltas, task_of_row)
+        return generate_answers(model, encoder, prompts, self.layers, self.deltas, task_of_row, lengths=lengths)

@@ -27,8 +27,12 @@ def generate_answers(
     deltas: Mapping[str, Delta] | None = None,
     task_of_row: Tensor | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    lengths: Sequence[int] | None = None,
 ) -> list[str]:
     """Greedy answers to `prompts`, up to the stop text, the end-of-sequence token or `max_new_tokens`.
+
+    Where the format has no stop (running text), nothing ends an answer, the end-of-sequence token neither: it has
+    `max_new_tokens` tokens, or as many as `lengths` says.
 
     Args:
         model: a causal model or an encoder-decoder.
@@ -36,12 +40,16 @@ def generate_answers(
         prompts: questions as they stand in the data.
         layers, deltas: an edit to apply meanwhile; None asks the model as it is.
         task_of_row: `[prompts]`, which of the deltas' tasks each prompt is asked under; None: grouped.
+        lengths: number of tokens of each answer, where the format has no stop.
 
     Returns:
         One answer a prompt, without stop and blanks. An answer that did not stop in time is what there is.
     """
     if encoder.kind == "classifier":
         raise ConfigError("A classifier generates no answers; `test` measures its edits by their labels.")
+    running = encoder.format.stop is None
+    if running and lengths is not None:
+        max_new_tokens = max(lengths)
     ids, mask = _padded_prompts(encoder, prompts)
     device = next(model.parameters()).device
     edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
@@ -52,14 +60,17 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=list(_stop_ids(encoder.tokenizer, encoder.format.stop)) or None,
+            eos_token_id=None if running else list(_stop_ids(encoder.tokenizer, encoder.format.stop)) or None,
             pad_token_id=_pad_id(encoder.tokenizer),
             # Sampling settings that a model's generation_config may hold make greedy decoding warn.
             temperature=None, top_p=None, top_k=None,
             # Penalties that it may hold would make it another decoding than greedy.
             repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
         )  # fmt: skip
-    new = output[:, ids.shape[1] :] if encoder.kind == "causal" else output
+    # An encoder-decoder's output begins with its start token.
+    new = output[:, ids.shape[1] if encoder.kind == "causal" else 1 :]
+    if running and lengths is not None:
+        new = [row[:length] for row, length in zip(new, lengths)]
     return [encoder.format.read(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
 
 

@@ -47,7 +47,7 @@ class Encoder:
         kind: see `model_kind`.
         max_length: longest row in tokens. A prompt that does not fit loses its beginning (causal; BOS stays) or its
             end (encoders, as in the original), with a warning; a target is never cut: one that does not fit is an
-            error.
+            error. Only running text (`stop` is None), which has no end anyway, loses what does not fit, with a warning.
         decoder_start_token_id: of an encoder-decoder (`model.config.decoder_start_token_id`).
         pad_token_id: `model.config.pad_token_id`. Padding is never attended to, so any id would do, but for
             classifiers on decoders (GPT-2, Llama): they find a row's end by it.
@@ -72,10 +72,10 @@ class Encoder:
     def __post_init__(self) -> None:
         if self.kind == "encoder_decoder" and self.decoder_start_token_id is None:
             raise ConfigError("An encoder-decoder needs decoder_start_token_id (model.config.decoder_start_token_id).")
-        if self.kind != "classifier" and not self.format.stop and self.tokenizer.eos_token_id is None:
+        if self.kind != "classifier" and self.format.stop == "" and self.tokenizer.eos_token_id is None:
             raise TokenizerError(
                 f"{type(self.tokenizer).__name__} has no end-of-sequence token, so nothing would end an answer. "
-                "Set a stop text (for example stop: \"\\n\")."
+                "Set a stop text (for example stop: \"\\n\"), or null for running text."
             )
 
     def rows(self, pairs: Sequence[tuple[str, str]], task: Sequence[int], tasks: int) -> Rows:
@@ -142,36 +142,55 @@ class Encoder:
         return [*start, *ids[len(ids) - length + len(start) :]]
 
     def target_ids(self, prompt: str, target: str) -> list[int]:
-        """Ids of the answer with its stop: what the model must predict."""
+        """Ids of the answer with its stop, if there is one: what the model must predict."""
         if not target.strip():
             raise TokenizerError(f"The target of {prompt!r} is empty; it must hold at least one token.")
         ids = self._continuation(prompt, target) if self.kind == "causal" else self._decoder_target(target)
-        if not self.format.stop and ids[-1] != self.tokenizer.eos_token_id:
+        if self.format.stop == "" and ids[-1] != self.tokenizer.eos_token_id:
             ids = [*ids, self.tokenizer.eos_token_id]
+        if self.format.stop is None:
+            return self._fitting(ids, prompt)
         if len(ids) >= self.max_length:
             raise TokenizerError(
                 f"The target {target!r} has {len(ids)} tokens; max_length is {self.max_length}. Raise max_length."
             )
         return ids
 
+    def _fitting(self, ids: list[int], prompt: str) -> list[int]:
+        """As much of a running text as fits; behind its prompt where there is room (a paragraph's first word)."""
+        if len(ids) < self.max_length:
+            return ids
+        warnings.warn(
+            f"There are running texts that do not fit into max_length ({self.max_length} tokens); they lose their end. "
+            "Raise max_length.",
+            TruncationWarning,
+            stacklevel=2,
+        )
+        before = len(self.tokenizer(self.format.question(prompt))["input_ids"]) if self.kind == "causal" else 1
+        return ids[: max(1, self.max_length - before)]
+
     def _continuation(self, prompt: str, target: str) -> list[int]:
         """The target's ids as they stand behind the prompt (some tokenizers treat a text's start apart)."""
-        answer = self.format.answer(target) + self.format.stop
+        answer = self.format.answer(target) + (self.format.stop or "")
         before = self.prompt_ids(prompt)
         whole = self.tokenizer(self.format.question(prompt) + answer)["input_ids"]
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
-            # Some tokenizers end every text with EOS; here the stop text is the end.
-            ids = ids[:-1] if self.format.stop and ids[-1:] == [self.tokenizer.eos_token_id] else ids
+            # Some tokenizers end every text with EOS; here the stop text is the end, or there is none.
+            ids = self._without_eos(ids)
         else:
             ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         if not ids:
             raise TokenizerError(f"The target {target!r} has no token of its own behind the prompt {prompt!r}.")
         return ids
 
+    def _without_eos(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if self.format.stop != "" and ids[-1:] == [self.tokenizer.eos_token_id] else ids
+
     def _decoder_target(self, target: str) -> list[int]:
-        text = self.format.answer(target).strip() + self.format.stop
+        text = self.format.answer(target).strip() + (self.format.stop or "")
         ids = self.tokenizer(text_target=text)["input_ids"]
+        ids = self._without_eos(ids) if self.format.stop is None else ids
         if not ids:
             raise TokenizerError(f"The target {target!r} has no token.")
         return ids

@@ -10,7 +10,10 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from mend_lightning.data.collate import collate_tasks
+from mend_lightning.data.columns import Columns
 from mend_lightning.data.encode import Encoder, ModelKind
+from mend_lightning.data.generation import check_running_text
+from mend_lightning.data.locality import Locality, read_locality
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.data.records import read_records
@@ -26,15 +29,22 @@ class EditDataModule(L.LightningDataModule):
     resumed run change nothing.
 
     Args:
-        train: JSONL file of training facts, or a shipped set (`world_facts/train`).
+        train: training facts: a JSONL, JSON, CSV or Parquet file, a shipped set (`world_facts/train`), or a folder or
+            hub id of the `datasets` library (`name:split`).
         validation, test: likewise; None leaves the stage out.
+        format: of these files (docs/data.md); "auto" recognises each by its first record's keys.
+        columns: the files' own names for the format's keys, such as `{prompt: question, target: new_answer}`.
+        locality_data: where unrelated facts come from instead of the same set: a source of questions and answers, of
+            which each split gets a share of its own, or one source a split (`{train: …, test: …}`).
+        require_rephrases: False keeps records without rephrases; they are measured on the question itself.
         tokenizer: a Hugging Face tokenizer; None takes the base model's in `fit`, `validate`, `test`, `predict`.
         prompt: template of a question, with `{input}`.
         target: template of an answer, with `{target}`.
-        stop: text that ends an answer; "" means the end-of-sequence token.
+        stop: text that ends an answer; "" means the end-of-sequence token, None that nothing does (running text).
         batch_size: edit tasks a step (a process).
         rephrases, locality: rephrases and unrelated facts of one training task.
-        hard_locality: how many of the unrelated facts have the edit's relation and another subject.
+        hard_locality: how many of the unrelated facts have the edit's relation and another subject. Records that bring
+            locality examples of their own use those first.
         eval_batch_size, eval_rephrases, eval_locality, eval_hard_locality: the same for evaluation.
         validation_edits, test_edits: evaluate the first so many records only; None: all.
         max_length: longest row in tokens.
@@ -56,7 +66,7 @@ class EditDataModule(L.LightningDataModule):
         tokenizer: Any = None,
         prompt: str = "{input}",
         target: str = " {target}",
-        stop: str = "",
+        stop: str | None = "",
         batch_size: int = 8,
         rephrases: int = 1,
         locality: int = 1,
@@ -71,6 +81,10 @@ class EditDataModule(L.LightningDataModule):
         kind: ModelKind | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        format: str = "auto",
+        columns: dict[str, str | list[str]] | None = None,
+        locality_data: Locality = None,
+        require_rephrases: bool = True,
     ) -> None:
         super().__init__()
         counts = {
@@ -89,6 +103,10 @@ class EditDataModule(L.LightningDataModule):
         # Not save_hyperparameters: its entry in the checkpoint would hold the tokenizer.
         self.files = {"train": train, "validation": validation, "test": test}
         self.format = PromptFormat(prompt, target, stop)
+        self._reading: tuple[str, Columns | None, bool] = (format, columns, require_rephrases)
+        self.locality_data = locality_data
+        if isinstance(locality_data, dict) and set(locality_data) - set(self.files):
+            raise ConfigError(f"locality_data names {', '.join(locality_data)}; its splits are {', '.join(self.files)}.")
         self.tokenizer, self.kind = tokenizer, kind
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
@@ -114,9 +132,10 @@ class EditDataModule(L.LightningDataModule):
     def sampler(self, split: str) -> TaskSampler:
         """The tasks of a split: "train", "validation" or "test"."""
         if split not in self._samplers:
-            records = read_records(self.files[split])
+            records = read_records(self.files[split], *self._reading)
+            check_running_text(records, self.format)
             draws = self._draws["train" if split == "train" else "evaluation"]
-            self._samplers[split] = TaskSampler(records, *draws)
+            self._samplers[split] = TaskSampler(records, *draws, read_locality(self.locality_data, split))
         return self._samplers[split]
 
     def train_dataloader(self) -> DataLoader:

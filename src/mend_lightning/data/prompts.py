@@ -15,8 +15,9 @@ class PromptFormat:
         prompt: template of the question; `{input}` is replaced.
         target: template of the answer; `{target}` is replaced. For a causal model it starts with the
             space that separates it from the prompt, for the tokenizer glues the two together.
-        stop: what ends an answer, and is trained and generated with it: text such as a newline, or "" for
-            the tokenizer's end-of-sequence token.
+        stop: what ends an answer, and is trained and generated with it: text such as a newline, "" for
+            the tokenizer's end-of-sequence token, or None for answers that nothing ends (the next tokens of a
+            running text).
 
     Example:
         >>> PromptFormat("Q: {input}\\nA:").question("Why?")
@@ -25,7 +26,7 @@ class PromptFormat:
 
     prompt: str = "{input}"
     target: str = " {target}"
-    stop: str = ""
+    stop: str | None = ""
 
     def __post_init__(self) -> None:
         for name, key in (("prompt", "{input}"), ("target", "{target}")):
@@ -42,5 +43,5 @@ class PromptFormat:
         return self.target.replace("{target}", target)
 
     def read(self, continuation: str) -> str:
-        """The answer in a generated continuation: what stands before the stop, without the blanks."""
+        """The answer in a generated continuation: what stands before the stop (all of it without one), without blanks."""
         return (continuation.split(self.stop)[0] if self.stop else continuation).strip()

@@ -1,77 +1,38 @@
-"""Reads edit records from JSONL in the KILT/zsRE style of De Cao et al. (EMNLP 2021)."""
+"""Reads edit records from any source and in any format: the one door to data files."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from mend_lightning.errors import DataFileError, EmptyDatasetError, RecordError
+from mend_lightning.data.columns import Columns, rename
+from mend_lightning.data.readers import find_format, kilt, recognise
+from mend_lightning.data.readers.fields import Format
+from mend_lightning.data.record import Question, Record
+from mend_lightning.data.sources import Row, find_data_file, read_rows
+from mend_lightning.errors import EmptyDatasetError, RecordError
+
+__all__ = ["Question", "Record", "find_data_file", "iterate_records", "parse_record", "read_records", "unusable"]
 
 logger = logging.getLogger(__name__)
 
-# Files that travel with the package, by the name they can be asked for.
-SHIPPED = "world_facts"
-REQUIRED_KEYS = ("input", "alternatives", "output")
 
-
-@dataclass(frozen=True)
-class Record:
-    """One fact and the ways to ask for it.
-
-    Attributes:
-        prompt: the question as it stands in the file (`input`).
-        answers: the true answers (`output`).
-        alternatives: what an edit may make the model say instead.
-        rephrases: other phrasings of the question (`filtered_rephrases`).
-        prediction: what the base model said when the file was made; "" where the file does not tell.
-        subject, relation: what the fact is about; "" where the file does not tell.
-        line: line number in its file, from 1.
-    """
-
-    prompt: str
-    answers: tuple[str, ...]
-    alternatives: tuple[str, ...]
-    rephrases: tuple[str, ...]
-    prediction: str = ""
-    subject: str = ""
-    relation: str = ""
-    line: int = 0
-
-
-def find_data_file(name: str | Path) -> Path:
-    """The path of a data file: a path as it is, or a shipped one by name (`world_facts/test`).
-
-    Raises:
-        DataFileError: neither exists.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    folder = Path(str(resources.files("mend_lightning.data")))
-    shipped = folder / f"{name}.jsonl"
-    if shipped.is_file():
-        return shipped
-    names = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/*.jsonl"))
-    raise DataFileError(
-        f"Data file {str(name)!r} does not exist (looked in {Path.cwd()}). Give the path of a JSONL file, or "
-        f"one of the shipped sets: {', '.join(names)}."
-    )
-
-
-def read_records(name: str | Path) -> list[Record]:
-    """Reads every usable record of a file.
+def read_records(
+    name: str | Path, format: str = "auto", columns: Columns | None = None, require_rephrases: bool = True
+) -> list[Record]:
+    """Reads every usable record of a source.
 
     A record without alternatives or without rephrases cannot make an edit task and is left out, as in the
     original code; a warning counts them. Anything else that is wrong raises.
 
     Args:
-        name: a path, or a shipped set such as `world_facts/train`.
+        name: a file, a shipped set such as `world_facts/train`, or a `datasets` source; see `read_rows`.
+        format: one of docs/data.md, or "auto": recognised by the first record's keys.
+        columns: the file's own names for the format's keys, see `rename`; with "auto" the format is then "native".
+        require_rephrases: False keeps records without rephrases, which are then edited and measured on the
+            question itself.
 
     Raises:
         DataFileError: the file is missing or unreadable.
@@ -82,10 +43,9 @@ def read_records(name: str | Path) -> list[Record]:
         >>> read_records("world_facts/test")[0].prompt != ""
         True
     """
-    path = find_data_file(name)
     kept, dropped = [], Counter()
-    for record in _iterate(path):
-        reason = _unusable(record)
+    for record in iterate_records(name, format, columns):
+        reason = unusable(record, require_rephrases)
         if reason:
             dropped[reason] += 1
         else:
@@ -93,32 +53,57 @@ def read_records(name: str | Path) -> list[Record]:
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not kept:
         raise EmptyDatasetError(
-            f"{path}: no usable record ({counts or 'the file is empty'}). A record needs at least one entry in "
-            "'alternatives' and one in 'filtered_rephrases'."
+            f"{name}: no usable record ({counts or 'the file is empty'}). A record needs at least one new answer and one "
+            "rephrase (docs/data.md says under which keys)."
         )
     if dropped:
-        logger.warning("%s: left out %d of %d records: %s", path, sum(dropped.values()), len(kept) + sum(dropped.values()), counts)
+        logger.warning("%s: left out %d of %d records: %s", name, dropped.total(), len(kept) + dropped.total(), counts)
     return kept
 
 
-def _iterate(path: Path) -> Iterator[Record]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield parse_record(line, f"{path}, line {number}", number)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataFileError(f"Data file {path} cannot be read as UTF-8 text: {error}") from error
+def iterate_records(
+    name: str | Path,
+    format: str = "auto",
+    columns: Columns | None = None,
+    on_error: Callable[[Row, RecordError], None] | None = None,
+    on_format: Callable[[Format], None] | None = None,
+) -> Iterator[Record]:
+    """Every record of a source, usable or not.
+
+    Args:
+        name, format, columns: as in `read_records`.
+        on_error: takes what is wrong with a record instead of it being raised.
+        on_format: is told the format once it is known.
+    """
+    chosen = None if format == "auto" and not columns else find_format("native" if format == "auto" else format)
+    told = False
+    for row in read_rows(name):
+        try:
+            data = row.load()
+            if columns:
+                # Columns are compared with the first record's; later ones may lack what is optional.
+                data = rename(data, columns, row.where, strict=not told)
+            chosen = chosen or recognise(data, row.where)
+            if on_format and not told:
+                on_format(chosen)
+            told = True
+            yield chosen.parse(data, row.where, row.line)
+        except RecordError as error:
+            if on_error is None:
+                raise
+            on_error(row, error)
 
 
-def _unusable(record: Record) -> str:
+def unusable(record: Record, require_rephrases: bool = True) -> str:
+    """Why a record cannot make an edit task; "" where it can."""
     if not record.alternatives:
         return "without alternatives"
-    return "" if record.rephrases else "without rephrases"
+    # Generation data has its rephrases drawn.
+    return "without rephrases" if require_rephrases and not record.rephrases and not record.text else ""
 
 
 def parse_record(line: str, where: str = "record", number: int = 0) -> Record:
-    """Parses one line.
+    """Parses one line of KILT/zsRE JSONL.
 
     Args:
         line: a JSON object with `input`, `alternatives`, `filtered_rephrases` (or `rephrases`), `output`
@@ -130,46 +115,4 @@ def parse_record(line: str, where: str = "record", number: int = 0) -> Record:
         ...              '"output": [{"answer": "A"}]}').answers
         ('A',)
     """
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{where}: not valid JSON ({error}). Expected one JSON object a line.") from error
-    if not isinstance(data, dict):
-        raise RecordError(f"{where}: expected a JSON object, got {type(data).__name__}.")
-    missing = [key for key in REQUIRED_KEYS if key not in data]
-    if "filtered_rephrases" not in data and "rephrases" not in data:
-        missing.append("filtered_rephrases")
-    if missing:
-        raise RecordError(f"{where}: missing key(s) {', '.join(missing)}. The record has: {', '.join(data)}.")
-    return Record(
-        prompt=_text(data["input"], "input", where),
-        answers=_answers(data["output"], where),
-        alternatives=_texts(data["alternatives"], "alternatives", where),
-        rephrases=_texts(data.get("filtered_rephrases", data.get("rephrases")), "filtered_rephrases", where),
-        prediction=_text(data.get("prediction") or "", "prediction", where),
-        subject=_text(data.get("subject") or "", "subject", where),
-        relation=_text(data.get("relation") or "", "relation", where),
-        line=number,
-    )
-
-
-def _text(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{where}: {key!r} must be text, got {value!r}.")
-    return value.strip()
-
-
-def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise RecordError(f"{where}: {key!r} must be a list of texts, got {value!r}.")
-    return tuple(text for text in (_text(item, key, where) for item in value) if text)
-
-
-def _answers(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RecordError(f"{where}: 'output' must be a list like [{{\"answer\": \"Paris\"}}], got {value!r}.")
-    # KILT's outputs may hold provenance alone, without an answer.
-    answers = _texts([item["answer"] for item in value if item.get("answer")], "output", where)
-    if not answers:
-        raise RecordError(f"{where}: 'output' holds no answer. Expected a list like [{{\"answer\": \"Paris\"}}].")
-    return answers
+    return kilt.parse(Row(line, number, where, encoded=True).load(), where, number)

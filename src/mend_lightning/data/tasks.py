@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mend_lightning.data.records import Record
+from mend_lightning.data.generation import as_question, drop_prefix
+from mend_lightning.data.record import Question, Record
 from mend_lightning.errors import ConfigError
 
 
@@ -19,11 +20,13 @@ class EditTask:
         prompt: the edited question x_e.
         target: what the edited model shall answer, y_e = y_in.
         rephrases: other phrasings x_in.
-        locality: unrelated facts x_out as (question, true answer); hard ones (the edit's relation,
-            another subject) first.
+        locality: unrelated facts x_out as (question, true answer); hard ones (the record's own that are near the
+            edited fact, or facts of its relation and another subject) first.
         hard: how many of them are hard.
         answers: the true answers of the edited question.
         subject, relation: of the edited fact.
+        prediction: what the base model said when the file was made; "" where it does not tell.
+        portability: questions whose answers follow from the edit.
     """
 
     prompt: str
@@ -34,21 +37,27 @@ class EditTask:
     answers: tuple[str, ...] = ()
     subject: str = ""
     relation: str = ""
+    prediction: str = ""
+    portability: tuple[Question, ...] = ()
 
 
 class TaskSampler:
     """Draws edit tasks from records; the same (seed, epoch, index) always gives the same task.
 
+    A record's own locality examples are taken first (a draw of them where they are more than asked for), then
+    others' facts.
+
     Args:
         records: what to draw edits and unrelated facts from.
-        rephrases: rephrases a task (drawn without repetition while there are enough).
+        rephrases: rephrases a task (drawn without repetition while there are enough; of generation data: the prompt
+            with its beginning dropped; of a record without any: its question).
         locality: unrelated facts a task.
         hard_locality: how many of those have the edit's relation and another subject; where the records
             name no relation, they are drawn like the others.
         seed: of every draw.
+        unrelated: facts to draw the unrelated ones from instead of the records; hard ones are of the records still.
 
     Example:
-        >>> from mend_lightning.data.records import Record
         >>> records = [Record(f"Capital of {c}?", (c,), ("X",), ("…",), "", c, "capital") for c in "ABC"]
         >>> task = TaskSampler(records, locality=2, hard_locality=1).task(epoch=0, index=0)
         >>> task.target, len(task.locality), task.hard
@@ -56,14 +65,22 @@ class TaskSampler:
     """
 
     def __init__(
-        self, records: Sequence[Record], rephrases: int = 1, locality: int = 1, hard_locality: int = 0, seed: int = 0
+        self,
+        records: Sequence[Record],
+        rephrases: int = 1,
+        locality: int = 1,
+        hard_locality: int = 0,
+        seed: int = 0,
+        unrelated: Sequence[Record] | None = None,
     ) -> None:
-        if locality and all(_same_fact(record, records[0]) for record in records):
-            raise ConfigError("Locality examples need facts about at least two subjects; the records hold one.")
         self.records = list(records)
         self.rephrases, self.locality, self.hard_locality, self.seed = rephrases, locality, hard_locality, seed
+        known = [record for record in records if record.answers or record.text]
+        self._pool = known if unrelated is None else list(unrelated)
+        if any(len(record.locality) < locality for record in records):
+            _check_pool(self._pool, records, unrelated is not None)
         self._by_relation: dict[str, list[Record]] = defaultdict(list)
-        for record in records:
+        for record in known:
             self._by_relation[record.relation].append(record)
 
     def __len__(self) -> int:
@@ -72,16 +89,35 @@ class TaskSampler:
     def task(self, epoch: int, index: int) -> EditTask:
         """The task made of record `index` in `epoch`."""
         record = self.records[index]
-        # A generator of its own for every task: no order of calls, and no number of workers, matters.
-        draw = random.Random(f"{self.seed}/{epoch}/{index}")
+        # Generators of its own for every task: no order of calls, and no number of workers, matters.
+        key = f"{self.seed}/{epoch}/{index}"
+        draw = random.Random(key)
         target = draw.choice(record.alternatives)
-        rephrases = _draw(draw, record.rephrases, self.rephrases)
-        hard = self._unrelated(draw, record, self.hard_locality, self._by_relation[record.relation] if record.relation else [])
-        easy = self._unrelated(draw, record, self.locality - len(hard), self.records, taken=hard)
-        locality = tuple((_phrasing(draw, other), other.answers[0]) for other in hard + easy)
+        rephrases = self._rephrases(draw, record, key)
+        own = self._own(record, key)
+        near = sum(question.hard for question in own)
+        pool = self._by_relation[record.relation] if record.relation else []
+        hard = self._unrelated(draw, record, min(self.hard_locality - near, self.locality - len(own)), pool)
+        easy = self._unrelated(draw, record, self.locality - len(own) - len(hard), self._pool, taken=hard)
+        asked = [(question.prompt, question.answers[0]) for question in own]
+        hard_asked, easy_asked = ([_asked(draw, other) for other in others] for others in (hard, easy))
+        locality = (*asked[:near], *hard_asked, *asked[near:], *easy_asked)
         return EditTask(
-            record.prompt, target, rephrases, locality, len(hard), record.answers, record.subject, record.relation
-        )
+            record.prompt, target, rephrases, locality, near + len(hard), record.answers, record.subject,
+            record.relation, record.prediction, record.portability,
+        )  # fmt: skip
+
+    def _rephrases(self, draw: random.Random, record: Record, key: str) -> tuple[str, ...]:
+        if record.rephrases:
+            return _draw(draw, record.rephrases, self.rephrases)
+        prefixes = random.Random(f"{key}/prefix")
+        return tuple(drop_prefix(prefixes, record.prompt) if record.text else record.prompt for _ in range(self.rephrases))
+
+    def _own(self, record: Record, key: str) -> list[Question]:
+        """The record's own locality examples, at most as many as asked for, hard ones first."""
+        count = min(self.locality, len(record.locality))
+        chosen = random.Random(f"{key}/own").sample(record.locality, count)
+        return sorted(chosen, key=lambda question: not question.hard)
 
     def _unrelated(
         self, draw: random.Random, record: Record, count: int, pool: Sequence[Record], taken: Sequence[Record] = ()
@@ -102,12 +138,26 @@ class TaskSampler:
         return found
 
 
+def _check_pool(pool: Sequence[Record], records: Sequence[Record], elsewhere: bool) -> None:
+    """Raises where there is nothing unrelated to some record."""
+    if not pool:
+        raise ConfigError(
+            "Locality examples need true answers; these records hold none. Give locality_data (a file of questions and "
+            "answers), or records with locality examples of their own."
+        )
+    if not elsewhere and all(_same_fact(record, records[0]) for record in records):
+        raise ConfigError("Locality examples need facts about at least two subjects; the records hold one.")
+
+
 def _same_fact(a: Record, b: Record) -> bool:
     return a.prompt == b.prompt or (bool(a.subject) and a.subject == b.subject)
 
 
-def _phrasing(draw: random.Random, record: Record) -> str:
-    return draw.choice((record.prompt, *record.rephrases))
+def _asked(draw: random.Random, record: Record) -> tuple[str, str]:
+    """A record as an unrelated fact: any phrasing of its question and the true answer, or its paragraph."""
+    if record.text:
+        return as_question(record.text)
+    return draw.choice((record.prompt, *record.rephrases)), record.answers[0]
 
 
 def _draw(draw: random.Random, items: Sequence[str], count: int) -> tuple[str, ...]:

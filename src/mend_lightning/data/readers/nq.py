@@ -1,0 +1,33 @@
+"""Questions with their true answers alone (Natural Questions): locality examples, not edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mend_lightning.data.readers import kilt
+from mend_lightning.data.readers.fields import Format, flat_texts, require, text
+from mend_lightning.data.record import Record
+from mend_lightning.errors import RecordError
+
+
+def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
+    """`question` with `answer` (or `answers`; text or list), or KILT's `input` and `output`."""
+    if "input" in data:
+        require(data, ("input", "output"), where)
+        prompt, answers = text(data["input"], "input", where), kilt.answers(data["output"], where)
+    else:
+        require(data, ("question", "answer|answers"), where)
+        prompt = text(data["question"], "question", where)
+        answers = flat_texts(data.get("answer", data.get("answers")), "answer", where)
+    if not answers:
+        raise RecordError(f"{where}: 'answer' holds no text.")
+    return Record(prompt=prompt, answers=answers, alternatives=(), rephrases=(), line=line)
+
+
+def _matches(data: Mapping[str, Any]) -> bool:
+    edits = {"alternatives", "filtered_rephrases", "rephrases"}
+    return "question" in data or ({"input", "output"} <= data.keys() and not edits & data.keys())
+
+
+FORMAT = Format("nq", "questions and true answers for locality_data, JSONL", "question, answer", _matches, parse)
