@@ -338,3 +338,15 @@ def test_overfitting_on_one_batch(config, tmp_path):
     once = ["--trainer.overfit_batches", "1", "--trainer.default_root_dir", tmp_path]
     with pytest.warns(UserWarning, match="You requested to overfit"):
         assert call("fit", "--config", config, *once).code == 0
+
+
+def test_several_edits_at_once(config, tmp_path):
+    once = ["--data.edits_at_once", "2", "--trainer.default_root_dir", tmp_path]
+    assert call("fit", "--config", config, *once, "--data.batch_size", "2", "--trainer.max_steps", "2").code == 0
+    tested = call("test", "--config", config, *once, "--model.editor", tmp_path / "editor")
+    assert tested.code == 0 and "2 at once" in tested.out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["edits"], results["edits_at_a_time"]) == (SIZES["test"] // 2 * 2, 2)
+    many = call("test", "--config", config, "--data.edits_at_once", "8", "--model.editor", tmp_path / "editor")
+    assert many.code == 1
+    assert_says(many.err, r"7 record\(s\) to evaluate on 1 process\(es\); each needs at least 8.*lower edits_at_once")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.answers import edited_answers, judge_answers, questions
+from mend_lightning.answers import edited_answers, judge_answers, questions, task_records
 from mend_lightning.data.collate import collate_tasks
 from mend_lightning.data.encode import Encoder
 from mend_lightning.evaluate import RowScores, evaluate_batch
@@ -130,7 +130,7 @@ def test_an_edit_does_not_depend_on_its_batch():
 def asked(base_folder, edit_data):
     """`asked(family)`: edits of a base that knows the facts; every other edit asks for what is true already."""
 
-    def make(family: str):
+    def make(family: str, edits_at_once: int = 1):
         model, tokenizer = load_base(str(base_folder(family)), "float32")
         kind, data = KINDS[family], edit_data(KINDS[family], eval_rephrases=2)
         start = getattr(model.config, "decoder_start_token_id", None)
@@ -138,7 +138,7 @@ def asked(base_folder, edit_data):
         tasks = [data.sampler("validation").task(0, i) for i in range(5)]
         tasks = [replace(task, target=task.answers[0]) if i % 2 else task for i, task in enumerate(tasks)]
         editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=2e-3), 0.02).eval()
-        return model, editor, encoder, collate_tasks(tasks, encoder)
+        return model, editor, encoder, collate_tasks(tasks[: 5 - 5 % edits_at_once], encoder, edits_at_once)
 
     return make
 
@@ -161,10 +161,22 @@ def plain_greedy(model, weights, encoder, prompt: str) -> str:
     return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
+def check_records(records, batch, scores, answers) -> None:
+    """Every edit's record holds the rows that were made of that edit: two rephrases and four unrelated facts each."""
+    edits = len(batch.texts)
+    assert [record["prompt"] for record in records] == [text.prompt for text in batch.texts]
+    for i, (record, text) in enumerate(zip(records, batch.texts)):
+        assert (len(text.rephrases), len(text.locality)) == (2, 4)
+        assert record["generated"] == [answers[i], answers[edits + 2 * i], answers[edits + 2 * i + 1]]
+        assert record["general"] == [bool(scores.rephrase.correct_after[2 * i + j]) for j in range(2)]
+        assert record["known_after"] == [bool(scores.locality.correct_after[4 * i + j]) for j in range(4)]
+
+
+@pytest.mark.parametrize("edits_at_once", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_answers_are_those_of_plain_greedy_decoding(family, asked):
+def test_answers_are_those_of_plain_greedy_decoding(family, edits_at_once, asked):
     """Also those that were not decoded, for every token of the target had been the most probable one."""
-    model, editor, encoder, batch = asked(family)
+    model, editor, encoder, batch = asked(family, edits_at_once)
     base = state_copy(model)
     scores = evaluate_batch(model, editor, batch)
     answers = edited_answers(model, encoder, batch, scores)
@@ -177,7 +189,9 @@ def test_answers_are_those_of_plain_greedy_decoding(family, asked):
     ]
     assert answers == expected
     skipped = torch.cat([scores.edit.correct_after, scores.rephrase.correct_after])
-    assert skipped.any() and not skipped.all()
+    # Of edits made together here, none comes out.
+    assert bool(skipped.any()) is (edits_at_once == 1) and not skipped.all()
+    check_records(task_records(batch, scores, answers), batch, scores, answers)
     matches, f1 = judge_answers(answers, batch)
     assert matches == [answer == target for answer, target in zip(answers, targets)]
     assert [value == 1.0 for value in f1] == [a.lower().split() == t.lower().split() for a, t in zip(answers, targets)]

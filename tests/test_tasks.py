@@ -125,3 +125,25 @@ def test_a_pool_with_a_single_other_fact(seed):
     """However rarely it is drawn, it is found."""
     records = [*RECORDS[:1] * 12, RECORDS[-1]]
     assert len(TaskSampler(records, seed=seed).task(0, 0).locality) == 1
+
+
+def test_groups_hold_every_record_once_an_epoch_and_their_unrelated_facts_are_nobodys_edit():
+    sampler, seen = TaskSampler(RECORDS, rephrases=2, locality=2, hard_locality=1), []
+    for epoch in (0, 1):
+        groups = [sampler.group(epoch, index, 3) for index in range(len(TaskDataset(sampler, 3)))]
+        seen.append([[task.prompt for task in group] for group in groups])
+        assert sorted(prompt for group in seen[-1] for prompt in group) == sorted(each.prompt for each in RECORDS)
+        for group in groups:
+            subjects = {task.subject for task in group}
+            for task in group:
+                assert len(task.locality) == 2
+                assert not subjects & {BY_PROMPT[prompt].subject for prompt, _ in task.locality}
+    assert seen[0] != seen[1]
+    again = TaskSampler(RECORDS, rephrases=2, locality=2, hard_locality=1)
+    assert again.group(1, 2, 3) == sampler.group(1, 2, 3)
+
+
+def test_records_that_fill_no_group_are_left_out_and_a_group_of_one_is_the_task():
+    sampler = TaskSampler(RECORDS, locality=2)
+    assert len(TaskDataset(sampler, 5)) == 2
+    assert sampler.group(3, 4, 1) == (sampler.task(3, 4),)

@@ -16,8 +16,9 @@ from mend_lightning.types import EditBatch
 
 def questions(batch: EditBatch) -> tuple[list[str], list[str], torch.Tensor]:
     """Prompts, targets and tasks of every `x_e` and then every rephrase of a batch."""
-    asked = [(text.prompt, text.target, i) for i, text in enumerate(batch.texts)]
-    asked += [(rephrase, text.target, i) for i, text in enumerate(batch.texts) for rephrase in text.rephrases]
+    edits = list(zip(batch.texts, batch.z_edit.task.tolist()))
+    asked = [(text.prompt, text.target, task) for text, task in edits]
+    asked += [(rephrase, text.target, task) for text, task in edits for rephrase in text.rephrases]
     prompts, targets, tasks = (list(column) for column in zip(*asked))
     return prompts, targets, torch.tensor(tasks)
 
@@ -54,11 +55,13 @@ def judge_answers(answers: Sequence[str], batch: EditBatch) -> tuple[list[bool],
 
 
 def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] | None) -> list[dict[str, Any]]:
-    """One JSON-able record a task: what was asked, what came out, and what else changed."""
-    records = []
-    each = len(batch.x_in) // len(batch)
+    """One JSON-able record an edit: what was asked, what came out, and what else changed."""
+    records, asked, unrelated = [], 0, 0
     for i, text in enumerate(batch.texts):
-        rephrase, locality = _rows_of(scores.rephrase, i), _rows_of(scores.locality, i)
+        of_rephrases = slice(asked, asked + len(text.rephrases))
+        of_locality = slice(unrelated, unrelated + len(text.locality))
+        asked, unrelated = of_rephrases.stop, of_locality.stop
+        rephrase, locality = scores.rephrase.part(of_rephrases), scores.locality.part(of_locality)
         record = {
             "prompt": text.prompt,
             "target": text.target,
@@ -75,11 +78,7 @@ def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] |
             "kl": [round(value, 6) for value in (locality.kl / locality.tokens).tolist()],
         }
         if answers is not None:
-            of_rephrases = answers[len(batch) + i * each : len(batch) + (i + 1) * each]
-            record["generated"] = [answers[i], *of_rephrases]
+            record["generated"] = [answers[i], *answers[len(batch.texts) :][of_rephrases]]
         records.append(record)
     return records
 
-
-def _rows_of(scores: RowScores, task: int) -> RowScores:
-    return scores.part((scores.task == task).nonzero().flatten())

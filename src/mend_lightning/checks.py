@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,12 +101,16 @@ def check_finite(losses: dict[str, Tensor], batch: EditBatch, step: int) -> None
         bad = (~values.isfinite()).nonzero().flatten().tolist()
         if bad:
             raise NonFiniteError(
-                f"The {name} loss is not finite in step {step} for {_describe(batch.texts, bad)}. The last checkpoint "
+                f"The {name} loss is not finite in step {step} for {_describe(batch, bad)}. The last checkpoint "
                 "is from before this step. Usual causes: a base in float16 (use bfloat16 or float32), an edit rate or "
                 "learning rate that is too high, or weights that hold NaN."
             )
 
 
-def _describe(texts: tuple[Any, ...], tasks: Iterable[int]) -> str:
-    named = [f"task {i}" + (f" ({texts[i].prompt!r} -> {texts[i].target!r})" if i < len(texts) else "") for i in tasks]
+def _describe(batch: EditBatch, tasks: Iterable[int]) -> str:
+    edits = len(batch.texts) // batch.tasks
+    named = []
+    for task in tasks:
+        first = f" ({batch.texts[task * edits].prompt!r} -> {batch.texts[task * edits].target!r})" if edits else ""
+        named.append(f"task {task}{first}" + (f" and {edits - 1} more" if edits > 1 else ""))
     return "; ".join(named)

@@ -272,7 +272,9 @@ class MendModule(L.LightningModule):
         """One record a task: the question, the target, and the answers before and after the edit."""
         prompts = [text.prompt for text in batch.texts]
         before = generate_answers(self.base_model, self._encoder(), prompts)
-        after = self.editor.edited(self.base_model, batch.z_edit).answers(self.base_model, self._encoder(), prompts)
+        after = self.editor.edited(self.base_model, batch.z_edit).answers(
+            self.base_model, self._encoder(), prompts, batch.z_edit.task_of_row
+        )
         return [
             {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
             for text, old, new in zip(batch.texts, before, after)

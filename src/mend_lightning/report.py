@@ -15,24 +15,28 @@ from mend_lightning.functional import bootstrap_interval, exact_match
 from mend_lightning.scoreboard import PROTOCOL
 
 
-def intervals(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of the main shares, resampling whole edits.
+def intervals(records: Sequence[Mapping[str, Any]], edits_at_once: int = 1) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of the main shares, resampling whole tasks: edits made at once are not independent.
 
     Args:
-        records: from `task_records`, all processes' together.
+        records: from `task_records`, all processes' together, in the order of the data.
+        edits_at_once: so many of them, one after another, are one task.
     """
     series: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for name, values in _shares(record).items():
+    for start in range(0, len(records), edits_at_once):
+        together = [shares(record) for record in records[start : start + edits_at_once]]
+        for name in together[0]:
+            values = [value for each in together for value in each[name]]
             if values:
                 series.setdefault(name, []).append((sum(values) / len(values), len(values)))
     return {name: bootstrap_interval(*zip(*pairs)) for name, pairs in series.items()}
 
 
-def _shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:
+def shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """Metric name -> what it is the mean of, for one edit's record."""
     known = [after for before, after in zip(record["known_before"], record["known_after"]) if before]
     hard = zip(record["known_before"][: record["hard"]], record["known_after"][: record["hard"]])
-    shares = {
+    values = {
         "edit_success": [record["reliable"], *record["general"]],
         "reliability": [record["reliable"]],
         "generality": record["general"],
@@ -41,8 +45,8 @@ def _shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:
         "kept_hard": [after for before, after in hard if before],
     }
     if "generated" in record:
-        shares["generated_exact_match"] = [exact_match(answer, record["target"]) for answer in record["generated"]]
-    return shares
+        values["generated_exact_match"] = [exact_match(answer, record["target"]) for answer in record["generated"]]
+    return values
 
 
 def results_table(title: str, values: Mapping[str, float], bounds: Mapping[str, tuple[float, float]]) -> Table:
@@ -64,9 +68,10 @@ def write_results(
     folder: Path, values: Mapping[str, float], records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes `results.json` and `examples.jsonl`; returns what `results.json` holds."""
+    bounds = intervals(records, about["edits_at_a_time"])
     results = {
         "metrics": {name: round(value, 6) for name, value in values.items()},
-        "intervals_95": {name: [round(v, 6) for v in pair] for name, pair in intervals(records).items()},
+        "intervals_95": {name: [round(value, 6) for value in pair] for name, pair in bounds.items()},
         "protocol": {name: protocol for name, (_, protocol) in PROTOCOL.items() if name in values},
         "edits": len(records),
         **about,

@@ -142,7 +142,8 @@ class ResultsReport(L.Callback):
         self._records.extend(outputs)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        records, seconds = gathered(self._records), time.perf_counter() - self._started
+        records = gathered(self._records, trainer.datamodule.edits_at_once)
+        seconds = time.perf_counter() - self._started
         # On every process: where the base is sharded, an edit needs them all.
         cost = _cost(trainer, module)
         if not trainer.is_global_zero:
@@ -156,11 +157,13 @@ class ResultsReport(L.Callback):
             "prompt_format": module.editor.prompt_format,
             "seed": trainer.datamodule.seed,
             "seconds": round(seconds, 1),
-            "edits_at_a_time": 1,
+            "edits_at_a_time": trainer.datamodule.edits_at_once,
             "cost_of_an_edit": asdict(cost),
         }
         results = write_results(folder, module.results, records, about)
-        title = f"{len(records)} edits of {module.base.name}, one at a time, on {about['test']} ({seconds:.0f} s)"
+        many = about["edits_at_a_time"]
+        together = "one at a time" if many == 1 else f"{many} at once"
+        title = f"{len(records)} edits of {module.base.name}, {together}, on {about['test']} ({seconds:.0f} s)"
         console().print(results_table(title, module.results, results["intervals_95"]))
         console().print(_cost_line(results["cost_of_an_edit"]), highlight=False)
         console().print(f"Written: {folder / 'results.json'}, {folder / 'examples.jsonl'}", highlight=False)
@@ -169,7 +172,7 @@ class ResultsReport(L.Callback):
         self._records.extend(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        records = gathered(self._records)
+        records = gathered(self._records, trainer.datamodule.edits_at_once)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "predictions.jsonl"
             write_jsonl(path, records)
@@ -189,11 +192,13 @@ def _cost_line(cost: dict[str, Any]) -> str:
     return f"Making one edit takes {cost['seconds']:.3g} s (median of {cost['edits']}){memory}."
 
 
-def gathered(records: list[Any]) -> list[Any]:
+def gathered(records: list[Any], edits_at_once: int = 1) -> list[Any]:
     """The records of all processes, in the order of the data (processes take tasks in turn)."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return records
     parts: list[list[Any]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, records)
-    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+    tasks = [[part[i : i + edits_at_once] for i in range(0, len(part), edits_at_once)] for part in parts]
+    in_turn = (part[i] for i in range(max(map(len, tasks))) for part in tasks if i < len(part))
+    return [record for task in in_turn for record in task]

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from mend_lightning.data.collate import collate_tasks
+from mend_lightning.data.collate import collate_groups
 from mend_lightning.data.columns import Columns
 from mend_lightning.data.encode import Encoder, ModelKind
 from mend_lightning.data.generation import check_running_text
@@ -42,6 +42,7 @@ class EditDataModule(L.LightningDataModule):
         target: template of an answer, with `{target}`.
         stop: text that ends an answer; "" means the end-of-sequence token, None that nothing does (running text).
         batch_size: edit tasks a step (a process).
+        edits_at_once: edits a task, made together into one edited model (the paper's table 5); 1: each alone.
         rephrases, locality: rephrases and unrelated facts of one training task.
         hard_locality: how many of the unrelated facts have the edit's relation and another subject. Records that bring
             locality examples of their own use those first.
@@ -85,12 +86,13 @@ class EditDataModule(L.LightningDataModule):
         columns: dict[str, str | list[str]] | None = None,
         locality_data: Locality = None,
         require_rephrases: bool = True,
+        edits_at_once: int = 1,
     ) -> None:
         super().__init__()
         counts = {
             "batch_size": batch_size, "rephrases": rephrases, "locality": locality,
             "eval_batch_size": eval_batch_size, "eval_rephrases": eval_rephrases, "eval_locality": eval_locality,
-            "validation_edits": validation_edits, "test_edits": test_edits,
+            "validation_edits": validation_edits, "test_edits": test_edits, "edits_at_once": edits_at_once,
         }  # fmt: skip
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -108,7 +110,9 @@ class EditDataModule(L.LightningDataModule):
         if isinstance(locality_data, dict) and set(locality_data) - set(self.files):
             raise ConfigError(f"locality_data names {', '.join(locality_data)}; its splits are {', '.join(self.files)}.")
         self.tokenizer, self.kind = tokenizer, kind
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        # Evaluated batches are of about eval_batch_size edits: how tasks are put together changes no number there.
+        self.batch_size, self.eval_batch_size = batch_size, max(1, eval_batch_size // edits_at_once)
+        self.edits_at_once = edits_at_once
         self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
         self._draws = {
             "train": (rephrases, locality, hard_locality, seed),
@@ -140,10 +144,11 @@ class EditDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler("train")
-        order = self._order(len(sampler), self.batch_size, shuffle=True)
+        order = self._order(len(sampler) // self.edits_at_once, self.batch_size, shuffle=True)
         if len(order) == 0:
+            each = f" tasks of {self.edits_at_once} edits" if self.edits_at_once > 1 else ""
             raise EmptyDatasetError(
-                f"{self.files['train']} has {len(sampler)} usable records, fewer than one batch of {self.batch_size} "
+                f"{self.files['train']} has {len(sampler)} usable records, fewer than one batch of {self.batch_size}{each} "
                 f"on each of {order.num_replicas} process(es). Lower batch_size or give more records."
             )
         return self._loader(ResumableLoader, sampler, order, self.batch_size)
@@ -169,13 +174,14 @@ class EditDataModule(L.LightningDataModule):
         if self.files[split] is None:
             return []
         sampler = self.sampler(split)
-        size = min(len(sampler), self._limits[split] or len(sampler))
+        edits = min(len(sampler), self._limits[split] or len(sampler))
+        size = edits // self.edits_at_once
         order = self._order(size, self.eval_batch_size, False)
         if size < order.num_replicas:
             # A process without a batch would skip its evaluation, and the others would wait for it.
             raise EmptyDatasetError(
-                f"{self.files[split]}: {size} record(s) to evaluate on {order.num_replicas} processes; each needs at "
-                "least one. Use fewer devices, or raise the number of edits."
+                f"{self.files[split]}: {edits} record(s) to evaluate on {order.num_replicas} process(es); each needs at "
+                f"least {self.edits_at_once}. Use fewer devices, raise the number of edits, or lower edits_at_once."
             )
         return self._loader(DataLoader, sampler, order, self.eval_batch_size)
 
@@ -185,10 +191,10 @@ class EditDataModule(L.LightningDataModule):
 
     def _loader(self, kind: type, sampler: TaskSampler, order: TaskOrder, batch_size: int) -> DataLoader:
         return kind(
-            TaskDataset(sampler),
+            TaskDataset(sampler, self.edits_at_once),
             batch_size=batch_size,
             sampler=order,
-            collate_fn=partial(collate_tasks, encoder=self.encoder),
+            collate_fn=partial(collate_groups, encoder=self.encoder),
             num_workers=self.num_workers,
             persistent_workers=False,
         )

@@ -13,17 +13,23 @@ from mend_lightning.data.tasks import EditTask, TaskSampler
 
 
 class TaskDataset(Dataset):
-    """Tasks by (epoch, index): what a draw gives depends on nothing else."""
+    """Groups of edits that are made at once, by (epoch, index): what a draw gives depends on nothing else.
 
-    def __init__(self, sampler: TaskSampler) -> None:
-        self.sampler = sampler
+    Args:
+        sampler: draws the edits.
+        edits_at_once: edits a group; records that fill no group are left out.
+    """
+
+    def __init__(self, sampler: TaskSampler, edits_at_once: int = 1) -> None:
+        self.sampler, self.edits_at_once = sampler, edits_at_once
 
     def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self.sampler) // self.edits_at_once
 
-    def __getitem__(self, key: tuple[int, int] | int) -> EditTask:
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[EditTask, ...]:
         # Trainer(overfit_batches=...) puts a sampler of its own in place of TaskOrder, whose keys are bare indices.
-        return self.sampler.task(*key) if isinstance(key, tuple) else self.sampler.task(0, key)
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.sampler.group(epoch, index, self.edits_at_once)
 
 
 class TaskOrder(DistributedSampler):

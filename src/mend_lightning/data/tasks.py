@@ -79,6 +79,7 @@ class TaskSampler:
         self._pool = known if unrelated is None else list(unrelated)
         if any(len(record.locality) < locality for record in records):
             _check_pool(self._pool, records, unrelated is not None)
+        self._order: tuple[int, list[int]] | None = None
         self._by_relation: dict[str, list[Record]] = defaultdict(list)
         for record in known:
             self._by_relation[record.relation].append(record)
@@ -86,9 +87,23 @@ class TaskSampler:
     def __len__(self) -> int:
         return len(self.records)
 
-    def task(self, epoch: int, index: int) -> EditTask:
-        """The task made of record `index` in `epoch`."""
+    def group(self, epoch: int, index: int, edits_at_once: int) -> tuple[EditTask, ...]:
+        """Edits that are made at once, none of whose unrelated facts another one edits.
+
+        Records are put together anew each epoch, and not as they stand in the file, where neighbours often share a subject.
+        """
+        if edits_at_once == 1:
+            return (self.task(epoch, index),)
+        if self._order is None or self._order[0] != epoch:
+            shuffle = random.Random(f"{self.seed}/{epoch}/groups")
+            self._order = epoch, shuffle.sample(range(len(self)), len(self))
+        chosen = self._order[1][index * edits_at_once : (index + 1) * edits_at_once]
+        return tuple(self.task(epoch, i, [self.records[other] for other in chosen]) for i in chosen)
+
+    def task(self, epoch: int, index: int, edited: Sequence[Record] = ()) -> EditTask:
+        """The task made of record `index` in `epoch`; `edited`: other records that its unrelated facts must avoid."""
         record = self.records[index]
+        edited = edited or (record,)
         # Generators of its own for every task: no order of calls, and no number of workers, matters.
         key = f"{self.seed}/{epoch}/{index}"
         draw = random.Random(key)
@@ -97,8 +112,8 @@ class TaskSampler:
         own = self._own(record, key)
         near = sum(question.hard for question in own)
         pool = self._by_relation[record.relation] if record.relation else []
-        hard = self._unrelated(draw, record, min(self.hard_locality - near, self.locality - len(own)), pool)
-        easy = self._unrelated(draw, record, self.locality - len(own) - len(hard), self._pool, taken=hard)
+        hard = self._unrelated(draw, edited, min(self.hard_locality - near, self.locality - len(own)), pool)
+        easy = self._unrelated(draw, edited, self.locality - len(own) - len(hard), self._pool, taken=hard)
         asked = [(question.prompt, question.answers[0]) for question in own]
         hard_asked, easy_asked = ([_asked(draw, other) for other in others] for others in (hard, easy))
         locality = (*asked[:near], *hard_asked, *asked[near:], *easy_asked)
@@ -120,13 +135,14 @@ class TaskSampler:
         return sorted(chosen, key=lambda question: not question.hard)
 
     def _unrelated(
-        self, draw: random.Random, record: Record, count: int, pool: Sequence[Record], taken: Sequence[Record] = ()
+        self, draw: random.Random, edited: Sequence[Record], count: int, pool: Sequence[Record], taken: Sequence[Record] = ()
     ) -> list[Record]:
-        """Up to `count` records of the pool about another subject, none twice."""
+        """Up to `count` records of the pool about other subjects than the edited ones, none twice."""
         found: list[Record] = []
 
         def consider(other: Record) -> None:
-            if len(found) < count and not _same_fact(other, record) and other not in found and other not in taken:
+            new = len(found) < count and other not in found and other not in taken
+            if new and not any(_same_fact(other, record) for record in edited):
                 found.append(other)
 
         for _ in range(20 * count if pool else 0):
