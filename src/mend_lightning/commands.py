@@ -1,4 +1,4 @@
-"""The commands that are not a Trainer's: edit, layers, get-smollm2 (show-config has a file of its own)."""
+"""The commands that are not a Trainer's: edit, layers, get-smollm2; and the way to those with a file of their own."""
 
 from __future__ import annotations
 
@@ -27,9 +27,15 @@ def run(command: str, arguments: list[str]) -> Any:
     """Parses `arguments` for a command's function and calls it."""
     from jsonargparse import auto_cli
 
+    from mend_lightning.check_data import check_data_command
+
     functions: dict[str, Callable] = {
-        "edit": edit_command, "layers": layers_command, "show-config": show_config_command, "get-smollm2": smollm2_command
-    }  # fmt: skip
+        "edit": edit_command,
+        "check-data": check_data_command,
+        "layers": layers_command,
+        "show-config": show_config_command,
+        "get-smollm2": smollm2_command,
+    }
     if command == "show-config" and arguments and not arguments[0].startswith("-"):
         # What may be left out is an option for jsonargparse; here it reads better without one.
         arguments = ["--name", *arguments]
