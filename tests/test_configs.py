@@ -1,13 +1,19 @@
-"""Every shipped config, through the command line."""
+"""Every shipped config, through the command line, on a tiny random model of the architecture it is for."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import re
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from bases import REMARKS
+from architectures import ARCHITECTURES, CONFIGS, save_tiny
+from bases import REMARKS, SIZES
+from commandline import assert_says, call
 
 from mend_lightning.cli import main
 from mend_lightning.configs import config_folder, config_names
@@ -15,12 +21,72 @@ from mend_lightning.overlays import read_config
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
-FILES = sorted(config_folder().rglob("*.yaml"))
+FOLDER = config_folder()
+FILES = sorted(FOLDER.rglob("*.yaml"))
+# What runs on data that the package does not bring.
+PUBLISHED = [name for name in config_names() if not read_config(name).values()["data"]["train"].startswith("world_facts")]
+# The small files have no room for the real sizes.
+SMALL = {
+    "model.rank": 4, "model.base.dtype": "float32", "data.batch_size": 2, "data.eval_batch_size": 2, "data.max_length": 96,
+    "data.validation_edits": 2, "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1,
+    "trainer.accumulate_grad_batches": 1, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1,
+    "trainer.enable_progress_bar": "false",
+}  # fmt: skip
 
 
-def test_what_is_found():
-    assert sorted(path.stem for path in config_folder().glob("*.yaml")) == config_names()
-    assert len({path.name for path in FILES}) == len(FILES) > 4
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`tiny(architecture)`: the folder of its tiny model, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = save_tiny(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
+def test_every_config_is_found_and_has_an_architecture():
+    assert len(FILES) >= 40 and len({path.name for path in FILES}) == len(FILES)
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == config_names()
+    assert sorted(CONFIGS) == config_names(), "a config needs a line in architectures.CONFIGS"
+    assert set(ARCHITECTURES) == set(CONFIGS.values())
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_one_step_of_training(name, tiny, facts, tmp_path):
+    architecture = ARCHITECTURES[CONFIGS[name]]
+    prefix = "claims_" if architecture.kind == "classifier" else ""
+    files = {f"data.{split}": facts / f"{prefix}{split}.jsonl" for split in SIZES}
+    given = {"model.base.name": tiny(CONFIGS[name]), "trainer.default_root_dir": tmp_path, **files, **SMALL}
+    if "calibration_batches" in read_config(name).values()["model"]:
+        given["model.calibration_batches"] = 1
+    result = call("fit", "--config", name, *(part for key, value in given.items() for part in (f"--{key}", value)))
+    assert result.code == 0, result.err
+    about = json.loads((tmp_path / "editor" / "editor.json").read_text())
+    expected = read_config(name).values()["model"].get("layers") or default_of(architecture)
+    assert [layer for layer, _ in about["layers"]] == expected
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 1
+    adam = last["optimizer_states"][0]
+    (rates,) = next(group["params"] for group in adam["param_groups"] if group["name"] == "edit_rates")
+    # The loss depends on the edit of every chosen layer.
+    gradient = adam["state"][rates]["exp_avg"]
+    assert gradient.shape == (len(expected),) and gradient.all()
+
+
+def default_of(architecture) -> list[str]:
+    """What is edited in all: the last block's layers, and the same ones in the blocks before it."""
+    count, names = 2 if architecture.kind == "encoder_decoder" else 3, []
+    stacks: dict[str, list[str]] = {}
+    for name in architecture.edited:
+        before, index, after = re.match(r"(.*?\.)(\d+)(\..*)", name).groups()
+        stacks.setdefault(f"{before}|{index}", []).append(after)
+    for stack, ends in stacks.items():
+        before, last = stack.split("|")
+        names += [f"{before}{i}{end}" for i in range(int(last) - count + 1, int(last) + 1) for end in ends]
+    return names
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -30,8 +96,11 @@ def test_the_parser_gets_what_is_written(name):
         main(["fit", "--config", name, "--print_config"])
     assert end.value.code == 0
     parsed = yaml.safe_load(shown.getvalue())
-    missing = [key for key, leaf in read_config(name).leaves() if at(parsed, key) != leaf.value and key != "trainer.callbacks"]
-    assert missing == []
+    leaves = dict(read_config(name).leaves())
+    assert len(leaves) > 15
+    # The parser adds a callback's other arguments.
+    different = [key for key, leaf in leaves.items() if key != "trainer.callbacks" and at(parsed, key) != leaf.value]
+    assert different == []
 
 
 def at(data: dict, key: str):
@@ -39,3 +108,53 @@ def at(data: dict, key: str):
     for part in key.split("."):
         data = data[part]
     return data
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_says_what_it_is_and_how_it_is_run(path):
+    text = path.read_text(encoding="utf-8")
+    head = re.match(r"(#.*\n)+", text).group().splitlines()
+    assert head[0].startswith("# ") and head[0].endswith(".") and len(head[0]) > 40
+    commands = [line.removeprefix("#   ") for line in head if line.startswith("#   ")]
+    name = path.stem
+    if path.parent == FOLDER:
+        assert any(command.startswith(f"mend-lightning fit --config {name}") for command in commands)
+        assert any(command.startswith(f"mend-lightning test --config {name} ") for command in commands)
+        root = read_config(name).values()["trainer"]["default_root_dir"]
+        assert root == f"runs/{name}" and any(f"--model.editor {root}/editor" in command for command in commands)
+    else:
+        shown = re.fullmatch(r"mend-lightning show-config (\S+)", commands[0]).group(1)
+        assert path.resolve() in read_config(shown).files
+        assert "does not run alone" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_value_of_a_published_experiment_has_a_source(name):
+    without = [key for key, leaf in read_config(name).leaves() if not leaf.comment]
+    assert without == []
+    # And the numbers that make it the paper's are there, from one file.
+    sources = {key: leaf for key, leaf in read_config(name).leaves()}
+    for key, value in {"model.rank": 1920, "model.lr": 1e-6, "model.c_edit": 0.1, "model.edit_rate": 1e-4}.items():
+        assert (sources[key].value, sources[key].file.stem) == (value, "paper")
+        assert sources[key].comment.startswith(("paper", "original"))
+
+
+def test_published_experiments():
+    assert len(PUBLISHED) == 9
+    for name in PUBLISHED:
+        values = read_config(name).values()
+        data, trainer = values["data"], values["trainer"]
+        # Ten edits a step, validated every 5000 edits, at most 500,000 edits.
+        assert data["batch_size"] * trainer.get("accumulate_grad_batches", 1) == 10
+        assert data["batch_size"] * trainer["val_check_interval"] == 5000
+        assert 10 * trainer["max_steps"] == 500_000
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_data_that_is_not_there(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("fit", "--config", name, "--model.base.name", tiny(CONFIGS[name]), "--model.rank", 4)
+    assert result.code == 1
+    train = read_config(name).values()["data"]["train"]
+    assert_says(result.err, f"'{re.escape(train)}' does not exist \\(looked in {re.escape(str(tmp_path))}\\)")
