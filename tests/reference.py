@@ -82,11 +82,13 @@ def nll(model: nn.Module, rows: list[Row], weights: dict[str, Tensor] | None = N
     return torch.stack(losses).mean()
 
 
-def kl(model: nn.Module, rows: list[Row], weights: dict[str, Tensor], positions: str) -> Tensor:
-    """KL(base ‖ edited): mean over all positions of all rows, or over those of the labels."""
+def kl(
+    model: nn.Module, rows: list[Row], weights: dict[str, Tensor], positions: str, before: dict[str, Tensor] | None = None
+) -> Tensor:
+    """KL(base ‖ edited): mean over all positions of all rows, or over those of the labels. `before`: the base's weights."""
     values = []
     for row in rows:
-        base, edited = log_probabilities(model, row), log_probabilities(model, row, weights)
+        base, edited = log_probabilities(model, row, before), log_probabilities(model, row, weights)
         per_position = (base.exp() * (base - edited)).sum(-1)
         chosen = range(len(per_position)) if positions == "all" else [position for position, _ in row.labels]
         values += [per_position[position] for position in chosen]

@@ -29,6 +29,7 @@ _HOME = {
     "Factors": "types",
     "Rows": "types",
     "EditDataModule": "data.module",
+    "EnnEditor": "editors",
     "LowConfidenceWarning": "errors",
     "LowRankDelta": "delta",
     "MendEditor": "editors",

@@ -16,7 +16,8 @@ from mend_lightning.types import Factors
 class Tape:
     """What `record_factors` saw: per layer, its inputs and the gradient edges of its outputs."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str], keep_graph: bool = False) -> None:
+        self._keep_graph = keep_graph
         self._inputs: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in names}
         self._edges: dict[str, list[GradientEdge]] = {name: [] for name in names}
         # The gradients of outputs that the loss does not depend on; expanded, they take no memory.
@@ -24,7 +25,7 @@ class Tape:
 
     def record(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         """Notes one call of a layer; returns what must replace its output."""
-        self._inputs[name].append((x.detach(), x._version))
+        self._inputs[name].append((x if self._keep_graph else x.detach(), x._version))
         if not output.requires_grad:
             # The graph starts here.
             output = output.detach().requires_grad_()
@@ -57,7 +58,7 @@ class Tape:
         edges = [edge for edges in self._edges.values() for edge in edges]
         zeros = [zero for each in self._zeros.values() for zero in each]
         # materialize_grads does not work with edges.
-        found = torch.autograd.grad(loss, edges, allow_unused=True)
+        found = torch.autograd.grad(loss, edges, allow_unused=True, create_graph=self._keep_graph)
         deltas = iter([zero if delta is None else delta for zero, delta in zip(zeros, found)])
         return {name: self._join(name, [next(deltas) for _ in edges]) for name, edges in self._edges.items()}
 
@@ -78,11 +79,12 @@ def _side_by_side(calls: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def record_factors(layers: Mapping[str, nn.Module]) -> Iterator[Tape]:
+def record_factors(layers: Mapping[str, nn.Module], keep_graph: bool = False) -> Iterator[Tape]:
     """Records the given layers while the block runs.
 
     Args:
         layers: name -> module; any module that maps `[..., d_in]` to `[..., d_out]`.
+        keep_graph: u and delta stay functions of what the forward pass depends on, so that gradients flow through them.
 
     Yields:
         A `Tape`; call `tape.gradients(loss)` after the forward pass.
@@ -101,7 +103,7 @@ def record_factors(layers: Mapping[str, nn.Module]) -> Iterator[Tape]:
             "Gradient factors cannot be recorded inside torch.inference_mode(). Use "
             "Trainer(inference_mode=False), or torch.no_grad() instead of inference_mode()."
         )
-    tape = Tape(list(layers))
+    tape = Tape(list(layers), keep_graph)
     handles = []
     try:
         for name, layer in layers.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import BaseModelMismatchError
+from mend_lightning.types import Factors
 
 
 class Delta(Protocol):
@@ -163,6 +164,24 @@ def _adder(delta: Delta, task_of_row: Tensor | None):
             return output + delta.output(args[0], task_of_row).to(output.dtype)
 
     return add
+
+
+def descent(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:
+    """A step down the gradient that the factors make up: `ΔW = −rate Σ_t delta_t u_tᵀ` of every task.
+
+    Args:
+        u: `[tokens, d_in]`; delta: `[tokens, d_out]`: the factors' own, or what an editor made of them.
+        factors: say which task each token is of.
+        rate: scalar.
+
+    Example:
+        >>> factors = Factors(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 1]), tasks=2)
+        >>> descent(factors.u, factors.delta, factors, torch.tensor(0.5)).dense().flatten().tolist()
+        [-0.5, -0.5]
+    """
+    slot, rank = task_slots(factors.task, factors.tasks)
+    place = (factors.task, factors.tasks, rank, slot)
+    return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))
 
 
 def pack_tasks(rows: Tensor, task: Tensor, tasks: int, rank: int, slot: Tensor) -> Tensor:

@@ -212,11 +212,10 @@ class MendModule(L.LightningModule):
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         out = edit_step(self.base_model, self.editor, batch, self.locality_positions)
-        check_finite({"inner": out.inner, "edit": out.edit, "locality": out.locality}, batch, self.global_step)
+        check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step)
         loss = out.total(self.c_edit)
-        shown = {"edit": out.edit.mean(), "locality": out.locality.mean()}
-        for name, value in shown.items():
-            self.log(f"train/{name}", value.detach(), prog_bar=True, batch_size=len(batch))
+        for name, value in out.losses().items():
+            self.log(f"train/{name}", value.mean().detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         self.log("train/skipped_tokens", out.skipped.float(), prog_bar=True, batch_size=len(batch))
         return loss

@@ -26,19 +26,29 @@ class StepOutput:
 
     Attributes:
         edit: `[tasks]` L_edit, the NLL of `y_in` given `x_in` after the edit.
-        locality: `[tasks]` L_loc, KL(base ‖ edited) on `x_out`.
+        locality: `[tasks]` L_loc, KL(base ‖ edited) on `x_out`; of an editor with resting deltas KL(resting ‖ edited).
         inner: `[tasks]` the unedited model's NLL of the edit itself.
         skipped: share of the edit tokens that were dropped because u or delta is zero.
+        drift: `[tasks]` L_base, KL(base ‖ resting) on `x_out`; None of an editor without resting deltas.
+        c_base: weight of `drift`.
     """
 
     edit: Tensor
     locality: Tensor
     inner: Tensor
     skipped: Tensor
+    drift: Tensor | None = None
+    c_base: float = 0.0
 
     def total(self, c_edit: float) -> Tensor:
-        """`c_edit L_edit + L_loc`, the mean over tasks."""
-        return (c_edit * self.edit + self.locality).mean()
+        """`c_edit L_edit + L_loc`, and `c_base L_base` where the editor has resting deltas: the mean over tasks."""
+        loss = (c_edit * self.edit + self.locality).mean()
+        return loss if self.drift is None else loss + self.c_base * self.drift.mean()
+
+    def losses(self) -> dict[str, Tensor]:
+        """name -> `[tasks]` of each part of the total."""
+        parts = {"edit": self.edit, "locality": self.locality}
+        return parts if self.drift is None else {**parts, "drift": self.drift}
 
 
 def compute_deltas(model: nn.Module, editor: Editor, z_edit: Rows) -> dict[str, Delta]:
@@ -71,12 +81,32 @@ def edit_step(
     made = editor.make_deltas(model, batch.z_edit)
     rows = concatenate_rows([batch.x_out, batch.x_in])
     trunk = run_trunk(model, rows, layers)
-    mask = locality_mask(batch.x_out, locality_positions)
+    mask = _widened(locality_mask(batch.x_out, locality_positions), rows)
     x_out = slice(0, len(batch.x_out))
     with replayed(trunk, x_out), torch.no_grad():
-        base_logits = logits_at(model, rows.part(x_out), _widened(mask, rows))
-    edit, locality = _edited_losses(model, layers, made.deltas, trunk, rows, _widened(mask, rows), base_logits)
-    return StepOutput(edit, locality, made.inner, made.skipped)
+        unedited = logits_at(model, rows.part(x_out), mask)
+    resting, drift = editor.resting_deltas(), None
+    if resting is not None:
+        unedited, drift = _resting(model, layers, resting, trunk, rows, mask, unedited)
+    edit, locality = _edited_losses(model, layers, made.deltas, trunk, rows, mask, unedited)
+    return StepOutput(edit, locality, made.inner, made.skipped, drift, editor.c_base)
+
+
+def _resting(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    deltas: Mapping[str, Delta],
+    trunk: TrunkOutputs,
+    rows: Rows,
+    locality: Tensor,
+    base_logits: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Logits of the resting model at the locality positions, for comparison only, and L_base per task."""
+    x_out = slice(0, locality.shape[0])
+    with replayed(trunk, x_out), applied(layers, deltas):
+        logits = logits_at(model, rows.part(x_out), locality)
+    task = rows.task[x_out, None].expand_as(locality)[locality]
+    return logits.detach(), mean_by_task(token_kl(base_logits, logits), task, rows.tasks)
 
 
 def _widened(mask: Tensor, rows: Rows) -> Tensor:

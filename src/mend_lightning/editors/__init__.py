@@ -1,6 +1,7 @@
 """Editors: each turns the edits of a batch into a changed model, one file each."""
 
 from mend_lightning.editors.editor import Editor, EditorFactory
+from mend_lightning.editors.enn import EnnEditor
 from mend_lightning.editors.mend import MendEditor
 
-__all__ = ["Editor", "EditorFactory", "MendEditor"]
+__all__ = ["Editor", "EditorFactory", "EnnEditor", "MendEditor"]

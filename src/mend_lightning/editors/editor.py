@@ -57,6 +57,8 @@ class Editor(nn.Module):
     changes_weights = True
     # Parameters that are a few numbers a layer, and learn with a rate of their own (`MendModule.edit_rate_lr`).
     rate_names = ("edit_rates", "log_ridge")
+    # Weight of L_base, the drift of the resting model; see `resting_deltas`.
+    c_base = 0.0
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
         super().__init__()
@@ -123,6 +125,13 @@ class Editor(nn.Module):
     def from_factors(self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows) -> dict[str, Delta]:
         """Deltas of gradient factors; an editor that also reads the edits' text overrides this."""
         return self(factors)
+
+    def resting_deltas(self) -> Mapping[str, Delta] | None:
+        """name -> Delta of one task that the model has before any edit; None: edits start from the base as it is.
+
+        An editor that trains the base itself (ENN) has them. Each of its edits holds them as well.
+        """
+        return None
 
     def edited(self, model: nn.Module, z_edit: Rows) -> Edited:
         """The model under the edits `z_edit`."""

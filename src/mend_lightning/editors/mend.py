@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.delta import LowRankDelta
-from mend_lightning.editors.aggregate import ridge_delta, summed
+from mend_lightning.delta import LowRankDelta, descent
+from mend_lightning.editors.ridge import ridge_delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
 from mend_lightning.errors import ConfigError
@@ -38,7 +38,7 @@ class MendEditor(Editor):
             None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
         rephrase_ridge: with `precondition`, ridge ρ of the regression of rephrases' inputs on the edit's, which makes edits
             hold for rephrases (`InputPreconditioner`); None leaves it out, as in the paper.
-        ridge: initial λ of the ridge regression that makes one ΔW of all tokens (MALMEN; `aggregate.ridge_delta`), learned for
+        ridge: initial λ of the ridge regression that makes one ΔW of all tokens (MALMEN; `ridge.ridge_delta`), learned for
             each layer; None: MEND's plain sum.
         confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
             rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
@@ -148,7 +148,7 @@ class MendEditor(Editor):
     def _delta(self, layer: int, u: Tensor, delta: Tensor, factors: Factors) -> LowRankDelta:
         """ΔW of one layer: the sum over tokens, or the ridge regression."""
         if self.log_ridge is None:
-            return summed(u, delta, factors, self.edit_rates[layer])
+            return descent(u, delta, factors, self.edit_rates[layer])
         return ridge_delta(u, delta, factors, self.edit_rates[layer], self.log_ridge[layer].exp())
 
     def _transform(self, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -183,4 +183,3 @@ def group_layers(layers: Mapping[str, tuple[int, int]], shared: bool) -> list[li
     for name, shape in layers.items():
         groups.setdefault(shape, []).append(name)
     return list(groups.values())
-

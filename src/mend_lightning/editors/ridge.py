@@ -1,4 +1,4 @@
-"""From the edit factors of single tokens to one `ΔW`: MEND's plain sum, or a ridge regression (MALMEN).
+"""From the edit factors of single tokens to one `ΔW` by ridge regression (MALMEN), instead of MEND's plain sum.
 
 Tokens of one edit, and many edits made at once, have inputs that resemble each other, so the rank-one updates of a plain sum
 disturb each other's effects. MALMEN (Tan, Zhang, Fu, ICLR 2024, arXiv 2311.04661, equation 4) asks each token's update only
@@ -18,26 +18,15 @@ from mend_lightning.delta import LowRankDelta, pack_tasks, task_slots
 from mend_lightning.types import Factors
 
 
-def summed(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:
-    """`ΔW = −α Σ_t δ̃_t ũ_tᵀ` for each task (MEND, section 3.2).
-
-    Args:
-        u: `[tokens, d_in]` ũ; delta: `[tokens, d_out]` δ̃.
-        factors: what they were made of, which says the task of each token.
-        rate: scalar α.
-    """
-    slot, rank = task_slots(factors.task, factors.tasks)
-    place = (factors.task, factors.tasks, rank, slot)
-    return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))
-
-
 def ridge_delta(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor, damping: Tensor) -> LowRankDelta:
     """The ridge regression on the effects `d_t = −α (ũ_tᵀ u_t) δ̃_t`, for each task.
 
     Solved in the space of tokens, or of features where a task has more tokens than features: the smaller system.
 
     Args:
-        u, delta, factors, rate: as in `summed`.
+        u: `[tokens, d_in]` ũ; delta: `[tokens, d_out]` δ̃.
+        factors: what they were made of: the inputs u_t, and the task of each token.
+        rate: scalar α.
         damping: scalar λ.
 
     Example:

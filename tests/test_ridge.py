@@ -7,8 +7,9 @@ import torch
 from models import make_rows, relative_error, spread_parameters, tiny_model
 from reference import ReferenceMend
 
+from mend_lightning.delta import descent
 from mend_lightning.editors import MendEditor
-from mend_lightning.editors.aggregate import ridge_delta, summed
+from mend_lightning.editors.ridge import ridge_delta
 from mend_lightning.errors import ConfigError
 from mend_lightning.factors import edit_factors
 from mend_lightning.types import Factors
@@ -51,7 +52,7 @@ def test_one_token_and_no_damping_is_the_plain_sum_on_its_own_input():
     factors = Factors(keys, delta, torch.tensor([0]), 1)
     both = [
         make(u, delta, factors, torch.tensor(0.5), *rest).output(keys)
-        for make, rest in ((summed, ()), (ridge_delta, (torch.tensor(1e-9),)))
+        for make, rest in ((descent, ()), (ridge_delta, (torch.tensor(1e-9),)))
     ]
     torch.testing.assert_close(*both)
 
