@@ -25,6 +25,7 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a small file",
+    "compare": "train and test several editors on the same edits: one table, plots",
     "check-data": "what a data file holds, how many records can be used, and why the others cannot",
     "layers": "which layers of a model would be edited, and why",
     "show-config": "a config with all it builds on and where each value is from; without a name: all configs",

@@ -28,9 +28,11 @@ def run(command: str, arguments: list[str]) -> Any:
     from jsonargparse import auto_cli
 
     from mend_lightning.check_data import check_data_command
+    from mend_lightning.compare import compare_command
 
     functions: dict[str, Callable] = {
         "edit": edit_command,
+        "compare": compare_command,
         "check-data": check_data_command,
         "layers": layers_command,
         "show-config": show_config_command,
@@ -39,6 +41,9 @@ def run(command: str, arguments: list[str]) -> Any:
     if command == "show-config" and arguments and not arguments[0].startswith("-"):
         # What may be left out is an option for jsonargparse; here it reads better without one.
         arguments = ["--name", *arguments]
+    if command == "compare":
+        # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
+        arguments = [argument.removeprefix("--config=") for argument in arguments if argument not in ("--config", "-c")]
     return auto_cli(functions[command], args=arguments, prog=f"mend-lightning {command}", as_positional=True)
 
 

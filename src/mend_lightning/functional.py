@@ -70,3 +70,33 @@ def bootstrap_interval(
     means = (data[index] * weight[index]).sum(1) / weight[index].sum(1)
     low, high = torch.quantile(means[means.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(low), float(high)
+
+
+def paired_interval(
+    values: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]], draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Difference of two (weighted) means over the same tasks, and its 95 % bootstrap interval.
+
+    Both means are taken over the same resampled tasks, so what makes a task easy for both drops out.
+
+    Args:
+        values, others: (mean, weight) of every task, in the same order.
+
+    Returns:
+        difference, low, high.
+
+    Example:
+        >>> paired_interval([(1.0, 1), (0.5, 1)], [(0.75, 1), (0.25, 1)])
+        (0.25, 0.25, 0.25)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(values), (draws, len(values)), generator=generator)
+
+    def means(pairs: Sequence[tuple[float, float]], rows: Tensor) -> Tensor:
+        value, weight = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+        return (value[rows] * weight[rows]).sum(-1) / weight[rows].sum(-1)
+
+    found = means(values, index) - means(others, index)
+    whole = torch.arange(len(values))
+    low, high = torch.quantile(found[found.isfinite()], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(means(values, whole) - means(others, whole)), low, high
