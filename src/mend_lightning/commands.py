@@ -29,11 +29,13 @@ def run(command: str, arguments: list[str]) -> Any:
 
     from mend_lightning.check_data import check_data_command
     from mend_lightning.compare import compare_command
+    from mend_lightning.make_generation_data import make_generation_data_command
 
     functions: dict[str, Callable] = {
         "edit": edit_command,
         "compare": compare_command,
         "check-data": check_data_command,
+        "make-generation-data": make_generation_data_command,
         "layers": layers_command,
         "show-config": show_config_command,
         "get-smollm2": smollm2_command,

@@ -50,7 +50,7 @@ def generate_answers(
     running = encoder.format.stop is None
     if running and lengths is not None:
         max_new_tokens = max(lengths)
-    ids, mask = _padded_prompts(encoder, prompts)
+    ids, mask = padded_prompts(encoder, prompts)
     device = next(model.parameters()).device
     edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
     with edit:
@@ -61,7 +61,7 @@ def generate_answers(
             do_sample=False,
             num_beams=1,
             eos_token_id=None if running else list(_stop_ids(encoder.tokenizer, encoder.format.stop)) or None,
-            pad_token_id=_pad_id(encoder.tokenizer),
+            pad_token_id=pad_id(encoder.tokenizer),
             # Sampling settings that a model's generation_config may hold make greedy decoding warn.
             temperature=None, top_p=None, top_k=None,
             # Penalties that it may hold would make it another decoding than greedy.
@@ -74,7 +74,7 @@ def generate_answers(
     return [encoder.format.read(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
 
 
-def _padded_prompts(encoder: Encoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def padded_prompts(encoder: Encoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Ids and mask, padded on the left for causal models: what is generated must follow the prompt."""
     rows = [encoder.prompt_ids(prompt) for prompt in prompts]
     length = max(len(row) for row in rows)
@@ -85,7 +85,7 @@ def _padded_prompts(encoder: Encoder, prompts: Sequence[str]) -> tuple[Tensor, T
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 

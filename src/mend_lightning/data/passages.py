@@ -1,0 +1,88 @@
+"""Prompts and paragraphs out of a text file."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A paragraph and the prompt that begins it."""
+
+    prompt: str
+    paragraph: str
+
+
+def paragraphs(text: str, min_words: int = 50, ascii_only: bool = False) -> list[str]:
+    """The paragraphs of a text with at least `min_words` words, each once, blanks and line breaks as single blanks.
+
+    A paragraph ends at an empty line; a line that is long enough by itself is one, too (Wikitext has a paragraph a line).
+    The original keeps Wikitext's with 50 words and nothing but ASCII (`data_classes/wiki.py`, `filter_text`).
+
+    Example:
+        >>> paragraphs("One two\\nthree.\\n\\nFour.\\n\\nFive six seven.", min_words=3)
+        ['One two three.', 'Five six seven.']
+    """
+    found: list[str] = []
+    for block in re.split(r"\n\s*\n", text):
+        lines = block.splitlines()
+        long_lines = any(len(line.split()) >= min_words for line in lines)
+        found += [" ".join(part.split()) for part in (lines if long_lines else [block])]
+    long_enough = [part for part in found if len(part.split()) >= min_words and (part.isascii() or not ascii_only)]
+    return list(dict.fromkeys(long_enough))
+
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> str:
+    """The whole words within the first `count` tokens of a text; all of it where it has no more.
+
+    Example:
+        >>> class Letters:  # a token a letter
+        ...     def __call__(self, text, add_special_tokens): return {"input_ids": list(text)}
+        ...     def decode(self, ids, **options): return "".join(ids)
+        >>> first_tokens(Letters(), "one two three", 9)
+        'one two'
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) <= count:
+        return text
+    start = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+    # Where a decoded text differs from the original (half a character, a normalised blank), up to where they agree.
+    agreed = next((i for i, (a, b) in enumerate(zip(start, text)) if a != b), len(start))
+    if text[agreed : agreed + 1].isspace():
+        return text[:agreed]
+    return " ".join(text[:agreed].split(" ")[:-1])
+
+
+def passages(texts: Sequence[str], tokenizer: Any, prompt_tokens: int, new_tokens: int, max_tokens: int) -> list[Passage]:
+    """Prompts of `prompt_tokens` tokens (at whole words) from those paragraphs that go on for `new_tokens` at least.
+
+    Args:
+        max_tokens: a paragraph is kept up to so many.
+    """
+    found = []
+    for text in texts:
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) < prompt_tokens + new_tokens:
+            continue
+        prompt = first_tokens(tokenizer, text, prompt_tokens)
+        if prompt:
+            found.append(Passage(prompt, first_tokens(tokenizer, text, max_tokens)))
+    return found
+
+
+def split_of(texts: Sequence[str], validation: float, test: float, seed: int) -> list[str]:
+    """Which split each text goes to: exact shares, drawn by a checksum of seed and text, two texts a split at least.
+
+    Example:
+        >>> sorted(split_of([str(i) for i in range(10)], validation=0.2, test=0.2, seed=0))
+        ['test', 'test', 'train', 'train', 'train', 'train', 'train', 'train', 'validation', 'validation']
+    """
+    order = sorted(range(len(texts)), key=lambda i: (zlib.crc32(f"{seed}/{texts[i]}".encode()), i))
+    sizes = [max(2, round(share * len(texts))) if share else 0 for share in (validation, test)]
+    names = ["validation"] * sizes[0] + ["test"] * sizes[1]
+    names += ["train"] * (len(texts) - len(names))
+    of_text = dict(zip(order, names))
+    return [of_text[i] for i in range(len(texts))]
