@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def test_format_is_recognised(name):
     automatic = list(iterate_records(FILES[name], on_format=lambda format: told.append(format.name)))
     assert told == [name]
     assert automatic == list(iterate_records(FILES[name], format=name))
+
+
+def test_the_examples_of_the_documentation():
+    """Each is what its format's reader takes, and is recognised."""
+    text = (FOLDER.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    block = re.search(r"```\n(kilt .*?)```", text, re.DOTALL).group(1)
+    examples = dict(re.findall(r"^(\w+) +(\{.*?)(?=^\w|\Z)", block, re.DOTALL | re.MULTILINE))
+    assert set(examples) == set(FORMATS)
+    for name, example in examples.items():
+        data = json.loads(example)
+        assert recognise(data, name).name == name
+        assert FORMATS[name].parse(data, name, 1).prompt
 
 
 @pytest.mark.parametrize("name", list(USABLE))

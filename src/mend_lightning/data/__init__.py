@@ -1,1 +1,1 @@
-"""Data: records (files) -> tasks (sampling) -> batches (collate) -> EditDataModule (Lightning)."""
+"""Data: sources (rows) -> readers (formats) -> records -> tasks (sampling) -> batches (collate) -> EditDataModule."""

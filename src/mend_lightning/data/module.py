@@ -137,9 +137,10 @@ class EditDataModule(L.LightningDataModule):
         """The tasks of a split: "train", "validation" or "test"."""
         if split not in self._samplers:
             records = read_records(self.files[split], *self._reading)
-            check_running_text(records, self.format)
+            unrelated = read_locality(self.locality_data, split)
+            check_running_text([*records, *(unrelated or [])], self.format)
             draws = self._draws["train" if split == "train" else "evaluation"]
-            self._samplers[split] = TaskSampler(records, *draws, read_locality(self.locality_data, split))
+            self._samplers[split] = TaskSampler(records, *draws, unrelated)
         return self._samplers[split]
 
     def train_dataloader(self) -> DataLoader:

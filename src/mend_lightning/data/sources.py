@@ -45,7 +45,10 @@ class Row:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise RecordError(f"{self.where}: not valid JSON ({error}). Expected one JSON object a line.") from error
+                raise RecordError(
+                    f"{self.where}: not valid JSON ({error}). Expected one JSON object a line, or a file "
+                    "that is one list of them."
+                ) from error
         if not isinstance(value, dict):
             raise RecordError(f"{self.where}: expected a JSON object, got {type(value).__name__}.")
         return value

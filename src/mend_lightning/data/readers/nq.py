@@ -12,13 +12,14 @@ from mend_lightning.errors import RecordError
 
 
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
-    """`question` with `answer` (or `answers`; text or list), or KILT's `input` and `output`."""
+    """`question` (or `prompt`) with `answer` (or `answers`; text or list), or KILT's `input` and `output`."""
     if "input" in data:
         require(data, ("input", "output"), where)
         prompt, answers = text(data["input"], "input", where), kilt.answers(data["output"], where)
     else:
-        require(data, ("question", "answer|answers"), where)
-        prompt = text(data["question"], "question", where)
+        require(data, ("question|prompt", "answer|answers"), where)
+        key = "question" if "question" in data else "prompt"
+        prompt = text(data[key], key, where)
         answers = flat_texts(data.get("answer", data.get("answers")), "answer", where)
     if not answers:
         raise RecordError(f"{where}: 'answer' holds no text.")
@@ -26,8 +27,9 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
 
 
 def _matches(data: Mapping[str, Any]) -> bool:
-    edits = {"alternatives", "filtered_rephrases", "rephrases"}
-    return "question" in data or ({"input", "output"} <= data.keys() and not edits & data.keys())
+    edits = {"alternatives", "filtered_rephrases", "rephrases", "target", "targets", "target_new"}
+    asks = "question" in data or {"input", "output"} <= data.keys() or ("prompt" in data and {"answer", "answers"} & data.keys())
+    return bool(asks) and ("question" in data or not edits & data.keys())
 
 
 FORMAT = Format("nq", "questions and true answers for locality_data, JSONL", "question, answer", _matches, parse)
