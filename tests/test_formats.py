@@ -106,7 +106,9 @@ def test_zsre_mend_eval():
 
 def test_counterfact():
     first, _ = iterate_records(FILES["counterfact"])
-    neighbours = ("The mother tongue of Leon Blum is", "The native language of Montesquieu is", "Jacques Chaban-Delmas, a native")
+    neighbours = (
+        "The mother tongue of Leon Blum is", "The native language of Montesquieu is", "Jacques Chaban-Delmas, a native",
+    )  # fmt: skip
     assert first == Record(
         prompt="The mother tongue of Danielle Darrieux is", answers=("French",), alternatives=("English",),
         rephrases=(
@@ -120,12 +122,13 @@ def test_counterfact():
 
 def test_knowedit():
     recent, counterfact, bio = iterate_records(FILES["knowedit"])
+    relation = "Relation_Specificity"
     assert recent == Record(
         prompt="The place of death of Leo Arons is", answers=(), alternatives=("Berlin",),
         rephrases=("Leo Arons died in",), subject="Leo Arons", line=1,
         locality=(
-            Question("The name of the father of Leo Arons is", ("Albert Arons",), "Relation_Specificity", hard=True),
-            Question("The name of the field of work of Leo Arons is", ("experimental physics",), "Relation_Specificity", True),
+            Question("The name of the father of Leo Arons is", ("Albert Arons",), relation, hard=True),
+            Question("The name of the field of work of Leo Arons is", ("experimental physics",), relation, hard=True),
         ),
         portability=(
             Question(
@@ -228,12 +231,12 @@ def test_every_format_but_generation_data_answers_with_an_encoder_decoder():
 
 BAD = {
     "kilt": ({"output": "Paris"}, r"'output' must be a list like"),
-    "fever": ({"output": [{"answer": "NOT ENOUGH INFO"}]}, r"'output' must be SUPPORTS or REFUTES, got 'NOT ENOUGH INFO'"),
+    "fever": ({"output": [{"answer": "NOT ENOUGH"}]}, r"'output' must be SUPPORTS or REFUTES, got 'NOT ENOUGH'"),
     "zsre_mend_eval": ({"loc_ans": {"a": 1}}, r"'loc_ans' must be text, got \{'a': 1\}"),
-    "counterfact": ({"requested_rewrite": {"prompt": "{}"}}, r"in 'requested_rewrite': missing key\(s\) subject, target_new, target_true"),
-    "knowedit": ({"locality": {"Forgetfulness": [{"ground_truth": "x"}]}}, r"in 'locality\.Forgetfulness': missing key\(s\) prompt"),
+    "counterfact": ({"requested_rewrite": {"prompt": "{}"}}, r"in 'requested_rewrite': missing key\(s\) subject, target_"),
+    "knowedit": ({"locality": {"Kind": [{"ground_truth": "x"}]}}, r"in 'locality\.Kind': missing key\(s\) prompt"),
     "wikitext": ({"target": " "}, r"'target' must be a text that is not empty, got ' '"),
-    "native": ({"portability": ["x"]}, r"""'portability' must be a list like \[\{"prompt": "…", "target": "…"\}\], got \['x'\]"""),
+    "native": ({"portability": ["x"]}, r"""'portability' must be a list like \[\{"prompt": "…", "target": "…"\}\], got"""),
     "nq": ({"answer": []}, r"'answer' holds no text"),
 }  # fmt: skip
 
@@ -251,7 +254,7 @@ def test_a_bad_record_is_named_with_file_line_and_key(name, tmp_path):
         list(iterate_records(path))
 
 
-@pytest.mark.parametrize("name", ["kilt", "zsre_mend_eval", "counterfact", "knowedit", "wikitext", "native", "fever", "nq"])
+@pytest.mark.parametrize("name", list(BAD))
 def test_a_given_format_says_what_a_foreign_record_lacks(name, tmp_path):
     path = tmp_path / "facts.jsonl"
     path.write_text('{"foo": 1}')
@@ -267,7 +270,7 @@ def test_unknown_keys_list_every_format():
 
 
 def test_unknown_format():
-    with pytest.raises(ConfigError, match=r"Unknown data format 'counterfakt'\. Did you mean 'counterfact'\? Formats: auto, "):
+    with pytest.raises(ConfigError, match=r"Unknown data format 'counterfakt'\. Did you mean 'counterfact'\? Formats: a"):
         find_format("counterfakt")
     with pytest.raises(ConfigError, match="Unknown data format 'x'"):
         read_records(FILES["kilt"], format="x")
@@ -329,7 +332,7 @@ def test_portability_goes_with_the_task():
 
 def test_records_without_true_answers_have_nothing_unrelated():
     records = [Record(f"Q{i}?", (), ("A",), ("R?",)) for i in range(3)]
-    with pytest.raises(ConfigError, match="Locality examples need true answers; these records hold none. Give locality_data"):
+    with pytest.raises(ConfigError, match="need true answers; these records hold none. Give locality_data"):
         TaskSampler(records)
 
 

@@ -16,13 +16,12 @@ from mend_lightning.continuations import sample_continuations
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.passages import first_tokens, paragraphs, passages, split_of
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.data.prompts import RUNNING_TEXT as RUNNING
 from mend_lightning.data.records import read_records
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 
-RUNNING = PromptFormat("{input}", "{target}", None)
 FOLDER = Path(__file__).parent / "facts"
 
 
@@ -41,10 +40,9 @@ def make(text, base_folder, tmp_path):
     """Runs the command on the text with a tiny model; `make(folder, *options)`."""
 
     def make(folder: str, *options):
-        settings = ("--prompt_tokens", 12, "--new_tokens", 4, "--min_words", 20, "--batch_size", 3, "--dtype", "float32")
-        return call(
-            "make-generation-data", text, "--base", base_folder("gpt2"), "--out", tmp_path / folder, *settings, *options
-        )
+        lengths = ("--prompt_tokens", 12, "--new_tokens", 4, "--min_words", 20, "--batch_size", 3)
+        where = ("--base", base_folder("gpt2"), "--dtype", "float32", "--out", tmp_path / folder)
+        return call("make-generation-data", text, *where, *lengths, *options)
 
     return make
 
@@ -146,7 +144,8 @@ def test_the_set(make, text, tmp_path):
     assert len(set(seen)) == len(seen) == sum(about["records"].values())
     assert f"{len(seen)} records" in said.out and f"{16 - len(seen)} of 16 continuations were left out" in said.out
     # It is what training reads.
-    data = EditDataModule(tmp_path / "out" / "train.jsonl", target="{target}", stop=None, tokenizer=tokenizer, batch_size=2)
+    texts = {"target": "{target}", "stop": None, "tokenizer": tokenizer}
+    data = EditDataModule(tmp_path / "out" / "train.jsonl", batch_size=2, **texts)
     assert len(next(iter(data.train_dataloader()))) == 2
     # Once more: nothing to do, and nothing is touched.
     again = make("out")
@@ -214,7 +213,7 @@ def test_settings_that_cannot_work(make, options, error):
 def test_a_model_that_continues_nothing(text, base_folder, tmp_path):
     said = call("make-generation-data", text, "--base", base_folder("t5"), "--out", tmp_path / "out")
     assert_says(said.err, "is no causal language model")
-    missing = call("make-generation-data", tmp_path / "none.txt", "--base", base_folder("gpt2"), "--out", tmp_path / "out")
+    missing = call("make-generation-data", tmp_path / "none.txt", "--base", "none", "--out", tmp_path / "out")
     assert_says(missing.err, "cannot be read as UTF-8 text")
 
 

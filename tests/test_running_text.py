@@ -13,7 +13,7 @@ from tokenizers import processors
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.generation import as_question, drop_prefix
 from mend_lightning.data.module import EditDataModule
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.data.prompts import RUNNING_TEXT as RUNNING
 from mend_lightning.data.records import read_records
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, TruncationWarning
@@ -23,7 +23,6 @@ pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 
 FILE = Path(__file__).parent / "formats" / "wikitext.jsonl"
-RUNNING = PromptFormat("{input}", "{target}", None)
 PROMPT, TARGET = "The river rises in the hills", " and runs west for ninety"
 
 
@@ -79,7 +78,7 @@ def test_a_long_paragraph_loses_its_end(max_length):
     tokenizer = small_tokenizer()
     text = read_records(FILE)[0].text
     full = Encoder(tokenizer, RUNNING, max_length=1000).pair(*as_question(text))
-    with pytest.warns(TruncationWarning, match=rf"running texts that do not fit into max_length \({max_length} tokens\)"):
+    with pytest.warns(TruncationWarning, match=rf"running texts that do not fit into max_length \({max_length} tok"):
         cut = Encoder(tokenizer, RUNNING, max_length=max_length).pair(*as_question(text))
     assert len(cut["input_ids"]) == max_length - 1
     assert cut["input_ids"] == full["input_ids"][: max_length - 1]

@@ -28,8 +28,8 @@ def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores:
 
     A row whose every target token, the stop included, is the most probable one given those before it is what
     greedy decoding says, so only the other rows are decoded. Where the format has no stop (running text), an answer is
-    as many tokens as its target has: a right row is then an exact match, and the other way round but for capitals and the
-    like, which an exact match passes over.
+    as many tokens as its target has: exact matches are then the right rows, but for near ties that bfloat16 rounds
+    differently in a padded batch.
 
     Returns:
         Answers in the order of `questions`.

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mend_lightning.base import resolve_name
 from mend_lightning.data.check import DataCheck, Lengths, check_source, counts, token_lengths
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.data.prompts import RUNNING_TEXT, PromptFormat
 from mend_lightning.errors import EmptyDatasetError, ModelLoadError, RecordError
 from mend_lightning.report import console
 
@@ -60,7 +60,7 @@ def check_data_command(
     if tokenizer is not None and check.usable:
         if check.usable[0].text:
             # Generation data allows no other format.
-            texts = PromptFormat(prompt, "{target}", None)
+            texts = PromptFormat(prompt, RUNNING_TEXT.target, RUNNING_TEXT.stop)
         lengths = token_lengths(check.usable, _measure(tokenizer), texts, max_length)
         console().print(lengths_table(lengths, base, max_length))
     console().print(verdict(check), highlight=False)
@@ -80,8 +80,8 @@ def load_tokenizer(base: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(resolve_name(base), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelLoadError(
-            f"The tokenizer of {base!r} cannot be loaded: {error}. Give a model's local folder, a hub id that is cached or can "
-            "be downloaded, or smollm2-135m-instruct."
+            f"The tokenizer of {base!r} cannot be loaded: {error}. Give a model's local folder, a hub id that is cached "
+            "or can be downloaded, or smollm2-135m-instruct."
         ) from error
 
 

@@ -27,8 +27,8 @@ def sample_continuations(
         seed: the same seed and prompts give the same texts on the same machine; the random numbers of others stay.
 
     Returns:
-        One text a prompt, leading blank included; None where encoding the text again gives other tokens (half a character, or a
-        word that the tokenizer would cut differently), for it would not be trained as it was sampled.
+        One text a prompt, leading blank included; None where encoding the text again gives other tokens (half a
+        character, or a word that the tokenizer would cut differently): it would not be trained as it was sampled.
     """
     ids, mask = padded_prompts(encoder, prompts)
     device = next(model.parameters()).device

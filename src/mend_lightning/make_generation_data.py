@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,13 +15,12 @@ from mend_lightning.base import Dtype, load_base
 from mend_lightning.continuations import batch_seed, sample_continuations
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.passages import Passage, paragraphs, passages, split_of
-from mend_lightning.data.prompts import PromptFormat
-from mend_lightning.errors import ConfigError, DataFileError, EmptyDatasetError, OutputPathError
+from mend_lightning.data.prompts import RUNNING_TEXT
+from mend_lightning.data.unfinished import ABOUT, PARTIAL, append, is_finished, resume
+from mend_lightning.errors import ConfigError, DataFileError, EmptyDatasetError
 from mend_lightning.files import check_writable, write_json, write_jsonl
 from mend_lightning.report import console
 from mend_lightning.smollm2 import MODEL_NAME
-
-PARTIAL, ABOUT = "unfinished.jsonl", "about.json"
 
 
 def make_generation_data_command(
@@ -44,8 +41,9 @@ def make_generation_data_command(
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    """Makes prompts from a text's paragraphs and lets a causal model continue them; writes train.jsonl, validation.jsonl
-    and test.jsonl.
+    """Makes an editing set of a text's paragraphs and what a causal model continues them with.
+
+    Writes train.jsonl, validation.jsonl and test.jsonl.
 
     A run that was killed or interrupted goes on where it stopped when it is started again with the same settings.
 
@@ -83,9 +81,10 @@ def make_generation_data_command(
     if model_kind(model) != "causal":
         raise ConfigError(f"{base} is no causal language model; continuations need one.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    texts = paragraphs(text, min_words, ascii_only)[:limit]
     # A token less: some tokenizers put one in front.
-    found = passages(paragraphs(text, min_words, ascii_only)[:limit], tokenizer, prompt_tokens, new_tokens, max_tokens - 1)
-    encoder = Encoder.for_model(model, tokenizer, PromptFormat("{input}", "{target}", None), prompt_tokens + new_tokens + 2)
+    found = passages(texts, tokenizer, prompt_tokens, new_tokens, max_tokens - 1)
+    encoder = Encoder.for_model(model, tokenizer, RUNNING_TEXT, prompt_tokens + new_tokens + 2)
     batches = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
     if done:
         console().print(f"Going on after {len(done)} of {len(batches)} batches.", highlight=False)
@@ -96,7 +95,7 @@ def make_generation_data_command(
                 seed_of = batch_seed(seed, number)
                 targets = sample_continuations(model, encoder, prompts, new_tokens, temperature, seed_of)
                 done.append(records(batch, targets))
-                _append(file, done[-1])
+                append(file, done[-1])
     except KeyboardInterrupt:
         console().print(f"{len(done)} of {len(batches)} batches are kept; start again to go on.", highlight=False)
         raise
@@ -109,7 +108,8 @@ def _check_settings(
     if min(prompt_tokens, new_tokens, batch_size) < 1 or temperature <= 0:
         raise ConfigError("prompt_tokens, new_tokens and batch_size must be at least 1, and temperature above 0.")
     if prompt_tokens + new_tokens > max_tokens:
-        raise ConfigError(f"A prompt and its target have {prompt_tokens + new_tokens} tokens; max_tokens is {max_tokens}.")
+        tokens = prompt_tokens + new_tokens
+        raise ConfigError(f"A prompt and its target have {tokens} tokens; max_tokens is {max_tokens}.")
     if min(shares) < 0 or sum(shares) >= 1:
         raise ConfigError(f"The shares of validation and test are {shares}; they must leave something for train.")
 
@@ -128,50 +128,8 @@ def read_text(path: Path) -> str:
 
 def records(batch: list[Passage], targets: list[str | None]) -> list[dict[str, str]]:
     """Lines of the `wikitext` format; passages without a target are left out."""
-    made = zip(batch, targets)
-    return [{"prompt": p.prompt, "target": target, "paragraph": p.paragraph} for p, target in made if target is not None]
-
-
-def is_finished(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `out` holds the set of these settings.
-
-    Raises:
-        OutputPathError: it holds another one.
-    """
-    if not (out / ABOUT).is_file():
-        return False
-    made = json.loads((out / ABOUT).read_text(encoding="utf-8")).get("settings", {})
-    _check_same(made, settings, out)
-    return True
-
-
-def resume(path: Path, settings: Mapping[str, Any]) -> list[list[dict[str, str]]]:
-    """The finished batches of an earlier run; a line that a killed run left half is cut off.
-
-    Raises:
-        OutputPathError: that run had other settings.
-    """
-    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.is_file() else (b"", b"", b"")
-    lines = [json.loads(line) for line in whole.splitlines()]
-    if lines:
-        _check_same(lines[0], settings, path)
-        os.truncate(path, len(whole) + 1)
-    else:
-        path.write_bytes(json.dumps(settings).encode() + b"\n")
-    return lines[1:]
-
-
-def _check_same(made: Mapping[str, Any], settings: Mapping[str, Any], where: Path) -> None:
-    other = [f"{key}: {made.get(key)!r}, now {value!r}" for key, value in settings.items() if made.get(key) != value]
-    if other:
-        raise OutputPathError(f"{where} was made with other settings ({'; '.join(other)}). Give another folder, or remove it.")
-
-
-def _append(file: Any, batch: list[dict[str, str]]) -> None:
-    """One batch is one line, on the disk before the next begins."""
-    file.write(json.dumps(batch, ensure_ascii=False) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+    made = [(passage, target) for passage, target in zip(batch, targets) if target is not None]
+    return [{"prompt": each.prompt, "target": target, "paragraph": each.paragraph} for each, target in made]
 
 
 def _progress(batches: list[list[Passage]], done: int) -> Iterator[tuple[int, list[Passage]]]:
@@ -181,12 +139,13 @@ def _progress(batches: list[list[Passage]], done: int) -> Iterator[tuple[int, li
 
 def _finish(out: Path, made: list[dict[str, str]], settings: Mapping[str, Any], tried: int) -> None:
     """Writes the splits, says what they hold, and only then removes the unfinished file."""
-    splits = split_of([record["paragraph"] for record in made], settings["validation"], settings["test"], settings["seed"])
+    texts = [record["paragraph"] for record in made]
+    splits = split_of(texts, settings["validation"], settings["test"], settings["seed"])
     counts = Counter(splits)
     if counts["train"] < 2:
         raise EmptyDatasetError(
-            f"{len(made)} of {tried} paragraphs gave a record, too few for train, validation and test. Give a longer text, or lower "
-            "min_words and prompt_tokens."
+            f"{len(made)} of {tried} paragraphs gave a record, too few for train, validation and test. Give a longer "
+            "text, or lower min_words and prompt_tokens."
         )
     for split in sorted(counts):
         write_jsonl(out / f"{split}.jsonl", [record for record, name in zip(made, splits) if name == split])
@@ -194,7 +153,7 @@ def _finish(out: Path, made: list[dict[str, str]], settings: Mapping[str, Any], 
     (out / PARTIAL).unlink()
     sizes = ", ".join(f"{name} {count}" for name, count in counts.items())
     console().print(
-        f"{out}: {len(made)} records ({sizes}). {tried - len(made)} of {tried} continuations were left out: their text does not "
-        "encode back to the tokens that were sampled.",
+        f"{out}: {len(made)} records ({sizes}). {tried - len(made)} of {tried} continuations were left out: their text "
+        "does not encode back to the tokens that were sampled.",
         highlight=False,
     )

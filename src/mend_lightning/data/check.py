@@ -100,6 +100,7 @@ def counts(check: DataCheck) -> list[tuple[str, str]]:
     kinds = Counter(question.kind or "portability" for record in records for question in record.portability)
     relations = Counter(record.relation for record in records if record.relation)
     largest = ", ".join(f"{name} {count}" for name, count in relations.most_common(5))
+    largest += ", …" if len(relations) > 5 else ""
     rows = [
         ("rephrases", f"{rephrases} ({rephrases / len(records):.1f} a record)" if records else "0"),
         ("new answers", f"{sum(len(record.alternatives) for record in records)}"),
@@ -107,7 +108,7 @@ def counts(check: DataCheck) -> list[tuple[str, str]]:
         ("locality examples of their own", f"{len(own)} ({sum(question.hard for question in own)} hard)"),
         ("portability questions", ", ".join(f"{kind} {count}" for kind, count in kinds.items()) or "0"),
         ("subjects", f"{len({record.subject for record in records if record.subject})}"),
-        ("relations", f"{len(relations)}" + (f" ({largest}{', …' if len(relations) > 5 else ''})" if relations else "")),
+        ("relations", f"{len(relations)} ({largest})" if relations else "0"),
     ]
     if any(record.text for record in records):
         rows.append(("paragraphs", f"{sum(bool(record.text) for record in records)}"))

@@ -27,7 +27,8 @@ def rename(data: Mapping[str, Any], columns: Columns, where: str, strict: bool =
         RecordError: a column is not there.
 
     Example:
-        >>> rename({"q": "Capital?", "output": [{"answer": "Rome"}]}, {"prompt": "q", "answers": "output.answer"}, "line 1")
+        >>> record = {"q": "Capital?", "output": [{"answer": "Rome"}]}
+        >>> rename(record, {"prompt": "q", "answers": "output.answer"}, "line 1")
         {'prompt': 'Capital?', 'answers': ['Rome']}
     """
     used = {_first(column) for value in columns.values() for column in _listed(value)}
@@ -55,7 +56,8 @@ def _lookup(data: Mapping[str, Any], column: str, where: str, strict: bool) -> A
         return data[column]
     value = _walk(data, column.split("."))
     if value is _MISSING and strict:
-        raise RecordError(f"{where}: there is no column {column!r}.{_near(column, data)} The columns: {', '.join(data)}.")
+        near = _near(column, data)
+        raise RecordError(f"{where}: there is no column {column!r}.{near} The columns: {', '.join(data)}.")
     return value
 
 

@@ -6,10 +6,11 @@ import random
 import re
 from collections.abc import Sequence
 
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.data.prompts import RUNNING_TEXT, PromptFormat
 from mend_lightning.data.record import Record
 from mend_lightning.errors import ConfigError
 
+_RUNNING = (RUNNING_TEXT.target, RUNNING_TEXT.stop)
 _WORD = re.compile(r"\S+\s*")
 
 
@@ -41,8 +42,8 @@ def as_question(paragraph: str) -> tuple[str, str]:
 
 def check_running_text(records: Sequence[Record], format: PromptFormat) -> None:
     """Raises ConfigError where generation data meets a format that puts blanks or a stop around its targets."""
-    if any(record.text for record in records) and (format.target != "{target}" or format.stop is not None):
+    if any(record.text for record in records) and (format.target, format.stop) != _RUNNING:
         raise ConfigError(
-            f"Generation data is running text: its targets bring their own blanks, and nothing ends them. Set data.target to "
-            f'"{{target}}" and data.stop to null (they are {format.target!r} and {format.stop!r}).'
+            "Generation data is running text: its targets bring their own blanks, and nothing ends them. Set "
+            f'data.target to "{{target}}" and data.stop to null (they are {format.target!r} and {format.stop!r}).'
         )

@@ -35,8 +35,8 @@ def read_locality(source: Locality, split: str) -> list[Record] | None:
         records = [record for record in records if share_of(record.prompt) in SHARES[split]]
     if not records:
         raise EmptyDatasetError(
-            f"locality_data {name} has no question with a true answer for {split}. Give more questions, or a file for each "
-            "split (locality_data: {train: …, validation: …, test: …})."
+            f"locality_data {name} has no question with a true answer for {split}. Give more questions, or a file for "
+            "each split (locality_data: {train: …, validation: …, test: …})."
         )
     return records
 

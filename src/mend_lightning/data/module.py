@@ -108,7 +108,8 @@ class EditDataModule(L.LightningDataModule):
         self._reading: tuple[str, Columns | None, bool] = (format, columns, require_rephrases)
         self.locality_data = locality_data
         if isinstance(locality_data, dict) and set(locality_data) - set(self.files):
-            raise ConfigError(f"locality_data names {', '.join(locality_data)}; its splits are {', '.join(self.files)}.")
+            given = ", ".join(locality_data)
+            raise ConfigError(f"locality_data names {given}; its splits are {', '.join(self.files)}.")
         self.tokenizer, self.kind = tokenizer, kind
         # Evaluated batches are of about eval_batch_size edits: how tasks are put together changes no number there.
         self.batch_size, self.eval_batch_size = batch_size, max(1, eval_batch_size // edits_at_once)

@@ -20,8 +20,8 @@ class Passage:
 def paragraphs(text: str, min_words: int = 50, ascii_only: bool = False) -> list[str]:
     """The paragraphs of a text with at least `min_words` words, each once, blanks and line breaks as single blanks.
 
-    A paragraph ends at an empty line; a line that is long enough by itself is one, too (Wikitext has a paragraph a line).
-    The original keeps Wikitext's with 50 words and nothing but ASCII (`data_classes/wiki.py`, `filter_text`).
+    A paragraph ends at an empty line; where a line is long enough by itself, every line is one (Wikitext has a
+    paragraph a line). The original keeps Wikitext's with 50 words and nothing but ASCII (`data_classes/wiki.py`).
 
     Example:
         >>> paragraphs("One two\\nthree.\\n\\nFour.\\n\\nFive six seven.", min_words=3)
@@ -57,7 +57,9 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> str:
     return " ".join(text[:agreed].split(" ")[:-1])
 
 
-def passages(texts: Sequence[str], tokenizer: Any, prompt_tokens: int, new_tokens: int, max_tokens: int) -> list[Passage]:
+def passages(
+    texts: Sequence[str], tokenizer: Any, prompt_tokens: int, new_tokens: int, max_tokens: int
+) -> list[Passage]:
     """Prompts of `prompt_tokens` tokens (at whole words) from those paragraphs that go on for `new_tokens` at least.
 
     Args:

@@ -43,5 +43,9 @@ class PromptFormat:
         return self.target.replace("{target}", target)
 
     def read(self, continuation: str) -> str:
-        """The answer in a generated continuation: what stands before the stop (all of it without one), without blanks."""
+        """The answer in a generated continuation: what stands before the stop (or all of it), without the blanks."""
         return (continuation.split(self.stop)[0] if self.stop else continuation).strip()
+
+
+# Of generation data: nothing stands around a text, and nothing ends it.
+RUNNING_TEXT = PromptFormat("{input}", "{target}", None)

@@ -53,8 +53,8 @@ def read_records(
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not kept:
         raise EmptyDatasetError(
-            f"{name}: no usable record ({counts or 'the file is empty'}). A record needs at least one new answer and one "
-            "rephrase (docs/data.md says under which keys)."
+            f"{name}: no usable record ({counts or 'the file is empty'}). A record needs at least one new answer and "
+            "one rephrase (docs/data.md says under which keys)."
         )
     if dropped:
         logger.warning("%s: left out %d of %d records: %s", name, dropped.total(), len(kept) + dropped.total(), counts)

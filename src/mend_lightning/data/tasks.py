@@ -125,8 +125,10 @@ class TaskSampler:
     def _rephrases(self, draw: random.Random, record: Record, key: str) -> tuple[str, ...]:
         if record.rephrases:
             return _draw(draw, record.rephrases, self.rephrases)
+        if not record.text:
+            return (record.prompt,) * self.rephrases
         prefixes = random.Random(f"{key}/prefix")
-        return tuple(drop_prefix(prefixes, record.prompt) if record.text else record.prompt for _ in range(self.rephrases))
+        return tuple(drop_prefix(prefixes, record.prompt) for _ in range(self.rephrases))
 
     def _own(self, record: Record, key: str) -> list[Question]:
         """The record's own locality examples, at most as many as asked for, hard ones first."""

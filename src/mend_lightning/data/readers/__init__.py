@@ -45,6 +45,6 @@ def recognise(data: Mapping[str, Any], where: str) -> Format:
             return format
     known = "\n".join(f"  {format.name}: {format.keys}" for format in FORMATS.values())
     raise RecordError(
-        f"{where}: the keys {', '.join(data) or '(none)'} are of no known format. Set format to one of these, rename keys "
-        f"by columns, or convert the file:\n{known}"
+        f"{where}: the keys {', '.join(data) or '(none)'} are of no known format. Set format to one of these, rename "
+        f"keys by columns, or convert the file:\n{known}"
     )

@@ -16,9 +16,9 @@ CLASSES = ("SUPPORTS", "REFUTES")
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
     """KILT's keys with the classes SUPPORTS and REFUTES; `prediction` is required, `logit` is not read.
 
-    An edit's label is the base model's prediction, or with probability 1/2 its opposite, `alternatives[0]`: so does the
-    original code (`data_classes/fever.py`, `collate_fn`). `TaskSampler` draws one of `Record.alternatives`, so these two
-    are they. Its unrelated claims have the true label (`output`), there as here.
+    An edit's label is the base model's prediction, or with probability 1/2 its opposite, `alternatives[0]`: so does
+    the original code (`data_classes/fever.py`, `collate_fn`). `TaskSampler` draws one of `Record.alternatives`, so
+    these two are they. Unrelated claims have the true label (`output`), there as here.
     """
     require(data, (*REQUIRED_KEYS, "prediction"), where)
     prediction = _class(data["prediction"], "prediction", where)

@@ -16,6 +16,9 @@ KEYS = (
 )  # fmt: skip
 
 
+ANSWER_KEYS = ("target", "targets", "answer", "answers")
+
+
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
     """`prompt`; `target` or `targets` (an edit takes one of them); and optionally `rephrases`, `answers` (or `answer`;
     the true ones), `locality` (`[{"prompt": …, "target": …, "hard": true}]`), `portability` (`[{"prompt": …,
@@ -34,8 +37,8 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
         subject=optional_text(data, "subject", where),
         relation=optional_text(data, "relation", where),
         line=line,
-        locality=questions(data.get("locality"), "locality", where, ["target", "targets", "answer", "answers"]),
-        portability=questions(data.get("portability"), "portability", where, ["target", "targets", "answer", "answers"]),
+        locality=questions(data.get("locality"), "locality", where, ANSWER_KEYS),
+        portability=questions(data.get("portability"), "portability", where, ANSWER_KEYS),
     )
 
 

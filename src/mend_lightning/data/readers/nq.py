@@ -28,8 +28,10 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
 
 def _matches(data: Mapping[str, Any]) -> bool:
     edits = {"alternatives", "filtered_rephrases", "rephrases", "target", "targets", "target_new"}
-    asks = "question" in data or {"input", "output"} <= data.keys() or ("prompt" in data and {"answer", "answers"} & data.keys())
-    return bool(asks) and ("question" in data or not edits & data.keys())
+    if "question" in data:
+        return True
+    asks = {"input", "output"} <= data.keys() or ("prompt" in data and bool({"answer", "answers"} & data.keys()))
+    return asks and not edits & data.keys()
 
 
 FORMAT = Format("nq", "questions and true answers for locality_data, JSONL", "question, answer", _matches, parse)
