@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from mend_lightning.overlays import read_config
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 FOLDER = config_folder()
+ROOT = Path(__file__).parents[1]
 FORMATS = Path(__file__).parent / "formats"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 # What runs on data that the package does not bring.
@@ -167,3 +169,32 @@ def test_data_that_is_not_there(name, tiny, tmp_path, monkeypatch):
     assert result.code == 1
     train = read_config(name).values()["data"]["train"]
     assert_says(result.err, f"'{re.escape(train)}' does not exist \\(looked in {re.escape(str(tmp_path))}\\)")
+
+
+def model_table():
+    """scripts/model_table.py as a module."""
+    spec = importlib.util.spec_from_file_location("model_table", ROOT / "scripts" / "model_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_models_has_every_config():
+    table, page = model_table(), (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    lines = [line for line in page.split("<!-- table:")[1].splitlines() if line.startswith("| `")]
+    assert sorted(line.split("`")[1] for line in lines) == config_names()
+    # Counting all of them takes 15 s: a classifier, an untied T5, one of today's, and the one that was run.
+    for name in ("bert-base", "t5-xl", "llama-3.2-1b", "quickstart"):
+        assert table.row(name) in lines, "run scripts/model_table.py --write"
+    assert {line.split("`")[1] for line in lines if line.endswith("| yes |")} == {"quickstart", "smollm2-world-facts"}
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("llama-3.2-1b", 1.24e9), ("t5-xl", 2.85e9), ("bert-base", 109e6), ("gemma-3-4b", 4.3e9)]
+)
+def test_sizes_of_the_table(name, published):
+    base, editor = model_table().sizes(name)
+    assert base == pytest.approx(published, rel=0.01)
+    width = {"llama-3.2-1b": 2048 + 8192, "t5-xl": 2048 + 5120, "bert-base": 768 + 3072, "gemma-3-4b": 2560 + 10240}[name]
+    # Two shapes, each with two layers of U and V and a bias; what a layer has of its own is small.
+    assert editor == pytest.approx(2 * 2 * (2 * 1920 * width + width), rel=0.01)

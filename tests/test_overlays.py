@@ -182,6 +182,13 @@ def test_a_typo_in_what_a_config_builds_on(write):
     assert_says(result.err, "Did you mean 'model.rank'")
 
 
+@pytest.mark.parametrize("text, shown", [("model: 3", "model must .* got 3"), ("data:", "data must .* None"), ("trainer: [a]", "trainer must")])
+def test_a_section_that_is_no_mapping(text, shown, write):
+    result = call("fit", "--config", write("mine", f"base_config: quickstart\n{text}"))
+    assert result.code == 1
+    assert_says(result.err, f"mine.yaml, line 2: {shown}")
+
+
 def test_show_config(write):
     assert call("show-config", "nothing").code == 1
     for name in (*config_names(), write("mine", "base_config: quickstart\nmodel:\n  confidence: 0.6  # less\n")):

@@ -13,6 +13,8 @@ from mend_lightning.errors import ConfigError
 
 # The key of a config that names what it builds on; it never reaches the parser.
 BASE_KEY = "base_config"
+# Of a run's config; Lightning's parser breaks where one of these is no mapping.
+SECTIONS = ("model", "data", "trainer")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ def resolved_configs(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
     Returns:
         The arguments, and the files that were merged into them, later ones winning over earlier ones.
+
+    Raises:
+        ConfigError: as `read_config`, or `model`, `data` or `trainer` is no mapping.
     """
     resolved: list[str] = []
     files: list[Path] = []
@@ -132,5 +137,9 @@ def resolved_configs(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 def _resolved(name: str) -> tuple[str, list[Path]]:
     config = read_config(name)
+    for section in SECTIONS:
+        leaf = config.tree.get(section)
+        if isinstance(leaf, Leaf) and leaf.value != {}:
+            raise ConfigError(f"{leaf.file}, line {leaf.line}: {section} must hold keys with values, got {leaf.value!r}.")
     alone = len(config.files) == 1
     return (str(config.files[0]) if alone else config.text()), list(config.files)
