@@ -55,8 +55,8 @@ def t5(width: int, mlp: int, blocks: int, heads: int, gated: bool) -> tuple[str,
 SMOLLM2 = ("Llama", grouped(576, 1536, 30, 9, 3, 49152, True))
 GEMMA3_4B = grouped(2560, 10240, 34, 8, 4, 262208, True, head_dim=256)
 SIGLIP = {
-    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 896,
-    "patch_size": 14,
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 896, "patch_size": 14,
 }  # fmt: skip
 # Config -> (family in transformers, sizes that differ from its defaults).
 MODELS: dict[str, tuple[str, dict]] = {
@@ -87,7 +87,8 @@ MODELS: dict[str, tuple[str, dict]] = {
     "phi-4-mini": ("Phi3", grouped(3072, 8192, 32, 24, 8, 200064, True)),
     "smollm2-360m": ("Llama", grouped(960, 2560, 32, 15, 5, 49152, True)),
     "smollm2-1.7b": ("Llama", grouped(2048, 8192, 24, 32, 32, 49152, True)),
-    "gpt2": gpt2(768, 12, 12), "gpt2-medium": gpt2(1024, 24, 16), "gpt2-large": gpt2(1280, 36, 20), "gpt2-xl": gpt2(1600, 48, 25),
+    "gpt2": gpt2(768, 12, 12), "gpt2-medium": gpt2(1024, 24, 16), "gpt2-large": gpt2(1280, 36, 20),
+    "gpt2-xl": gpt2(1600, 48, 25),
     "opt-1.3b": opt(2048, 24), "opt-6.7b": opt(4096, 32),
     "pythia-1.4b": ("GPTNeoX", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
                                 "num_attention_heads": 16, "vocab_size": 50304}),
@@ -139,7 +140,8 @@ def task(data: dict) -> str:
 
 
 def table() -> str:
-    head = "| config | model | task | its weights | editor | memory in GiB | run on real weights |\n|---|---|---|---|---|---|---|"
+    columns = ("config", "model", "task", "its weights", "editor", "memory in GiB", "run on real weights")
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     order = sorted(config_names(), key=list(MODELS).index)
     return "\n".join([head, *map(row, order)])
 

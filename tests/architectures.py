@@ -50,7 +50,8 @@ def gated(name: str, last: str = "model.layers.3", **more) -> Architecture:
 
 
 def t5(activation: str, *names: str) -> Architecture:
-    edited = [f"{block}.DenseReluDense.{name}" for block in ("encoder.block.2.layer.1", "decoder.block.2.layer.2") for name in names]
+    blocks = ("encoder.block.2.layer.1", "decoder.block.2.layer.2")
+    edited = [f"{block}.DenseReluDense.{name}" for block in blocks for name in names]
     sizes = {**T5, "feed_forward_proj": activation, "tie_word_embeddings": activation == "relu"}
     return Architecture("T5Config", "T5ForConditionalGeneration", sizes, tuple(edited), "encoder_decoder")
 
@@ -63,8 +64,8 @@ ARCHITECTURES = {
     "bart": Architecture(
         "BartConfig", "BartForConditionalGeneration",
         dict(d_model=16, encoder_layers=3, decoder_layers=3, encoder_ffn_dim=24, decoder_ffn_dim=24,
-             encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=128, decoder_start_token_id=1,
-             forced_eos_token_id=1),
+             encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=128,
+             decoder_start_token_id=1, forced_eos_token_id=1),
         tuple(f"model.{stack}.layers.2.{name}" for stack in ("encoder", "decoder") for name in ("fc1", "fc2")),
         "encoder_decoder",
     ),

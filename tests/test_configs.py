@@ -27,11 +27,12 @@ ROOT = Path(__file__).parents[1]
 FORMATS = Path(__file__).parent / "formats"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 # What runs on data that the package does not bring.
-PUBLISHED = [name for name in config_names() if not read_config(name).values()["data"]["train"].startswith("world_facts")]
+VALUES = {name: read_config(name).values() for name in config_names()}
+PUBLISHED = [name for name, values in VALUES.items() if not values["data"]["train"].startswith("world_facts")]
 # The small files have no room for the real sizes.
 SMALL = {
-    "model.rank": 4, "model.base.dtype": "float32", "data.batch_size": 2, "data.eval_batch_size": 2, "data.max_length": 96,
-    "data.validation_edits": 2, "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1,
+    "model.rank": 4, "model.base.dtype": "float32", "data.batch_size": 2, "data.eval_batch_size": 2,
+    "data.max_length": 96, "data.validation_edits": 2, "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1,
     "trainer.accumulate_grad_batches": 1, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1,
     "trainer.enable_progress_bar": "false",
 }  # fmt: skip
@@ -60,8 +61,9 @@ def test_every_config_is_found_and_has_an_architecture():
 @pytest.mark.parametrize("name", config_names())
 def test_one_step_of_training(name, tiny, facts, tmp_path):
     architecture = ARCHITECTURES[CONFIGS[name]]
-    values = read_config(name).values()
-    given = {"model.base.name": tiny(CONFIGS[name]), "trainer.default_root_dir": tmp_path, **small_files(values["data"], facts), **SMALL}
+    values = VALUES[name]
+    given = {"model.base.name": tiny(CONFIGS[name]), "trainer.default_root_dir": tmp_path, **SMALL}
+    given |= small_files(values["data"], facts)
     if "calibration_batches" in values["model"]:
         given["model.calibration_batches"] = 1
     result = call("fit", "--config", name, *(part for key, value in given.items() for part in (f"--{key}", value)))
@@ -81,7 +83,8 @@ def test_one_step_of_training(name, tiny, facts, tmp_path):
 def small_files(data: dict, facts: Path) -> dict[str, Path | str]:
     """A few records of the kind that the config reads, in place of its files."""
     kind = data.get("format")
-    given = {f"data.{split}": FORMATS / f"{kind}.jsonl" if kind in ("fever", "wikitext") else facts / f"{split}.jsonl" for split in SIZES}
+    published = FORMATS / f"{kind}.jsonl" if kind in ("fever", "wikitext") else None
+    given = {f"data.{split}": published or facts / f"{split}.jsonl" for split in SIZES}
     if "locality_data" in data:
         given["data.locality_data"] = json.dumps(dict.fromkeys(SIZES, str(FORMATS / "nq.jsonl")))
     return given
@@ -131,7 +134,7 @@ def test_a_config_says_what_it_is_and_how_it_is_run(path):
     if path.parent == FOLDER:
         assert any(command.startswith(f"mend-lightning fit --config {name}") for command in commands)
         assert any(command.startswith(f"mend-lightning test --config {name} ") for command in commands)
-        root = read_config(name).values()["trainer"]["default_root_dir"]
+        root = VALUES[name]["trainer"]["default_root_dir"]
         assert root == f"runs/{name}" and any(f"--model.editor {root}/editor" in command for command in commands)
     else:
         shown = re.fullmatch(r"mend-lightning show-config (\S+)", commands[0]).group(1)
@@ -145,7 +148,7 @@ def test_every_value_of_a_published_experiment_has_a_source(name):
     without = [key for key, leaf in read_config(name).leaves() if not leaf.comment]
     assert without == []
     # And the numbers that make it the paper's are there, from one file.
-    sources = {key: leaf for key, leaf in read_config(name).leaves()}
+    sources = dict(read_config(name).leaves())
     for key, value in {"model.rank": 1920, "model.lr": 1e-6, "model.c_edit": 0.1, "model.edit_rate": 1e-4}.items():
         assert (sources[key].value, sources[key].file.stem) == (value, "paper")
         assert sources[key].comment.startswith(("paper", "original"))
@@ -154,8 +157,7 @@ def test_every_value_of_a_published_experiment_has_a_source(name):
 def test_published_experiments():
     assert len(PUBLISHED) == 9
     for name in PUBLISHED:
-        values = read_config(name).values()
-        data, trainer = values["data"], values["trainer"]
+        data, trainer = VALUES[name]["data"], VALUES[name]["trainer"]
         # Ten edits a step, validated every 5000 edits, at most 500,000 edits.
         assert data["batch_size"] * trainer.get("accumulate_grad_batches", 1) == 10
         assert data["batch_size"] * trainer["val_check_interval"] == 5000
@@ -167,7 +169,7 @@ def test_data_that_is_not_there(name, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("fit", "--config", name, "--model.base.name", tiny(CONFIGS[name]), "--model.rank", 4)
     assert result.code == 1
-    train = read_config(name).values()["data"]["train"]
+    train = VALUES[name]["data"]["train"]
     assert_says(result.err, f"'{re.escape(train)}' does not exist \\(looked in {re.escape(str(tmp_path))}\\)")
 
 
@@ -195,6 +197,7 @@ def test_the_page_of_models_has_every_config():
 def test_sizes_of_the_table(name, published):
     base, editor = model_table().sizes(name)
     assert base == pytest.approx(published, rel=0.01)
-    width = {"llama-3.2-1b": 2048 + 8192, "t5-xl": 2048 + 5120, "bert-base": 768 + 3072, "gemma-3-4b": 2560 + 10240}[name]
+    widths = {"llama-3.2-1b": 2048 + 8192, "t5-xl": 2048 + 5120, "bert-base": 768 + 3072, "gemma-3-4b": 2560 + 10240}
+    width = widths[name]
     # Two shapes, each with two layers of U and V and a bias; what a layer has of its own is small.
     assert editor == pytest.approx(2 * 2 * (2 * 1920 * width + width), rel=0.01)

@@ -86,7 +86,9 @@ def test_defaults_of_other_families(family):
 
 def test_of_a_model_that_sees_pictures_the_language_model_is_edited():
     text = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
-    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4)
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, image_size=16, patch_size=4
+    )  # fmt: skip
     with torch.device("meta"):
         alone = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**text))
         config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)

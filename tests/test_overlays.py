@@ -18,14 +18,17 @@ from mend_lightning.show_config import config_lines
 FACTS = {
     "train": "world_facts/train", "validation": "world_facts/validation", "test": "world_facts/test",
     "prompt": "Geography quiz\nQ: In which US state is Miami?\nA: Florida\nQ: {input}\nA:",
-    "target": " {target}", "stop": "\n", "batch_size": 8, "rephrases": 3, "locality": 4, "hard_locality": 3, "max_length": 96,
+    "target": " {target}", "stop": "\n", "batch_size": 8, "rephrases": 3, "locality": 4, "hard_locality": 3,
+    "max_length": 96,
 }  # fmt: skip
 EDITOR = {
     "base": {"name": "smollm2-135m-instruct", "dtype": "auto"}, "layers": ["model.layers.26.mlp.down_proj"],
     "rank": 256, "precondition": 0.001, "rephrase_ridge": 0.03, "calibration_batches": 178, "edit_rate": 5.4e-4,
-    "lr": 1e-6, "edit_rate_lr": 2e-6, "warmup_steps": 20, "decay": "linear", "c_edit": 0.01, "locality_positions": "answer",
+    "lr": 1e-6, "edit_rate_lr": 2e-6, "warmup_steps": 20, "decay": "linear", "c_edit": 0.01,
+    "locality_positions": "answer",
 }  # fmt: skip
-KEPT = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"monitor": "val/loss", "save_last": True}}
+CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
+KEPT = {"class_path": CHECKPOINT, "init_args": {"monitor": "val/loss", "save_last": True}}
 TRAINER = {
     "accelerator": "cpu", "max_epochs": -1, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,
     "gradient_clip_val": 100.0, "log_every_n_steps": 1, "enable_model_summary": False, "callbacks": [KEPT],
@@ -41,7 +44,9 @@ MEASURED = {
         "seed_everything": 0,
         "model": {**EDITOR, "confidence": 0.77},
         "data": {**FACTS, "validation_edits": 163},
-        "trainer": {**TRAINER, "default_root_dir": "runs/smollm2-world-facts", "max_steps": 100, "val_check_interval": 100},
+        "trainer": {
+            **TRAINER, "default_root_dir": "runs/smollm2-world-facts", "max_steps": 100, "val_check_interval": 100
+        },
     },
 }
 
@@ -71,7 +76,8 @@ def _sorted(data):
 
 
 def test_mappings_are_merged_and_all_else_is_replaced(write):
-    write("low", "model: {rank: 8, layers: [a, b], base: {name: x, dtype: auto}}\ndata: {stop: s}\ntrainer: {callbacks: [1]}")
+    low = "model: {rank: 8, layers: [a, b], base: {name: x, dtype: auto}}\ndata: {stop: s}\ntrainer: {callbacks: [1]}"
+    write("low", low)
     high = write("high", "base_config: low\nmodel: {layers: [c], base: {name: y}}\ntrainer: {callbacks: null}")
     assert read_config(high).values() == {
         "model": {"rank": 8, "layers": ["c"], "base": {"name": "y", "dtype": "auto"}},
@@ -117,7 +123,8 @@ def test_sources_and_comments(write):
 
 def test_scalars_are_read_as_the_parser_reads_them(write):
     """YAML 1.1 takes 1e-6 for text and 2020-01-01 for a date."""
-    text = "a: 1e-6\nb: 5.4e-4\nc: '1e-6'\nd: 2020-01-01\ne: .inf\nf: 1.\ng: true\nh: 'true'\ni: -3\nj: \"x\\ny\"\nk: .5\n"
+    text = "a: 1e-6\nb: 5.4e-4\nc: '1e-6'\nd: 2020-01-01\ne: .inf\nf: 1.\n"
+    text += "g: true\nh: 'true'\ni: -3\nj: \"x\\ny\"\nk: .5\n"
     config = read_config(write("scalars", text))
     expected = {
         "a": 1e-6, "b": 5.4e-4, "c": "1e-6", "d": "2020-01-01", "e": float("inf"), "f": 1.0, "g": True, "h": "true",
@@ -130,7 +137,7 @@ def test_scalars_are_read_as_the_parser_reads_them(write):
 @pytest.mark.parametrize(
     "text, error",
     [
-        ("base_config: quikstart", r"builds on 'quikstart', which is no file \(looked in .*\) .*Did you mean quickstart"),
+        ("base_config: quikstart", r"builds on 'quikstart', which is no file \(looked in .*Did you mean quickstart"),
         ("base_config: shared/trainr", "Did you mean shared/trainer"),
         ("base_config: top", r"top.yaml builds on itself: top.yaml -> top.yaml\. Remove one base_config"),
         ("base_config: [other]", r"top.yaml builds on itself: top.yaml -> other.yaml -> top.yaml"),
@@ -182,7 +189,9 @@ def test_a_typo_in_what_a_config_builds_on(write):
     assert_says(result.err, "Did you mean 'model.rank'")
 
 
-@pytest.mark.parametrize("text, shown", [("model: 3", "model must .* got 3"), ("data:", "data must .* None"), ("trainer: [a]", "trainer must")])
+@pytest.mark.parametrize(
+    "text, shown", [("model: 3", "model must .* got 3"), ("data:", "data must .* None"), ("trainer: [a]", "trainer must")]
+)
 def test_a_section_that_is_no_mapping(text, shown, write):
     result = call("fit", "--config", write("mine", f"base_config: quickstart\n{text}"))
     assert result.code == 1

@@ -101,7 +101,8 @@ def _find_base(name: str, file: Path) -> Path:
             if path.is_file():
                 return path.resolve()
     raise ConfigError(
-        f"{file} builds on {name!r}, which is no file (looked in {file.parent}) and no shipped config.{near_config(name)}"
+        f"{file} builds on {name!r}, which is no file (looked in {file.parent}) and no shipped config."
+        f"{near_config(name)}"
     )
 
 
@@ -140,6 +141,8 @@ def _resolved(name: str) -> tuple[str, list[Path]]:
     for section in SECTIONS:
         leaf = config.tree.get(section)
         if isinstance(leaf, Leaf) and leaf.value != {}:
-            raise ConfigError(f"{leaf.file}, line {leaf.line}: {section} must hold keys with values, got {leaf.value!r}.")
+            raise ConfigError(
+                f"{leaf.file}, line {leaf.line}: {section} must hold keys with values, got {leaf.value!r}."
+            )
     alone = len(config.files) == 1
     return (str(config.files[0]) if alone else config.text()), list(config.files)
