@@ -6,6 +6,7 @@ A new config needs a line in `CONFIGS`; a new architecture one in `ARCHITECTURES
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -124,10 +125,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
+_tokenizer = cache(small_tokenizer)
+
+
 def save_tiny(name: str, folder: Path) -> Path:
     """A tiny random model of the architecture with the tests' tokenizer, as a user would have it on disk."""
     architecture = ARCHITECTURES[name]
-    tokenizer = small_tokenizer(architecture.kind)
+    tokenizer = _tokenizer(architecture.kind)
     ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     sizes = dict(architecture.sizes)
     if "text_config" in sizes:
