@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from bases import assert_same_state
 from models import make_batch, make_rows, relative_error, tiny_model
 from reference import kl, nll, rows_of_task
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from mend_lightning.editors import EnnEditor
+from mend_lightning.checks import unreached_parameters
+from mend_lightning.editors import Editor, EnnEditor
 from mend_lightning.errors import ConfigError
 from mend_lightning.step import compute_deltas, edit_step
 from mend_lightning.types import EditBatch
@@ -86,7 +89,8 @@ def package_gradients(model: nn.Module, editor: EnnEditor, batch: EditBatch) -> 
     return list(torch.autograd.grad(loss, [*editor.resting, editor.edit_rates]))
 
 
-@pytest.mark.parametrize("settings", [{}, {"first_order": True}, {"steps": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"first_order": True}, {"steps": 2}, {"steps": 2, "first_order": True}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
 def test_losses_and_gradients(family, settings):
     model, batch = tiny_model(family), make_batch(family)
     editor = spread_editor(model, **settings)
@@ -117,25 +121,118 @@ def rms_norm(weight: Tensor, epsilon: float, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_meta_gradient_against_finite_differences(family, steps):
-    """The slope along a random direction in every ΔW⁰ and in the rates, from float64 values of the loss alone."""
+    """Slopes along a random direction of all ΔW⁰ and along one of the rates, from float64 values of the loss alone."""
     model, batch = in_double(tiny_model(family)), make_batch(family, tasks=2)
     editor = spread_editor(model, steps=steps)
     reference = ReferenceEnn(model, editor)
     here = reference.parameters(editor)
     # KL(resting ‖ edited) passes no gradient to its first argument, so that one stays where it is.
     fixed = reference.weights([parameter.detach() for parameter in here[:-1]])
-    for index, gradient in enumerate(package_gradients(model, editor, batch)):
-        direction = torch.randn_like(here[index])
-        direction *= 1e-5 / direction.norm()
-        ends = [
-            reference.total(batch, *moved(here, index, sign * direction), fixed).detach().item() for sign in (1, -1)
-        ]
-        slope = (ends[0] - ends[1]) / 2
-        assert float((gradient.double() * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-5 * abs(float(gradient.norm() * direction.norm())))
+    gradients = package_gradients(model, editor, batch)
+    for part in (slice(0, -1), slice(-1, None)):
+        directions = [torch.zeros_like(parameter) for parameter in here]
+        directions[part] = [1e-5 * torch.randn_like(parameter) / parameter.numel() ** 0.5 for parameter in here[part]]
+        ends = []
+        for sign in (1, -1):
+            *resting, rates = [(p.detach() + sign * d).requires_grad_() for p, d in zip(here, directions)]
+            ends.append(float(reference.total(batch, resting, rates, fixed).detach()))
+        slope = sum(float((gradient.double() * d).sum()) for gradient, d in zip(gradients, directions))
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2, rel=1e-4)
 
 
-def moved(parameters: list[Tensor], index: int, by: Tensor) -> tuple[list[Tensor], Tensor]:
-    """(ΔW⁰ of every layer, rates) with one of them changed."""
-    new = [p.detach() + by if i == index else p.detach() for i, p in enumerate(parameters)]
-    new = [parameter.requires_grad_() for parameter in new]
-    return new[:-1], new[-1]
+def test_first_order_is_another_gradient(family):
+    """Of ΔW⁰, where the gradient's own dependence on it is left out; the rates only scale the gradient."""
+    model, batch = tiny_model(family), make_batch(family)
+    second, first = spread_editor(model), spread_editor(model, first_order=True)
+    first.load_state_dict(second.state_dict())
+    *resting, rates = zip(package_gradients(model, first, batch), package_gradients(model, second, batch))
+    assert max(relative_error(*pair) for pair in resting) > 1e-2
+    assert relative_error(*rates) < GRADIENT
+
+
+@pytest.mark.parametrize("edits", [1, 2])
+def test_an_edit_is_a_gradient_step_of_dense_weights(family, edits):
+    """W + ΔW = (W + ΔW⁰) − α W.grad, with the weights changed in place and an ordinary backward pass."""
+    model, z_edit = tiny_model(family), make_batch(family, tasks=1, edits=edits).z_edit
+    editor = spread_editor(model)
+    base = {name: module.weight.clone() for name, module in editor.modules_in(model).items()}
+    deltas = compute_deltas(model, editor, z_edit)
+    trained = tiny_model(family)
+    layers = editor.modules_in(trained)
+    for (name, layer), change in zip(layers.items(), editor.resting):
+        layer.weight += change.detach().T if isinstance(layer, Conv1D) else change.detach()
+        layer.weight.requires_grad_()
+    nll(trained, rows_of_task(z_edit, 0)).backward()
+    for (name, layer), rate in zip(layers.items(), editor.edit_rates.tolist()):
+        expected = layer.weight.detach() - rate * layer.weight.grad - base[name]
+        change = deltas[name].dense()[0]
+        assert relative_error(change.T if isinstance(layer, Conv1D) else change, expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_tasks_do_not_meet(family, steps):
+    """Four tasks at once are four times one task."""
+    model = tiny_model(family)
+    editor = spread_editor(model, steps=steps)
+    rows = make_rows(family, [0, 1, 2, 3], 4)
+    together = compute_deltas(model, editor, rows)
+    for task in range(4):
+        alone = replace(rows.part(slice(task, task + 1)), task=torch.tensor([0]), tasks=1, grouped=True)
+        for name, delta in compute_deltas(model, editor, alone).items():
+            assert relative_error(together[name].of_task(task).dense(), delta.dense()) < 1e-5, name
+
+
+def test_gradients_off_and_on_give_one_edit(family):
+    """Fused attention where no graph is kept, plain attention where it is."""
+    model, z_edit = tiny_model(family), make_batch(family).z_edit
+    editor = spread_editor(model)
+    with torch.no_grad():
+        without = compute_deltas(model, editor, z_edit)
+    for name, delta in compute_deltas(model, editor, z_edit).items():
+        assert delta.dense().requires_grad and not without[name].dense().requires_grad
+        assert relative_error(without[name].dense(), delta.dense()) < 1e-5
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_new_editor_is_fine_tuning_and_gradients_reach_all_of_it(family, first_order):
+    """Also with ΔW⁰ = 0, where the drift has no gradient; and nothing of it stays in the model."""
+    model, batch = tiny_model(family), make_batch(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    editor = EnnEditor.for_model(model, first_order=first_order)
+    assert unreached_parameters(model, editor, batch, "all") == []
+    out = edit_step(model, editor, batch)
+    assert out.drift.tolist() == pytest.approx([0.0] * batch.tasks, abs=1e-6)
+    out.total(C_EDIT).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in editor.parameters())
+    assert_same_state(model.state_dict(), before)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_bfloat16_base():
+    """The editor and its gradients stay float32, and the second-order pass runs."""
+    model, batch = tiny_model("llama", torch.bfloat16), make_batch("llama")
+    editor = spread_editor(model)
+    exact = package_gradients(tiny_model("llama"), editor, batch)
+    for found, expected in zip(package_gradients(model, editor, batch), exact):
+        assert found.dtype == torch.float32
+        assert float(torch.cosine_similarity(found.flatten(), expected.float().flatten(), dim=0)) > 0.98
+
+
+def test_saved_and_loaded(tmp_path):
+    model, z_edit = tiny_model("gpt2"), make_batch("gpt2").z_edit
+    editor = spread_editor(model, steps=2, first_order=True)
+    loaded = Editor.from_pretrained(editor.save_pretrained(tmp_path))
+    assert (type(loaded), loaded.settings) == (EnnEditor, editor.settings)
+    deltas = compute_deltas(model, editor, z_edit)
+    for name, delta in compute_deltas(model, loaded, z_edit).items():
+        assert torch.equal(delta.dense(), deltas[name].dense())
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(ConfigError, match="number of gradient steps of an edit; it must be at least 1, not 0"):
+        EnnEditor({"fc": (2, 3)}, steps=0)
+    with pytest.raises(ConfigError, match="c_base is the weight of a loss; it must not be negative, and it is -1"):
+        EnnEditor({"fc": (2, 3)}, c_base=-1.0)
+    with pytest.raises(ConfigError, match="EnnEditor has no confidence"):
+        EnnEditor({"fc": (2, 3)}).set_confidence(0.5)

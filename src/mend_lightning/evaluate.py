@@ -64,6 +64,9 @@ class BatchScores:
 def evaluate_batch(model: nn.Module, editor: Editor, batch: EditBatch) -> BatchScores:
     """Makes the edits of a batch and scores all its rows before and after, in batched passes.
 
+    "Before" is the base model as it was given, also for an editor that trains it (ENN): what that training changed counts
+    as the edit's doing. The original compares with the trained model.
+
     Args:
         model: the base model, in eval mode.
         editor: any editor, in eval mode (in training mode MEND's would update its statistics).

@@ -55,12 +55,12 @@ class MendModule(L.LightningModule):
             `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step; at most
             one epoch.
-        lr: Adam's learning rate of the transforms (paper: 1e-6).
+        lr: Adam's learning rate of the transforms, or whatever else the editor learns (paper: 1e-6).
         edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6), and of other
             numbers a layer, such as log λ of `ridge`.
         warmup_steps: steps in which both rise from 0.
         decay: "linear" lets both fall to 0 over the Trainer's steps; "none" keeps them.
-        c_edit: weight of the edit loss (paper: 0.1).
+        c_edit: weight of the edit loss (paper: 0.1). ENN's weight of its base loss, `c_base`, is the editor's setting.
         locality_positions: positions the locality loss looks at: "all" (the original) or "answer".
 
     Example:

@@ -1,7 +1,8 @@
 """ENN's editor: the base is trained so that gradient steps edit it (Sinitsin et al., ICLR 2020).
 
-It follows MEND's re-implementation (`algs/enn.py`), where the inner optimiser is plain SGD with a learned rate for every
-layer. The base's weights `W` are not touched here: what training adds to them, ΔW⁰, is the editor's.
+It follows the re-implementation by MEND's authors (`algs/enn.py`), "the original" below: the inner optimiser is plain SGD
+with a learned rate for every layer. Here the base's weights `W` are not touched: what training adds to them, ΔW⁰, is the
+editor's.
 
     resting model   W + ΔW⁰                                    before any edit
     one edit        ΔW = ΔW⁰ − Σ_k α ∇_W L_e(W + ΔW⁰ − …)       k = 1 … steps
@@ -41,7 +42,7 @@ class EnnEditor(Editor):
 
     Args:
         layers: name -> (d_in, d_out) of the edited layers.
-        edit_rate: initial α of every layer (the original's 1e-2).
+        edit_rate: initial α of every layer (the original's 1e-2, with learning rates of 1e-3 for it and 1e-5 for the model).
         steps: gradient steps of an edit (the original's 1); they share the rates.
         first_order: treat the edit's gradient as a constant in training (FOMAML); False, as in the original, lets the
             meta-gradient flow through it.
@@ -75,7 +76,9 @@ class EnnEditor(Editor):
 
     def resting_deltas(self) -> dict[str, Delta]:
         """name -> ΔW⁰."""
-        return {name: DenseDelta(weight[None]) for name, weight in zip(self.layers, self.resting)}
+        # A view of a parameter requires grad also where gradients are disabled.
+        weights = self.resting if torch.is_grad_enabled() else [weight.detach() for weight in self.resting]
+        return {name: DenseDelta(weight[None]) for name, weight in zip(self.layers, weights)}
 
     def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Made:
         """ΔW⁰ and `steps` gradient steps of each task on its own edit; see `Editor.make_deltas`.
