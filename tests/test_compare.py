@@ -140,6 +140,11 @@ def test_what_is_planned(base_folder, facts, tmp_path):
     assert [run.config["trainer"]["max_steps"] for run in runs] == [9, 9, 2, 2]
     (only,), _ = plan(str(config), out=tmp_path / "x", editors=["B"], counts=[2])
     assert only.folder == tmp_path / "x" / "b" / "k2"
+    plain, _ = plan("quickstart", counts=[1, 5, 25])
+    assert [(run.editor, run.folder.as_posix(), run.trained) for run in plain] == [
+        ("MEND", f"runs/quickstart-several/mend/k{count}", None) for count in (1, 5, 25)
+    ]
+    assert [run.config["data"]["batch_size"] for run in plain] == [8, 1, 1]
     with pytest.raises(ConfigError, match="compares A, B; there is no C"):
         plan(str(config), editors=["C"])
 

@@ -140,6 +140,10 @@ def test_a_config_says_what_it_is_and_how_it_is_run(path):
         shown = re.fullmatch(r"mend-lightning show-config (\S+)", commands[0]).group(1)
         assert path.resolve() in read_config(shown).files
         assert "does not run alone" in text
+        for command in (command for command in commands if command.startswith("mend-lightning ")):
+            # 1: the text file is not there. 2 would be a command that does not exist.
+            expected = int("make-generation-data" in command)
+            assert call(*command.split()[1:]).code == expected, command
     assert max(map(len, text.splitlines())) <= 120
 
 

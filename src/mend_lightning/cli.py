@@ -26,6 +26,7 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a small file",
     "compare": "train and test several editors on the same edits: one table, plots",
+    "sequential": "edit one model again and again: what stays, what is forgotten, when it breaks",
     "check-data": "what a data file holds, how many records can be used, and why the others cannot",
     "make-generation-data": "a Wikitext-style editing set from any text file and any causal model",
     "layers": "which layers of a model would be edited, and why",

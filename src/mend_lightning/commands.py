@@ -30,10 +30,12 @@ def run(command: str, arguments: list[str]) -> Any:
     from mend_lightning.check_data import check_data_command
     from mend_lightning.compare import compare_command
     from mend_lightning.make_generation_data import make_generation_data_command
+    from mend_lightning.sequential_run import sequential_command
 
     functions: dict[str, Callable] = {
         "edit": edit_command,
         "compare": compare_command,
+        "sequential": sequential_command,
         "check-data": check_data_command,
         "make-generation-data": make_generation_data_command,
         "layers": layers_command,
@@ -43,7 +45,7 @@ def run(command: str, arguments: list[str]) -> Any:
     if command == "show-config" and arguments and not arguments[0].startswith("-"):
         # What may be left out is an option for jsonargparse; here it reads better without one.
         arguments = ["--name", *arguments]
-    if command == "compare":
+    if command in ("compare", "sequential"):
         # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
         arguments = [argument.removeprefix("--config=") for argument in arguments if argument not in ("--config", "-c")]
     return auto_cli(functions[command], args=arguments, prog=f"mend-lightning {command}", as_positional=True)

@@ -59,7 +59,8 @@ def compare_command(
         name: a config as for fit, with a section `compare` that names the editors: a file or a shipped one (`--config NAME`).
         out: folder of the results; default: the config's `compare.out`.
         editors: names of those to compare; default: all of the config.
-        edits_at_once: numbers of edits made together; default: the config's `compare.edits_at_once`.
+        edits_at_once: numbers of edits made together, such as [1,5,25]; default: the config's `compare.edits_at_once`. With
+            a config without the section `compare`: its editor, trained and tested at each of these numbers.
     """
     runs, reference = plan(name, out, editors, edits_at_once)
     root = runs[0].folder.parents[1]
@@ -82,10 +83,13 @@ def plan(
     """
     tree = dict(read_config(config).tree)
     section = tree.pop(SECTION, None)
+    if section is None and counts:
+        # One editor at several numbers of edits: the paper's table 5.
+        section = {"editors": {_editor_name(tree): {}}, "out": _leaf(Path("runs") / f"{Path(config).stem}-several")}
     if not isinstance(section, dict) or not isinstance(section.get("editors"), dict):
         raise ConfigError(
             f"{config} has no section `{SECTION}` with `editors`. Expected, beside what fit needs: compare: {{editors: {{MEND: {{}}, "
-            "FT: {model: {algorithm: …}}}}}; docs/compare.md has an example."
+            "FT: {model: {algorithm: …}}}}}; for one editor at several numbers of edits give --edits_at_once [1,5,25]."
         )
     settings = {key: plain(value) for key, value in section.items() if key != "editors"}
     _check_settings(settings, config)
@@ -102,6 +106,16 @@ def plan(
         for count in counts
     ]
     return runs, settings.get("reference") if settings.get("reference") in names else names[0]
+
+
+def _leaf(value: Any) -> Leaf:
+    return Leaf(str(value), Path("--edits_at_once"), 0)
+
+
+def _editor_name(tree: Mapping[str, Any]) -> str:
+    algorithm = plain(tree.get("model", {}).get("algorithm", {}))
+    path = algorithm.get("class_path", "MEND") if isinstance(algorithm, dict) else str(algorithm or "MEND")
+    return path.rpartition(".")[2]
 
 
 def _check_settings(settings: Mapping[str, Any], config: str) -> None:
