@@ -16,7 +16,7 @@ from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.prompts import RUNNING_TEXT as RUNNING
 from mend_lightning.data.records import read_records
 from mend_lightning.data.tasks import TaskSampler
-from mend_lightning.errors import ConfigError, TruncationWarning
+from mend_lightning.errors import ConfigError, NoStopWarning, TruncationWarning
 from mend_lightning.generate import generate_answers
 
 pytest_plugins = ["bases"]
@@ -172,3 +172,9 @@ def test_training_and_evaluation_on_generation_data(mend, trainer):
     metrics = {name.removeprefix("test/"): float(value) for name, value in runner.callback_metrics.items()}
     assert metrics["generated_exact_match"] == metrics["edit_success"]
     assert "perplexity_drawdown" in metrics and metrics["locality_kl"] >= 0
+
+
+def test_questions_without_a_stop_give_a_warning(facts):
+    data = EditDataModule(facts / "train.jsonl", stop=None)
+    with pytest.warns(NoStopWarning, match='nothing ends an answer.*such as "#", arrives as null'):
+        data.sampler("train")

@@ -73,5 +73,9 @@ class TruncationWarning(UserWarning):
     """A prompt is longer than max_length, and part of it was cut off."""
 
 
+class NoStopWarning(UserWarning):
+    """Nothing ends an answer, though the data are questions."""
+
+
 class LowConfidenceWarning(UserWarning):
     """An edit is as large as it may be, and the model is still less sure of the new answer than was asked for."""

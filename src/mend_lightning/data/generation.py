@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Sequence
 
 from mend_lightning.data.prompts import RUNNING_TEXT, PromptFormat
 from mend_lightning.data.record import Record
-from mend_lightning.errors import ConfigError
+from mend_lightning.errors import ConfigError, NoStopWarning
 
 _RUNNING = (RUNNING_TEXT.target, RUNNING_TEXT.stop)
 _WORD = re.compile(r"\S+\s*")
@@ -41,7 +42,17 @@ def as_question(paragraph: str) -> tuple[str, str]:
 
 
 def check_running_text(records: Sequence[Record], format: PromptFormat) -> None:
-    """Raises ConfigError where generation data meets a format that puts blanks or a stop around its targets."""
+    """Raises ConfigError where generation data meets a format that puts blanks or a stop around its targets.
+
+    Warns where answers of other data have nothing that ends them.
+    """
+    if format.stop is None and not any(record.text for record in records):
+        warnings.warn(
+            "data.stop is null: nothing ends an answer, in training neither. That is meant for running text; for questions give a "
+            'stop text, or "" for the end-of-sequence token. (A text that YAML reads as nothing, such as "#", arrives as null.)',
+            NoStopWarning,
+            stacklevel=2,
+        )
     if any(record.text for record in records) and (format.target, format.stop) != _RUNNING:
         raise ConfigError(
             "Generation data is running text: its targets bring their own blanks, and nothing ends them. Set "

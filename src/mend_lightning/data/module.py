@@ -17,6 +17,7 @@ from mend_lightning.data.locality import Locality, read_locality
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.data.records import read_records
+from mend_lightning.data.sources import check_source
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, EmptyDatasetError
 from mend_lightning.types import EditBatch
@@ -121,6 +122,14 @@ class EditDataModule(L.LightningDataModule):
         }
         self._limits = {"train": None, "validation": validation_edits, "test": test_edits}
         self._samplers: dict[str, TaskSampler] = {}
+
+    def setup(self, stage: str) -> None:
+        """Checks that the files are there, before gigabytes of model load."""
+        splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
+        elsewhere = self.locality_data if isinstance(self.locality_data, dict) else dict.fromkeys(splits, self.locality_data)
+        for source in (*map(self.files.get, splits), *map(elsewhere.get, splits)):
+            if source is not None:
+                check_source(source)
 
     @property
     def encoder(self) -> Encoder:

@@ -12,6 +12,7 @@ from typing import Any
 from mend_lightning.data.tables import TABLES, read_table
 from mend_lightning.errors import DataFileError, RecordError
 
+
 @dataclass(frozen=True)
 class Row:
     """One record as it stands in its source.
@@ -68,6 +69,13 @@ def read_rows(name: str | Path) -> Iterator[Row]:
     if config or split:
         raise DataFileError(f"{name}: a JSON file has no splits. Give {source} alone; a file is one split.")
     return _read_json(find_data_file(source))
+
+
+def check_source(name: str | Path) -> None:
+    """Raises DataFileError where a file is missing, without reading it; what a hub has is known when it is read."""
+    source, config, split = split_name(name)
+    if not Path(source).expanduser().is_dir() and not _is_hub_id(source, config or split):
+        find_data_file(source)
 
 
 def split_name(name: str | Path) -> tuple[str, str, str]:
