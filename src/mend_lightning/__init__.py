@@ -27,6 +27,7 @@ _HOME = {
     "make_edit": "edit",
     "EditBatch": "types",
     "Factors": "types",
+    "FineTuning": "editors",
     "Rows": "types",
     "EditDataModule": "data.module",
     "EnnEditor": "editors",

@@ -22,7 +22,7 @@ from mend_lightning.data.encode import Encoder
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.delta import Delta, LowRankDelta, applied
 from mend_lightning.dense_delta import DenseDelta
-from mend_lightning.editors.editor import Editor
+from mend_lightning.editors.editor import Editor, Made
 from mend_lightning.errors import (
     BaseModelMismatchError,
     ConfigError,
@@ -173,8 +173,8 @@ def make_edit(
             f"{type(editor).__name__} changes no weight, so it makes no Edit that could be saved or merged. "
             "`mend-lightning edit` shows what it does; in Python use editor.edited(model, rows)."
         )
-    deltas, probability = _made(model, editor, tokenizer, facts)
-    parts = {name: delta.of_task(0) for name, delta in deltas.items()}
+    made, probability = _made(model, editor, tokenizer, facts)
+    parts = {name: delta.of_task(0) for name, delta in made.deltas.items()}
     if not any(bool(delta.norm() > 0) for delta in parts.values()):
         warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=2)
     if editor.confidence is not None and probability < 0.9 * editor.confidence:
@@ -184,18 +184,25 @@ def make_edit(
             LowConfidenceWarning,
             stacklevel=2,
         )
+    if made.reached is not None and not bool(made.reached.all()):
+        warnings.warn(
+            f"{type(editor).__name__} came to its end before the model gave the new answer of {facts} (probability "
+            f"{probability:.2f}). Give it more steps or a higher learning rate, or look at its answers before you keep it.",
+            LowConfidenceWarning,
+            stacklevel=2,
+        )
     return Edit(parts, {**_about(editor, model, facts), "probability": round(probability, 4)})
 
 
 def _made(
     model: nn.Module, editor: Editor, tokenizer: Any, facts: Sequence[tuple[str, str]]
-) -> tuple[Mapping[str, Delta], float]:
-    """The deltas, and the probability of the least probable fact under the edited model."""
+) -> tuple[Made, float]:
+    """What the editor made, and the probability of the least probable fact under the edited model."""
     with ready(editor, model, tokenizer) as encoder, torch.no_grad():
         rows = encoder.rows(facts, [0] * len(facts), 1).to(next(model.parameters()).device)
-        deltas = editor.make_deltas(model, rows).deltas
-        with applied(editor.modules_in(model), deltas):
-            return deltas, math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
+        made = editor.make_deltas(model, rows)
+        with applied(editor.modules_in(model), made.deltas):
+            return made, math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
 
 
 @contextmanager

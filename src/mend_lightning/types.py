@@ -59,6 +59,21 @@ class Rows:
         chosen = torch.arange(len(self))[rows].tolist()
         return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen) if self.texts else ())
 
+    def of_tasks(self, chosen: Tensor) -> tuple[Rows, Tensor]:
+        """The rows of the tasks `chosen` `[n]` (ascending), numbered anew from 0; and where those rows are in this set.
+
+        Example:
+            >>> rows = Rows({}, torch.tensor([[5], [6], [7]]), torch.tensor([0, 1, 2]), 3)
+            >>> part, index = rows.of_tasks(torch.tensor([0, 2]))
+            >>> part.labels.tolist(), part.task.tolist(), part.tasks, index.tolist()
+            ([[5], [7]], [0, 1], 2, [0, 2])
+        """
+        number = torch.full((self.tasks,), -1, device=self.task.device)
+        number[chosen] = torch.arange(len(chosen), device=self.task.device)
+        index = (number[self.task] >= 0).nonzero().flatten()
+        part = self.part(index)
+        return replace(part, task=number[part.task], tasks=len(chosen), grouped=self.grouped), index
+
     @property
     def task_of_row(self) -> Tensor | None:
         """None when rows are grouped: the cheap case, where a reshape replaces an index."""

@@ -2,6 +2,7 @@
 
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.enn import EnnEditor
+from mend_lightning.editors.finetune import FineTuning
 from mend_lightning.editors.mend import MendEditor
 
-__all__ = ["Editor", "EditorFactory", "EnnEditor", "MendEditor"]
+__all__ = ["Editor", "EditorFactory", "EnnEditor", "FineTuning", "MendEditor"]

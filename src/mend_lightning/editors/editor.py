@@ -35,11 +35,14 @@ class Made:
         deltas: layer name -> Delta, one `ΔW` a task.
         inner: `[tasks]` the unedited model's NLL of the edit.
         skipped: share of the edit tokens that were dropped because u or delta is zero.
+        reached: `[tasks]` bool, whether the targets are the edited model's greedy output; None where the editor does not
+            look.
     """
 
     deltas: Mapping[str, Delta]
     inner: Tensor
     skipped: Tensor
+    reached: Tensor | None = None
 
 
 class Editor(nn.Module):
@@ -165,6 +168,19 @@ class Editor(nn.Module):
                 f"This editor was trained for {self.base_name or 'another model'} (weights {self.base_fingerprint}); "
                 f"the given model has other weights ({found}). Load the base model the editor was trained on."
             )
+
+    def text_encoder(self) -> Encoder:
+        """`encoder`, for editors that cannot do without.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.encoder is None:
+            raise ConfigError(
+                f"{type(self).__name__} reads text and has no encoder. MendModule with an EditDataModule and make_edit set "
+                "one; elsewhere set editor.encoder = editor_encoder(editor, model, tokenizer) (mend_lightning.edit)."
+            )
+        return self.encoder
 
     def set_confidence(self, confidence: float | None) -> None:
         """Changes the probability at which edits stop growing; see `confident_scales`.

@@ -1,0 +1,71 @@
+"""Unrelated facts for editors that look at them while they edit, one a step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from mend_lightning.data.encode import Encoder
+from mend_lightning.data.records import Record
+from mend_lightning.prefix import run_trunk
+from mend_lightning.trunk import TrunkOutputs
+from mend_lightning.types import Rows
+
+# So many steps' examples go through the trunk together.
+STEPS_AT_A_TIME = 16
+
+
+def locality_pair(records: Sequence[Record], seed: int, step: int) -> tuple[str, str]:
+    """The (question, true answer) of a step: the same for every edit, whatever else is in its batch.
+
+    Example:
+        >>> records = [Record("Capital of France?", ("Paris",), ("Rome",), ())]
+        >>> locality_pair(records, seed=0, step=3)
+        ('Capital of France?', 'Paris')
+    """
+    draw = random.Random(f"{seed}/{step}")
+    record = draw.choice(records)
+    return draw.choice((record.prompt, *record.rephrases)), record.answers[0]
+
+
+@dataclass
+class LocalityStream:
+    """The locality example of every step, with what the trunk makes of it.
+
+    Args:
+        model: the base model.
+        layers: name -> module of the edited layers.
+        encoder: text to ids.
+        records: what is drawn from.
+        seed: of the draws.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    encoder: Encoder
+    records: Sequence[Record]
+    seed: int
+    _blocks: dict[int, tuple[Rows, TrunkOutputs]] = field(default_factory=dict)
+
+    def at(self, step: int, copies: int) -> tuple[Rows, TrunkOutputs, torch.Tensor]:
+        """The example of `step`, once for each of `copies` tasks.
+
+        Returns:
+            Rows with one row a task; the trunk's outputs that hold it, and where `[copies]` in them.
+        """
+        block, place = divmod(step, STEPS_AT_A_TIME)
+        if block not in self._blocks:
+            self._blocks[block] = self._made(block)
+        rows, trunk = self._blocks[block]
+        index = torch.full((copies,), place, device=rows.task.device)
+        return replace(rows.part(index), task=torch.arange(copies, device=index.device), tasks=copies, grouped=True), trunk, index
+
+    def _made(self, block: int) -> tuple[Rows, TrunkOutputs]:
+        steps = range(block * STEPS_AT_A_TIME, (block + 1) * STEPS_AT_A_TIME)
+        pairs = [locality_pair(self.records, self.seed, step) for step in steps]
+        rows = self.encoder.rows(pairs, range(len(pairs)), len(pairs)).to(next(self.model.parameters()).device)
+        return rows, run_trunk(self.model, rows, self.layers)
