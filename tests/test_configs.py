@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings(*REMARKS)
 FOLDER = config_folder()
 ROOT = Path(__file__).parents[1]
 FORMATS = Path(__file__).parent / "formats"
-FILES = sorted(FOLDER.rglob("*.yaml"))
+# Comparisons have tests of their own: test_compare_configs.py.
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "compare")
 # What runs on data that the package does not bring.
 VALUES = {name: read_config(name).values() for name in config_names()}
 PUBLISHED = [name for name, values in VALUES.items() if not values["data"]["train"].startswith("world_facts")]
