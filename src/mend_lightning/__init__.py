@@ -31,6 +31,7 @@ _HOME = {
     "Rows": "types",
     "EditDataModule": "data.module",
     "EnnEditor": "editors",
+    "KnowledgeEditor": "editors",
     "LowConfidenceWarning": "errors",
     "LowRankDelta": "delta",
     "MendEditor": "editors",

@@ -128,11 +128,11 @@ class MendModule(L.LightningModule):
             chosen = select_layers(self.base_model, self._layers, self._last_blocks)
             self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
         check_checkpointing(self.base_model)
-        check_precision(self.editor)
         self.editor.encoder = self._encoder()
         given = asdict(self.editor.encoder.format) if self.editor.encoder else None
         check_prompt_format(self.editor.prompt_format, given)
         self.editor.bind(self.base_model, self.base.name, given, self.base.options())
+        check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
         frozen = [f"{_BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]

@@ -3,6 +3,7 @@
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.enn import EnnEditor
 from mend_lightning.editors.finetune import FineTuning
+from mend_lightning.editors.knowledge_editor import KnowledgeEditor
 from mend_lightning.editors.mend import MendEditor
 
-__all__ = ["Editor", "EditorFactory", "EnnEditor", "FineTuning", "MendEditor"]
+__all__ = ["Editor", "EditorFactory", "EnnEditor", "FineTuning", "KnowledgeEditor", "MendEditor"]

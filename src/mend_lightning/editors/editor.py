@@ -118,14 +118,16 @@ class Editor(nn.Module):
         layers = self.modules_in(model)
         trunk = trunk or run_trunk(model, z_edit, layers)
         factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
-        deltas = self.from_factors(model, factors, z_edit)
+        deltas = self.from_factors(model, factors, z_edit, trunk)
         if self.confidence is not None:
             # A constant to the meta-gradient: training learns directions, and the search what they are worth.
             scales = confident_scales(model, layers, deltas, z_edit, trunk, self.confidence)
             deltas = {name: delta.scaled(scales) for name, delta in deltas.items()}
         return Made(deltas, inner, skipped)
 
-    def from_factors(self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows) -> dict[str, Delta]:
+    def from_factors(
+        self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows, trunk: TrunkOutputs
+    ) -> dict[str, Delta]:
         """Deltas of gradient factors; an editor that also reads the edits' text overrides this."""
         return self(factors)
 

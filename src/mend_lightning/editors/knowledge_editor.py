@@ -1,0 +1,154 @@
+"""KnowledgeEditor (KE): a network reads the edit as text and gates its gradient (De Cao, Aziz, Titov, EMNLP 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from mend_lightning.delta import Delta, LowRankDelta, descent
+from mend_lightning.editors.condition import ConditionEncoder, edit_conditions
+from mend_lightning.editors.editor import Editor
+from mend_lightning.errors import ConfigError
+from mend_lightning.trunk import TrunkOutputs
+from mend_lightning.types import Factors, Rows
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What the condition makes of one layer's gradient; every field has one row an edit.
+
+    Attributes:
+        rows: `[edits, d_out]` r, sums to 1; columns: `[edits, d_in]` c.
+        offset_rows: `[edits, d_out]` r′, sums to 1; offset_columns: `[edits, d_in]` c′.
+        strength: `[edits, 1]` σ(η) times the largest scale.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    offset_rows: Tensor
+    offset_columns: Tensor
+    strength: Tensor
+
+
+class GateNetwork(nn.Module):
+    """A condition vector to the gates of one layer: two weight-normalised layers with tanh between them.
+
+    Args:
+        shape: (d_in, d_out) of the layer.
+        size: of the condition vector.
+        hidden: width between the two (the original's 128).
+        max_scale: largest strength (the original's 1).
+    """
+
+    def __init__(self, shape: tuple[int, int], size: int, hidden: int, max_scale: float) -> None:
+        super().__init__()
+        d_in, d_out = shape
+        self.sizes, self.max_scale = [d_in, d_out, d_in, d_out, 1], max_scale
+        self.net = nn.Sequential(
+            weight_norm(nn.Linear(size, hidden)), nn.Tanh(), weight_norm(nn.Linear(hidden, sum(self.sizes)))
+        )
+
+    def forward(self, condition: Tensor) -> Gates:
+        columns, rows, offset_columns, offset_rows, scale = self.net(condition).split(self.sizes, -1)
+        return Gates(
+            rows.softmax(-1), columns, offset_rows.softmax(-1), offset_columns, self.max_scale * scale.sigmoid()
+        )
+
+
+class KnowledgeEditor(Editor):
+    """KE in factor form: `ΔW = −s σ(η) (diag(r) ∇W diag(c) + r′ c′ᵀ)`, all gates functions of the edit's text.
+
+    The gates scale the gradient's factors, `(r ⊙ δ_t)(c ⊙ u_t)ᵀ`, and the offset adds rank one, so no matrix of the layer's
+    size is made. Each edit of several made at once has gates of its own. It follows MEND's re-implementation (`algs/ke.py`),
+    and the same loss trains it as MEND; De Cao et al. constrain the KL with a Lagrange multiplier instead.
+
+    Two deviations: the text is embedded by the base's own input embeddings, read and not copied (the original starts from
+    a copy and trains it), and the gradient is subtracted (the original adds; c has either sign, so both can learn both).
+
+    Args:
+        layers: name -> (d_in, d_out) of the edited layers.
+        embedding: width of the base's input embeddings; None: `bind` takes it from the base.
+        hidden: of each direction of the LSTM, and of the gates' networks.
+        condition: size of the condition vector.
+        max_scale: s, the largest strength.
+        confidence: see `MendEditor`.
+
+    Example:
+        >>> editor = KnowledgeEditor({"fc": (2, 3)}, embedding=4)
+        >>> gates = editor.gates["0"](torch.zeros(1, 1024))
+        >>> gates.columns.shape, round(gates.rows.sum().item(), 4)
+        (torch.Size([1, 2]), 1.0)
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, tuple[int, int]],
+        embedding: int | None = None,
+        hidden: int = 128,
+        condition: int = 1024,
+        max_scale: float = 1.0,
+        confidence: float | None = None,
+    ) -> None:
+        super().__init__(
+            layers, embedding=embedding, hidden=hidden, condition=condition, max_scale=max_scale, confidence=confidence
+        )
+        self.encode: ConditionEncoder | None = None
+        if embedding is not None:
+            self.encode = ConditionEncoder(embedding, hidden, condition)
+        # In the order of `layers`: a module's name may not have the dots of a layer's.
+        self.gates = nn.ModuleDict(
+            {str(i): GateNetwork(shape, condition, hidden, max_scale) for i, shape in enumerate(self.layers.values())}
+        )
+
+    def bind(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As in `Editor`; builds the LSTM where the embeddings' width was not given."""
+        super().bind(model, *args, **kwargs)
+        if self.encode is None:
+            width = self.settings["embedding"] = model.get_input_embeddings().embedding_dim
+            sizes = (self.settings["hidden"], self.settings["condition"])
+            self.encode = ConditionEncoder(width, *sizes).to(next(self.parameters()).device)
+
+    def from_factors(
+        self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows, trunk: TrunkOutputs
+    ) -> dict[str, Delta]:
+        """The gated gradient of every layer.
+
+        Raises:
+            ConfigError: the rows have no text, or the base's embeddings have another width, or are not known.
+        """
+        if self.encode is None:
+            raise ConfigError("This KnowledgeEditor does not know its base yet. Call editor.bind(model), or give embedding.")
+        ids, lengths = edit_conditions(model, z_edit, self.text_encoder(), trunk)
+        with torch.no_grad():
+            embedded = model.get_input_embeddings()(ids.to(z_edit.labels.device)).float()
+        if embedded.shape[-1] != self.settings["embedding"]:
+            raise ConfigError(
+                f"The base embeds tokens in {embedded.shape[-1]} numbers; this editor has embedding: {self.settings['embedding']}."
+            )
+        # Float32 under mixed precision too, as MEND's: `edit` runs without it and must give the same deltas.
+        with torch.autocast(embedded.device.type, enabled=False):
+            condition = self.encode(embedded, lengths)
+            return {
+                name: gated(factors[name], network(condition), z_edit.task)
+                for name, network in zip(self.layers, self.gates.values())
+            }
+
+
+def gated(factors: Factors, gates: Gates, task_of_row: Tensor) -> LowRankDelta:
+    """`−Σ_rows s σ(η) (diag(r) ∇W_row diag(c) + r′ c′ᵀ)` for each task, from the tokens' factors.
+
+    Args:
+        factors: with the row of each token.
+        gates: of every row.
+        task_of_row: `[rows]`.
+    """
+    row = factors.row
+    u = torch.cat([factors.u * gates.columns[row], gates.offset_columns])
+    delta = torch.cat([factors.delta * (gates.strength * gates.rows)[row], gates.strength * gates.offset_rows])
+    whole = Factors(u, delta, torch.cat([factors.task, task_of_row]), factors.tasks)
+    return descent(u, delta, whole, torch.ones((), device=u.device))
