@@ -83,9 +83,17 @@ def nll(model: nn.Module, rows: list[Row], weights: dict[str, Tensor] | None = N
 
 
 def kl(
-    model: nn.Module, rows: list[Row], weights: dict[str, Tensor], positions: str, before: dict[str, Tensor] | None = None
+    model: nn.Module,
+    rows: list[Row],
+    weights: dict[str, Tensor],
+    positions: str,
+    before: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """KL(base ‖ edited): mean over all positions of all rows, or over those of the labels. `before`: the base's weights."""
+    """KL(base ‖ edited): mean over all positions of all rows, or over those of the labels.
+
+    Args:
+        before: weights of the base by name, where they are not the model's own.
+    """
     values = []
     for row in rows:
         base, edited = log_probabilities(model, row, before), log_probabilities(model, row, weights)

@@ -89,7 +89,9 @@ def package_gradients(model: nn.Module, editor: EnnEditor, batch: EditBatch) -> 
     return list(torch.autograd.grad(loss, [*editor.resting, editor.edit_rates]))
 
 
-@pytest.mark.parametrize("settings", [{}, {"first_order": True}, {"steps": 2}, {"steps": 2, "first_order": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"first_order": True}, {"steps": 2}, {"steps": 2, "first_order": True}], ids=str
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
 def test_losses_and_gradients(family, settings):
     model, batch = tiny_model(family), make_batch(family)
@@ -107,7 +109,7 @@ def test_losses_and_gradients(family, settings):
 
 
 def in_double(model: nn.Module) -> nn.Module:
-    """The model with its RMS norms computed in float64: transformers computes them in float32, too coarse for differences."""
+    """The model with its RMS norms in float64: transformers has them in float32, too coarse for differences."""
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = partial(rms_norm, module.weight, module.variance_epsilon)
@@ -169,11 +171,10 @@ def test_an_edit_is_a_gradient_step_of_dense_weights(family, edits):
         assert relative_error(change.T if isinstance(layer, Conv1D) else change, expected) < 1e-5, name
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_tasks_do_not_meet(family, steps):
+def test_tasks_do_not_meet(family):
     """Four tasks at once are four times one task."""
     model = tiny_model(family)
-    editor = spread_editor(model, steps=steps)
+    editor = spread_editor(model, steps=2)
     rows = make_rows(family, [0, 1, 2, 3], 4)
     together = compute_deltas(model, editor, rows)
     for task in range(4):

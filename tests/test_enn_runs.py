@@ -91,7 +91,9 @@ def enn(base_folder):
     return module
 
 
-@pytest.mark.parametrize("family, settings", [("llama", {}), ("llama", {"first_order": True}), ("t5", {}), ("bert", {})])
+@pytest.mark.parametrize(
+    "family, settings", [("llama", {}), ("llama", {"first_order": True}), ("t5", {}), ("bert", {})]
+)
 def test_it_learns_and_the_base_stays_as_it_is(family, settings, enn, edit_data, trainer):
     module = enn(family, **settings)
     batch = first_batches(module, edit_data(KINDS[family]), 1)[0]
@@ -103,7 +105,8 @@ def test_it_learns_and_the_base_stays_as_it_is(family, settings, enn, edit_data,
     assert_same_state(state_copy(module.base_model), base)
     assert not any(p.requires_grad or p.grad is not None for p in module.base_model.parameters())
     logged = run.logged_metrics
-    assert logged["train/loss"] == pytest.approx(logged["train/edit"] + logged["train/locality"] + logged["train/drift"])
+    parts = logged["train/edit"] + logged["train/locality"] + logged["train/drift"]
+    assert logged["train/loss"] == pytest.approx(parts)
 
 
 class Losses(L.Callback):
@@ -128,7 +131,9 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(enn, edit_data, trainer,
     """Bit for bit, in the second epoch."""
     ends = {}
     for name, stop in (("whole", None), ("resumed", tmp_path / "step=2.ckpt")):
-        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1, enable_version_counter=False)
+        keep = ModelCheckpoint(
+            tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1, enable_version_counter=False
+        )
         run = trainer(max_steps=6, callbacks=[keep], enable_checkpointing=True)
         module = enn("llama")
         run.fit(module, edit_data(), ckpt_path=stop)

@@ -1,8 +1,8 @@
 """ENN's editor: the base is trained so that gradient steps edit it (Sinitsin et al., ICLR 2020).
 
-It follows the re-implementation by MEND's authors (`algs/enn.py`), "the original" below: the inner optimiser is plain SGD
-with a learned rate for every layer. Here the base's weights `W` are not touched: what training adds to them, ΔW⁰, is the
-editor's.
+It follows the re-implementation by MEND's authors (`algs/enn.py`), "the original" below: the inner optimiser is plain
+SGD with a learned rate for every layer. Here the base's weights `W` are not touched: what training adds to them, ΔW⁰,
+is the editor's.
 
     resting model   W + ΔW⁰                                    before any edit
     one edit        ΔW = ΔW⁰ − Σ_k α ∇_W L_e(W + ΔW⁰ − …)       k = 1 … steps
@@ -37,12 +37,12 @@ class EnnEditor(Editor):
     With `first_order=False` the graph of the inner steps is kept until the outer backward pass, attention matrices
     included (fused attention has no second derivative, which also rules out bases loaded with flash attention).
 
-    The original trains every parameter of the model, or those of the last blocks (`no_grad_layers`), and edits some; here
-    the edited layers are trained. More `layers` train more.
+    The original trains every parameter of the model, or those of the last blocks (`no_grad_layers`), and edits some;
+    here the edited layers are trained. More `layers` train more.
 
     Args:
         layers: name -> (d_in, d_out) of the edited layers.
-        edit_rate: initial α of every layer (the original's 1e-2, with learning rates of 1e-3 for it and 1e-5 for the model).
+        edit_rate: initial α of every layer (the original's 1e-2; its learning rates: 1e-3 of α, 1e-5 of the model).
         steps: gradient steps of an edit (the original's 1); they share the rates.
         first_order: treat the edit's gradient as a constant in training (FOMAML); False, as in the original, lets the
             meta-gradient flow through it.
