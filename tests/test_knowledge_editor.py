@@ -203,6 +203,7 @@ def test_training_lowers_the_loss(mend, edit_data, trainer):
 
     module = mend("llama", lr=3e-2, algorithm=algorithm, c_edit=1.0)
     batch = first_batches(module, edit_data(), 1)[0]
+    module.editor.encoder = Encoder.for_model(module.base_model, module.tokenizer, FORMATS["causal"], 96)
     losses = []
     module.log = lambda name, value, **_: losses.append(float(value)) if name == "train/loss" else None
     run = trainer(max_steps=25)
