@@ -17,7 +17,7 @@ from mend_lightning import Edit, FineTuning, load_base, make_edit
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.records import read_records
 from mend_lightning.editors import Editor
-from mend_lightning.editors.locality import locality_pair
+from mend_lightning.editors.unrelated import locality_pair
 from mend_lightning.errors import (
     ConfigError,
     DataFileError,

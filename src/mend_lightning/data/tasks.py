@@ -115,7 +115,7 @@ class TaskSampler:
         hard = self._unrelated(draw, edited, min(self.hard_locality - near, self.locality - len(own)), pool)
         easy = self._unrelated(draw, edited, self.locality - len(own) - len(hard), self._pool, taken=hard)
         asked = [(question.prompt, question.answers[0]) for question in own]
-        hard_asked, easy_asked = ([_asked(draw, other) for other in others] for others in (hard, easy))
+        hard_asked, easy_asked = ([as_unrelated(draw, other) for other in others] for others in (hard, easy))
         locality = (*asked[:near], *hard_asked, *asked[near:], *easy_asked)
         return EditTask(
             record.prompt, target, rephrases, locality, near + len(hard), record.answers, record.subject,
@@ -171,7 +171,7 @@ def _same_fact(a: Record, b: Record) -> bool:
     return a.prompt == b.prompt or (bool(a.subject) and a.subject == b.subject)
 
 
-def _asked(draw: random.Random, record: Record) -> tuple[str, str]:
+def as_unrelated(draw: random.Random, record: Record) -> tuple[str, str]:
     """A record as an unrelated fact: any phrasing of its question and the true answer, or its paragraph."""
     if record.text:
         return as_question(record.text)

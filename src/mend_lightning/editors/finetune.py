@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.data.records import Record, read_records
+from mend_lightning.data.record import Record
 from mend_lightning.delta import applied
 from mend_lightning.dense_delta import DenseDelta
 from mend_lightning.editors.editor import Editor, Made
-from mend_lightning.editors.locality import LocalityStream
+from mend_lightning.editors.unrelated import LocalityStream, read_unrelated
 from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
 from mend_lightning.forward import attended_mask, label_mask, labelled, logits_at
 from mend_lightning.functional import rows_all_true
@@ -104,7 +104,7 @@ class FineTuning(Editor):
     def _stream(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> LocalityStream | None:
         if self.locality_data is None:
             return None
-        self._records = self._records or read_records(self.locality_data)
+        self._records = self._records or read_unrelated(self.locality_data)
         return LocalityStream(model, layers, self.text_encoder(), self._records, self.seed)
 
     @torch.enable_grad()

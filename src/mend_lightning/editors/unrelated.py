@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from mend_lightning.data.encode import Encoder
-from mend_lightning.data.records import Record
+from mend_lightning.data.record import Record
+from mend_lightning.data.records import iterate_records
+from mend_lightning.data.tasks import as_unrelated
+from mend_lightning.errors import EmptyDatasetError
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs
 from mend_lightning.types import Rows
@@ -28,8 +31,19 @@ def locality_pair(records: Sequence[Record], seed: int, step: int) -> tuple[str,
         ('Capital of France?', 'Paris')
     """
     draw = random.Random(f"{seed}/{step}")
-    record = draw.choice(records)
-    return draw.choice((record.prompt, *record.rephrases)), record.answers[0]
+    return as_unrelated(draw, draw.choice(records))
+
+
+def read_unrelated(name: str) -> list[Record]:
+    """The records of a source that can be asked as unrelated facts: those with a true answer, or a text.
+
+    Raises:
+        EmptyDatasetError: there is none.
+    """
+    records = [record for record in iterate_records(name) if record.answers or record.text]
+    if not records:
+        raise EmptyDatasetError(f"locality_data {name} has no question with a true answer. Give another file.")
+    return records
 
 
 @dataclass
