@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from mend_lightning.losses import is_correct, token_nll
 from mend_lightning.types import Rows
 
 Pair = tuple[str, str]
+Loss = Callable[[nn.Module, Rows], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Pairs:
 
 
 class SmallModel(L.LightningModule):
-    """Maximum likelihood of the answers of `pairs`, with AdamW.
+    """Trains a model with AdamW until it knows the answers of `pairs`.
 
     There is no dropout, so that a run which was killed and continued ends with the same weights.
 
@@ -77,10 +78,14 @@ class SmallModel(L.LightningModule):
         encoder: text to ids.
         pairs: (text, answer) pairs to learn.
         budget: how long and how.
+        loss: of the model on rows of the pairs.
     """
 
-    def __init__(self, model: nn.Module, encoder: Encoder, pairs: Sequence[Pair], budget: Budget) -> None:
+    def __init__(
+        self, model: nn.Module, encoder: Encoder, pairs: Sequence[Pair], budget: Budget, loss: Loss | None = None
+    ) -> None:
         super().__init__()
+        self.loss = loss or answer_loss
         self.model, self.encoder, self.pairs, self.budget = model, encoder, list(pairs), budget
         self.seconds, self._started = 0.0, 0.0
         # bfloat16 where the processor computes in it; weights and optimiser stay in float32.
@@ -93,10 +98,8 @@ class SmallModel(L.LightningModule):
         return ResumableLoader(dataset, batch_size=size, sampler=order, collate_fn=collate)
 
     def training_step(self, rows: Rows, index: int) -> Tensor:
-        mask = label_mask(rows)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-            logits = logits_at(self.model, rows, mask)
-        loss = token_nll(logits, rows.labels[mask]).mean()
+            loss = self.loss(self.model, rows)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(rows))
         return loss
 
@@ -128,6 +131,12 @@ class SmallModel(L.LightningModule):
         sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         budget = self.budget
         return {"texts": len(self.pairs), **sizes, "steps": budget.steps, "lr": budget.lr, "seed": budget.seed}
+
+
+def answer_loss(model: nn.Module, rows: Rows) -> Tensor:
+    """Mean negative log-likelihood of the answers' tokens."""
+    mask = label_mask(rows)
+    return token_nll(logits_at(model, rows, mask), rows.labels[mask]).mean()
 
 
 def encode_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> Rows:

@@ -20,13 +20,19 @@ from jsonargparse import auto_cli
 from small_models import Budget, Pair, SmallModel, accuracy, save, train
 from statements import SPLITS, Statement, thought_statements, world_statements
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.files import written
+from mend_lightning.forward import label_mask
+from mend_lightning.losses import token_nll
 from mend_lightning.report import console
+from mend_lightning.types import Rows
 
+# Weight of telling a statement's words beside judging it.
+RETELLING = 0.2
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
@@ -73,6 +79,20 @@ def new_bert(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Ber
     return BertForSequenceClassification(config)
 
 
+def judge_and_retell(model: BertForSequenceClassification, rows: Rows) -> Tensor:
+    """The loss of the verdict, and of the statement's words told from the state that the verdict is read off.
+
+    Trained for the verdict alone, that state ends up the same for all true statements and the same for all false ones, so
+    that nothing there could be changed for one statement only. Pretrained encoders know what they have read.
+    """
+    state = model.bert(**rows.inputs)
+    verdict = token_nll(model.classifier(state.pooler_output), rows.labels[label_mask(rows)]).mean()
+    words = state.last_hidden_state[:, 0] @ model.bert.embeddings.word_embeddings.weight.T
+    ids = rows.inputs["input_ids"]
+    said = words.float().log_softmax(-1).gather(1, ids)[ids >= len(SPECIAL)]
+    return verdict - RETELLING * said.mean()
+
+
 def learned(statements: Sequence[Statement]) -> list[Pair]:
     return [(wording, statement.label) for statement in statements for wording in statement.learned]
 
@@ -93,12 +113,12 @@ def write_records(folder: Path, statements: Sequence[Statement]) -> None:
 def main(
     out: Path = Path("runs/small-bert"),
     leap_of_thought: list[Path] = [],
-    steps: int = 6000,
+    steps: int = 2000,
     batch_size: int = 64,
-    lr: float = 5e-4,
+    lr: float = 3e-4,
     width: int = 256,
-    layers: int = 6,
-    vocabulary: int = 2048,
+    layers: int = 4,
+    vocabulary: int = 3000,
     checkpoint_every: int = 250,
     facts: int | None = None,
     seed: int = 0,
@@ -125,7 +145,7 @@ def main(
     tokenizer = bert_tokenizer([text for text, _ in pairs], vocabulary)
     model = new_bert(tokenizer, width, layers)
     encoder = Encoder.for_model(model, tokenizer, PromptFormat(), max_length=48)
-    module = SmallModel(model, encoder, pairs, Budget(steps, batch_size, lr, checkpoint_every, seed))
+    module = SmallModel(model, encoder, pairs, Budget(steps, batch_size, lr, checkpoint_every, seed), judge_and_retell)
     train(module, out)
     parts = {split: learned([each for each in statements if each.split == split]) for split in SPLITS}
     parts = {name: part for name, part in parts.items() if part} | {"unseen wordings": unseen(statements)}
