@@ -23,7 +23,7 @@ from mend_lightning.overlays import read_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
-RUN_BY_US = {"quickstart", "smollm2-world-facts"}
+RUN_BY_US = {"quickstart", "smollm2-world-facts", "small-t5-world-facts", "small-bert-statements"}
 
 
 def grouped(hidden: int, mlp: int, blocks: int, heads: int, kv: int, vocabulary: int, tied: bool, **more: Any) -> dict:
@@ -61,6 +61,14 @@ SIGLIP = {
 # Config -> (family in transformers, sizes that differ from its defaults).
 MODELS: dict[str, tuple[str, dict]] = {
     "quickstart": SMOLLM2, "smollm2-world-facts": SMOLLM2,
+    "small-t5-world-facts": ("T5", {
+        "d_model": 256, "d_ff": 1024, "d_kv": 64, "num_layers": 4, "num_heads": 4, "vocab_size": 2048,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    }),
+    "small-bert-statements": ("Bert", {
+        "num_labels": 1, "vocab_size": 3000, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": 64,
+    }),
     "bert-base": ("Bert", {"num_labels": 1}),
     "bart-base": ("Bart", {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 3072,
                            "decoder_ffn_dim": 3072, "encoder_attention_heads": 12, "decoder_attention_heads": 12}),
@@ -136,6 +144,8 @@ def row(name: str) -> str:
 
 
 def task(data: dict) -> str:
+    if "statements" in data["train"]:
+        return "statements"
     return {"kilt": "zsRE", "fever": "FEVER", "wikitext": "Wikitext"}.get(data.get("format", ""), "world_facts")
 
 

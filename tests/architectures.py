@@ -114,6 +114,7 @@ ARCHITECTURES = {
 # Config -> architecture of the model it names.
 CONFIGS = {
     "quickstart": "llama_30", "smollm2-world-facts": "llama_30", "small-t5-world-facts": "t5_gated",
+    "small-bert-statements": "bert",
     "bert-base": "bert", "bart-base": "bart", "distilgpt2": "gpt2", "gpt-neo-2.7b": "gpt_neo", "gpt-j-6b": "gptj",
     "t5-small": "t5", "t5-large": "t5", "t5-xl": "t5_gated", "t5-xxl": "t5_gated",
     "llama-3.2-1b": "llama", "llama-3.2-3b": "llama", "llama-3.1-8b": "llama",

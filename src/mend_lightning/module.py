@@ -46,8 +46,8 @@ class MendModule(L.LightningModule):
     Args:
         base: the model whose beliefs are edited.
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
-        algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments; None: MEND, with
-            `rank` to `confidence` below.
+        algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments, and then `rank` to
+            `confidence` below mean nothing; None: MEND with those.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
         rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge,

@@ -55,6 +55,7 @@ class StartReport(L.Callback):
         return [
             *lines,
             f"Editor: {type(editor).__name__}, {parameters:,} parameters",
+            "  " + ", ".join(f"{name} {value}" for name, value in editor.settings.items() if value is not None),
             f"Memory: base {base_bytes / 2**20:,.0f} MB + editor, gradient and Adam {16 * parameters / 2**20:,.0f} MB, "
             "and activations",
         ]
