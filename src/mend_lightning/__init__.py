@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BaseModel": "base",
     "load_base": "base",
+    "Cache": "editors",
     "Drawdown": "metrics",
     "EditSuccess": "metrics",
     "PerplexityDrawdown": "metrics",
@@ -31,6 +32,7 @@ _HOME = {
     "Rows": "types",
     "EditDataModule": "data.module",
     "EnnEditor": "editors",
+    "InContext": "editors",
     "KnowledgeEditor": "editors",
     "LowConfidenceWarning": "errors",
     "LowRankDelta": "delta",

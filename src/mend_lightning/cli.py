@@ -109,7 +109,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         """Says which key was probably meant when one is unknown."""
 
         def error(self, message: str, *rest: Any) -> None:
-            super().error(with_near_key(message, known_keys(self)), *rest)
+            super().error(with_near_editor(with_near_key(message, known_keys(self))), *rest)
 
     class MendCLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -170,7 +170,7 @@ def _quiet() -> None:
         ".*The number of training batches.*is smaller than the logging interval.*",
         ".*LightningCLI's args parameter is intended.*",  # this is the command line
         ".*in eval mode at the start of training.*",  # the base is frozen: that is the point
-        ".*`configure_optimizers` returned `None`.*",  # an editor that needs no training; SaveEditor says so
+        ".*configure_optimizers` returned `None`.*",  # an editor that needs no training; SaveEditor says so
         ".*LeafSpec.*",  # Lightning calls what torch has deprecated
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -202,6 +202,9 @@ def with_near_key(message: str, keys: list[str]) -> str:
         >>> with_near_key('Key "model.rnk" is not expected', ["model.rank", "model.lr"])
         'Key "model.rnk" is not expected\\nDid you mean \\'model.rank\\'?'
     """
+    if "Did you mean" in message:
+        # The part of the config that the key is in has said it already.
+        return message
     unknown = re.findall(r"""(?i:key|option|arguments?:?)\s+['"]?-{0,2}([\w.]+)['"]?""", message)
     parts = {part for key in keys for part in (key, key.rpartition(".")[2])}
     for name in unknown:
@@ -209,6 +212,28 @@ def with_near_key(message: str, keys: list[str]) -> str:
         if name not in parts and near:
             full = next((key for key in keys if key == near[0] or key.endswith(f".{near[0]}")), near[0])
             return f"{message}\nDid you mean {full!r}?"
+    return message
+
+
+def with_near_editor(message: str) -> str:
+    """Adds the editors' names to a parser's message about one that there is not.
+
+    Example:
+        >>> message = "Parser key \\"model.algorithm\\": Given value: {'class_path': 'MendEdtor'}"
+        >>> with_near_editor(message).splitlines()[1][:25]
+        "Did you mean 'MendEditor'"
+    """
+    from mend_lightning import editors
+
+    if '"model.algorithm"' not in message:
+        return message
+    names = [name for name in editors.__all__ if name not in ("Editor", "EditorFactory")]
+    for path in re.findall(r"'class_path': '([\w.]+)'", message):
+        name = path.rpartition(".")[2]
+        if name not in editors.__all__:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            return f"{message}\n{hint}The editors: {', '.join(names)}."
     return message
 
 
