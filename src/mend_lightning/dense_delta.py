@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mend_lightning.delta import Delta, rows_of_tasks
+from mend_lightning.delta import Delta
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,16 @@ class DenseDelta:
 
     def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
         """`x ΔWᵀ` for every row with its own task's delta; see `LowRankDelta.output`."""
-        (weight,) = rows_of_tasks((self.weight,), x, task_of_row)
-        flat = x.to(weight.dtype).reshape(weight.shape[0], -1, x.shape[-1])
-        return torch.bmm(flat, weight.mT).reshape(*x.shape[:-1], weight.shape[1])
+        flat = x.to(self.weight.dtype).reshape(self.tasks if task_of_row is None else x.shape[0], -1, x.shape[-1])
+        product = torch.bmm(flat, self.weight.mT) if task_of_row is None else self._by_task(flat, task_of_row)
+        return product.reshape(*x.shape[:-1], self.weight.shape[1])
+
+    def _by_task(self, x: Tensor, task_of_row: Tensor) -> Tensor:
+        """Task by task: a weight for every row would be a copy for every row."""
+        index = task_of_row.repeat_interleave(x.shape[0] // task_of_row.shape[0])
+        order = index.argsort(stable=True)
+        rows = x[order].split(torch.bincount(index, minlength=self.tasks).tolist())
+        return torch.cat([each @ weight.T for each, weight in zip(rows, self.weight)])[order.argsort()]
 
 
 @dataclass(frozen=True)
