@@ -269,3 +269,13 @@ def test_what_a_dense_and_a_summed_delta_say_of_themselves():
         torch.testing.assert_close(delta.scaled(factor).dense(), torch.stack([f * each for f, each in zip(factor, whole)]))
         torch.testing.assert_close(delta.of_task(2).tensors()["weight"], whole[2])
     assert summed.rank == dense.rank == 2
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_dense_delta_of_rows_in_any_order(each):
+    """Each row with its own task's ΔW; beam search multiplies rows."""
+    delta, x = DenseDelta(torch.randn(3, 4, 2)), torch.randn(5 * each, 6, 2, dtype=torch.bfloat16)
+    task = torch.tensor([2, 0, 2, 2, 0])
+    expected = torch.stack([row.float() @ delta.weight[task[i // each]].T for i, row in enumerate(x)])
+    torch.testing.assert_close(delta.output(x, task), expected)
+    torch.testing.assert_close(delta.output(x[:, 0], task), expected[:, 0])
