@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -130,7 +131,7 @@ def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, A
     if isinstance(own, Leaf) and own.value is not None and own.value != {}:
         raise ConfigError(f"compare.editors.{name} must hold what differs from the shared config, or {{}}; it is {own.value!r}.")
     merged = plain(merge_trees(shared, own if isinstance(own, dict) else {}))
-    folder = root / name.replace(" ", "-").lower() / f"k{count}"
+    folder = root / re.sub(r"[^a-z0-9+.]+", "-", name.lower()) / f"k{count}"
     data = dict(merged.get("data", {}))
     # As many edits a step whatever their grouping: a budget that is the same for all.
     data |= {"edits_at_once": count, "batch_size": max(1, data.get("batch_size", 8) // count)}
