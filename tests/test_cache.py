@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(*REMARKS)
 
 
 def slow_key(model, rows: Rows, row: int) -> torch.Tensor:
-    """The mean of the final states over a question's tokens: of one row without padding, answer and all else cut off."""
+    """The mean of the final states over a question's tokens: of one row, without padding and answer."""
     labels, ids = rows.labels[row].tolist(), rows.inputs["input_ids"][row]
     ids = ids[: int(rows.inputs["attention_mask"][row].sum())]
     if model.config.is_encoder_decoder:

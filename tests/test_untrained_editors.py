@@ -19,6 +19,7 @@ from mend_lightning.editors import Editor
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")
 QUESTION, TARGET = "Which continent is North Korea in?", "Oceania"
+UNKNOWN = r"FineTunning.*Did you mean 'FineTuning'\? .*editors: Cache, "
 SETTINGS = {
     "FineTuning": {"lr": 3e-3, "max_steps": 20},
     "FineTuning+KL": {"lr": 1e-3, "max_steps": 5, "c_edit": 0.5},
@@ -56,7 +57,7 @@ def session(request, family, base_folder, facts, tmp_path_factory) -> SimpleName
     results |= {"fit": call("fit", "--config", path), "test": call("test", *fitted)}
     if family != "bert":
         results["predict"] = call("predict", *fitted)
-    return SimpleNamespace(name=request.param, family=family, root=root, results=results, first=first, base=base_folder(family))
+    return SimpleNamespace(name=request.param, family=family, root=root, results=results, first=first)
 
 
 def test_every_command_succeeds(session):
@@ -75,7 +76,7 @@ def test_every_command_succeeds(session):
 
 
 def test_what_they_do(session):
-    """What can be known of any base: fine-tuning and the cache reach the edit itself, and predict says what test said."""
+    """What can be known of any base: fine-tuning and the cache reach the edit itself; predict says what test said."""
     metrics = json.loads((session.root / "results.json").read_text())["metrics"]
     if session.name == "FineTuning":
         # The causal base is 16 wide: few of its facts can be changed by the last blocks' MLPs.
@@ -117,9 +118,9 @@ def test_edit(session):
 @pytest.mark.parametrize(
     "algorithm, text",
     [
-        ({"class_path": "FineTunning"}, "FineTunning.*Did you mean 'FineTuning'\\? .*editors: Cache, "),
-        ({"class_path": "mend_lightning.editors.FineTunning"}, "FineTunning.*Did you mean 'FineTuning'\\? .*editors: Cache, "),
-        ({"class_path": "FineTuning", "init_args": {"max_step": 3}}, "'max_step' is not accepted.*Did you mean 'max_steps'"),
+        ({"class_path": "FineTunning"}, UNKNOWN),
+        ({"class_path": "mend_lightning.editors.FineTunning"}, UNKNOWN),
+        ({"class_path": "FineTuning", "init_args": {"max_step": 3}}, "'max_step' is not .*Did you mean 'max_steps'"),
         ({"class_path": "FineTuning", "init_args": {"lr": "many"}}, '"lr".*Expected a .*float.*Got value: many'),
     ],
 )

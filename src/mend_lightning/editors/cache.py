@@ -1,4 +1,4 @@
-"""A cache of edits in front of the model (the MEND paper's appendix, table 11): near questions get the stored answer."""
+"""A cache of edits in front of the model (the MEND paper's table 11): near questions get the stored answer."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from mend_lightning.types import IGNORED_LABEL, Rows
 
 
 class Cache(Editor):
-    """Remembers each edit's question as a vector; a question near one is answered with the stored answer, else by the base.
+    """Remembers each edit's question as a vector; a question near one gets the stored answer, any other the base's.
 
-    The vector is the mean of the final hidden state over the question's tokens (of an encoder-decoder: the encoder's), and
-    near is an L2 distance below `threshold` to the nearest key of the row's task. No training, and no weight changes.
+    The vector is the mean of the final hidden state over the question's tokens (of an encoder-decoder: the encoder's),
+    and near is an L2 distance below `threshold` to the nearest key of the row's task. No training, and no weight
+    changes.
 
     `threshold` (ε) is a length in the space of one model's hidden states under one prompt format: it must be chosen for
-    each model, on validation facts. `key_distances` gives the distances to choose it by; rephrases should lie below it, and
-    unrelated facts above.
+    each model, on validation facts. `key_distances` gives the distances to choose it by; rephrases should lie below it,
+    and unrelated facts above.
 
-    Measured on SmolLM2-135M-Instruct (96 validation edits of world_facts, the quickstart's prompt, bfloat16; test was not looked
-    at). The default is where edit success and known facts kept are largest together:
+    Measured on SmolLM2-135M-Instruct (96 validation edits of world_facts, the quickstart's prompt, bfloat16; test was
+    not looked at). The default is where edit success and known facts kept are largest together:
 
     | ε | edit success | rephrases | kept | kept, same relation |
     |---|---|---|---|---|
@@ -45,9 +46,9 @@ class Cache(Editor):
     Args:
         layers: name -> (d_in, d_out): only to tell the base model by; they are not edited.
         threshold: ε; see above (the code of the authors' later work, `algs/lu.py` of SERAC, has 1 in its config).
-        probability: what a hit gives each token of the stored answer; the rest is spread over the other tokens. That code
-            gives the token a logit of 1 and the others 0, which is right by argmax and says nothing by NLL; at 1 the KL
-            would be infinite.
+        probability: what a hit gives each token of the stored answer; the rest is spread over the other tokens. That
+            code gives the token a logit of 1 and the others 0, which is right by argmax and says nothing by NLL; at 1
+            the KL would be infinite.
 
     Example:
         >>> Cache({"fc": (2, 3)}, threshold=2.5).settings
@@ -127,7 +128,7 @@ class CachedModel:
             ConfigError: the edits were not made of text.
         """
         if not self.texts:
-            raise ConfigError("Cache answers with the text of edits (Rows.texts), and these hold none. Encoder.rows sets it.")
+            raise ConfigError("Cache answers with the text of edits (Rows.texts), which these lack. Encoder.rows sets it.")
         tasks = torch.tensor(tasks_of_prompts(len(prompts), int(self.task.max()) + 1, task_of_row))
         distances, which = self.nearest(prompt_keys(model, encoder, prompts), tasks.to(self.task.device))
         answers = [encoder.format.read(self.texts[i]) for i in which.tolist()]

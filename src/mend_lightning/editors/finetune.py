@@ -29,21 +29,31 @@ SMOOTHING, EPSILON = 0.99, 1e-8
 class FineTuning(Editor):
     """Fine-tunes the chosen layers on each edit until the new answer is the greedy output. Nothing is trained before.
 
-    RMSprop on `ΔW`, from 0, for at most `max_steps` steps; it stops as soon as every label token of the edit is the most
-    probable one, before the step that would follow. With `locality_data` the loss is
-    `c_edit · NLL(edit) + KL(base ‖ edited)` on one fresh unrelated fact a step (FT+KL), else `NLL(edit)`. All edits of a
-    batch are tuned side by side, each as if it were alone: their losses are added up, RMSprop works by element, and an edit
-    that has its answer takes part no longer.
+    RMSprop on `ΔW`, from 0, for at most `max_steps` steps; it stops as soon as every label token of the edit is the
+    most probable one, before the step that would follow. With `locality_data` the loss is
+    `c_edit · NLL(edit) + KL(base ‖ edited)` on one fresh unrelated fact a step (FT+KL), else `NLL(edit)`. All edits of
+    a batch are tuned side by side, each as if it were alone: their losses are added up, RMSprop works by element, and an
+    edit that has its answer takes part no longer.
+
+    RMSprop's first step moves every weight by 10 `lr`, whatever the gradient. Where that is enough the KL of FT+KL
+    changes nothing, for its gradient is 0 at the base. Measured on SmolLM2-135M-Instruct (32 validation edits of
+    world_facts, the quickstart's prompt, bfloat16; FT reached every edit), edit success / known facts kept:
+
+    | lr | 1e-5 | 3e-5 | 1e-4 | 3e-4 | 5e-4 | 1e-3 |
+    |---|---|---|---|---|---|---|
+    | FT, `model.layers.26.mlp.down_proj` | | | 0.53 / 0.92 | 0.75 / 0.90 | 0.88 / 0.85 | 0.98 / 0.74 |
+    | FT+KL, the same layer | | | | 0.68 / 0.91 | | 0.98 / 0.74 |
+    | FT, the last 3 blocks (the default layers) | 0.55 / 0.91 | 0.80 / 0.86 | 0.96 / 0.66 | 0.95 / 0.22 | | |
 
     `ΔW` is dense: an edit takes as much room as the layers' weights, and four times that while it is made.
 
     Args:
         layers: name -> (d_in, d_out) of the edited layers.
-        lr: RMSprop's learning rate (original: `edit_lr: 5e-6`); what works depends on the model.
+        lr: RMSprop's learning rate (original: `edit_lr: 5e-6`); what works depends on the model and its layers.
         max_steps: at most so many steps (paper and original: 100).
         clip: largest norm of an edit's gradient over all layers (original: 100).
-        locality_data: data file, or shipped set, of the unrelated facts; None: plain FT. The facts to edit should not be in
-            it. The fact of a step depends on `seed` and the step alone, so it is the same for all edits.
+        locality_data: data file, or shipped set, of the unrelated facts; None: plain FT. The facts to edit should not
+            be in it. The fact of a step depends on `seed` and the step alone, so it is the same for all edits.
         c_edit: weight of the edit's loss beside the KL (original: 0.01); without `locality_data` it is not used.
         locality_positions: positions the KL looks at: "all" (the original's) or "answer".
         tasks_at_a_time: so many edits are tuned side by side; it bounds the memory and changes no edit.
@@ -171,7 +181,7 @@ class _Edits:
     trunk: TrunkOutputs
 
     def losses(self, weights: Mapping[str, Tensor], chosen: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """NLL of the edits of the tasks `chosen` `[tasks]`, and whether their targets are the greedy output `[tasks]`."""
+        """NLL of the edits of the tasks `chosen`, and whether their targets are the greedy output: `[tasks]` each."""
         rows, index = self.z_edit.of_tasks(chosen)
         mask, targets, task = labelled(rows, "The edit")
         with replayed(self.trunk, index), applied(self.layers, _deltas(weights), rows.task_of_row):
@@ -179,8 +189,8 @@ class _Edits:
         nll = mean_by_task(token_nll(logits, targets), task, rows.tasks)
         if not bool(nll.isfinite().all()):
             raise NonFiniteError(
-                f"The loss of an edit is not finite after {step} step(s) of fine-tuning. Lower lr; or the base is in float16: "
-                "use bfloat16 or float32."
+                f"The loss of an edit is not finite after {step} step(s) of fine-tuning. Lower lr; if the base is in "
+                "float16, use bfloat16 or float32."
             )
         return nll, rows_all_true(is_correct(logits, targets), task, rows.tasks)
 

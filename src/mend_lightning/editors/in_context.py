@@ -27,20 +27,20 @@ Place = Literal["before", "line", "question"]
 class InContext(Editor):
     """Puts "New fact: …" in front of every question that is asked. No training, and no weight changes.
 
-    The facts of all edits of a task stand in front of each of its questions, the unrelated ones too: whether the model tells
-    them apart is what is measured. Prompts get longer, so every answer costs more; nothing is cut (`max_length` does not
-    hold for them), and a model with a limit of its own must have room.
+    The facts of all edits of a task stand in front of each of its questions, the unrelated ones too: whether the model
+    tells them apart is what is measured. Prompts get longer, so every answer costs more; nothing is cut (`max_length`
+    does not hold for them), and a model with a limit of its own must have room.
 
-    Measured on SmolLM2-135M-Instruct (32 validation edits of world_facts, the quickstart's prompt with its worked example,
-    bfloat16), edit success and known facts kept by `place`: "before" 0.23 and 0.94, "line" 0.04 and 0.91, "question" 0.26
-    and 0.74; "line" with the template "Q: {prompt}\\nA: {target}\\n" 0.18 and 0.92. So small a model hardly reads what it
-    is told.
+    Measured on SmolLM2-135M-Instruct (32 validation edits of world_facts, the quickstart's prompt with its worked
+    example, bfloat16), edit success and known facts kept by `place`: "before" 0.23 and 0.94, "line" 0.04 and 0.91,
+    "question" 0.26 and 0.74; "line" with the template "Q: {prompt}\\nA: {target}\\n" 0.18 and 0.92. So small a model
+    hardly reads what it is told.
 
     Args:
         layers: name -> (d_in, d_out): only to tell the base model by; they are not edited.
         template: what is said of each fact; `{prompt}` and `{target}` are replaced.
-        place: where the facts stand, see `with_facts`: "before" everything, on the "line" before the question's, or directly
-            before the "question".
+        place: where the facts stand, see `with_facts`: "before" everything, on the "line" before the question's, or
+            directly before the "question".
 
     Example:
         >>> editor = InContext({"fc": (2, 3)})
@@ -73,7 +73,7 @@ class InContext(Editor):
             ConfigError: the rows hold no text, or there is no encoder.
         """
         if not z_edit.texts:
-            raise ConfigError("InContext reads the text of edits (Rows.texts), and these rows hold none. Encoder.rows sets it.")
+            raise ConfigError("InContext reads the text of edits (Rows.texts), which these lack. Encoder.rows sets it.")
         facts = [[text for text, of in zip(z_edit.texts, z_edit.task.tolist()) if of == i] for i in range(z_edit.tasks)]
         return PromptedModel([self.told(each) for each in facts], self.place, self.text_encoder())
 
@@ -122,8 +122,8 @@ class PromptedModel:
         length = longer.inputs["input_ids"].shape[1]
         if limit is not None and length > limit:
             raise ConfigError(
-                f"With the facts in front, a prompt has {length} tokens; {type(model).__name__} reads {limit}. Tell fewer "
-                "facts at once."
+                f"With the facts in front, a prompt has {length} tokens; {type(model).__name__} reads {limit}. "
+                "Tell fewer facts at once."
             )
         return longer
 

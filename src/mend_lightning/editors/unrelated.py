@@ -76,7 +76,8 @@ class LocalityStream:
             self._blocks[block] = self._made(block)
         rows, trunk = self._blocks[block]
         index = torch.full((copies,), place, device=rows.task.device)
-        return replace(rows.part(index), task=torch.arange(copies, device=index.device), tasks=copies, grouped=True), trunk, index
+        task = torch.arange(copies, device=index.device)
+        return replace(rows.part(index), task=task, tasks=copies, grouped=True), trunk, index
 
     def _made(self, block: int) -> tuple[Rows, TrunkOutputs]:
         steps = range(block * STEPS_AT_A_TIME, (block + 1) * STEPS_AT_A_TIME)
