@@ -13,6 +13,7 @@ from mend_lightning.data.encode import Encoder
 from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.in_context import tasks_of_prompts
+from mend_lightning.editors.keys import prompt_keys, question_keys
 from mend_lightning.errors import ConfigError
 from mend_lightning.forward import logits_at, row_of
 from mend_lightning.generate import generate_answers
@@ -153,52 +154,6 @@ def certain_logits(said: Tensor, vocabulary: int, probability: float) -> Tensor:
         return (2 * said[:, None].double() - 1) * math.log(odds)
     logits = torch.zeros(len(said), vocabulary, dtype=torch.float64, device=said.device)
     return logits.scatter(1, said[:, None], math.log(odds * (vocabulary - 1)))
-
-
-def question_mask(rows: Rows) -> Tensor:
-    """The question's positions in `input_ids`, without padding: `[rows, length]` bool.
-
-    A causal row also holds the answer; its first label stands at the question's last token.
-    """
-    ids = rows.inputs["input_ids"]
-    mask = rows.inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    if "decoder_input_ids" in rows.inputs or rows.labels.shape != ids.shape:
-        return mask
-    first = (rows.labels != IGNORED_LABEL).int().argmax(1)
-    return mask & (torch.arange(ids.shape[1], device=ids.device) <= first[:, None])
-
-
-@torch.no_grad()
-def question_keys(model: nn.Module, rows: Rows) -> Tensor:
-    """The mean final hidden state of each row's question: `[rows, width]` float32."""
-    inputs = {name: rows.inputs[name] for name in ("input_ids", "attention_mask") if name in rows.inputs}
-    return _mean(final_hidden(model, inputs), question_mask(rows))
-
-
-@torch.no_grad()
-def prompt_keys(model: nn.Module, encoder: Encoder, prompts: Sequence[str]) -> Tensor:
-    """The same of questions that are only asked: `[prompts, width]` float32."""
-    ids = [torch.tensor(encoder.prompt_ids(prompt)) for prompt in prompts]
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=encoder.pad_token_id or 0)
-    device = next(model.parameters()).device
-    inputs = {"input_ids": padded.to(device), "attention_mask": mask.to(device)}
-    return _mean(final_hidden(model, inputs), inputs["attention_mask"].bool())
-
-
-def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The last layer's states, after the final norm where there is one: `[rows, length, width]`.
-
-    Of an encoder-decoder its encoder's, as in the original.
-    """
-    encodes = getattr(model.config, "is_encoder_decoder", False)
-    body = model.get_encoder() if encodes else getattr(model, model.base_model_prefix, model)
-    return body(**inputs).last_hidden_state
-
-
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    hidden = hidden.float() * mask[..., None]
-    return hidden.sum(1) / mask.sum(1, keepdim=True)
 
 
 @torch.no_grad()
