@@ -13,8 +13,8 @@ from bases import REMARKS, SIZES, run_config
 from commandline import assert_says, call
 from matplotlib.image import imread
 
-from mend_lightning.compare import plan
-from mend_lightning.comparison import Outcome, check_same_edits, difference, per_task, rows_of
+from mend_lightning.commands.compare import plan
+from mend_lightning.commands.comparison import Outcome, check_same_edits, difference, per_task, rows_of
 from mend_lightning.errors import ConfigError
 from mend_lightning.functional import paired_interval
 

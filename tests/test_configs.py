@@ -17,8 +17,8 @@ from bases import REMARKS, SIZES
 from commandline import assert_says, call
 
 from mend_lightning.cli import main
-from mend_lightning.configs import config_folder, config_names
-from mend_lightning.overlays import read_config
+from mend_lightning.config.files import config_folder, config_names
+from mend_lightning.config.overlays import read_config
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -11,8 +11,8 @@ from bases import REMARKS, small_tokenizer, tiny_base
 from commandline import assert_says, call
 from transformers import GPT2LMHeadModel
 
-from mend_lightning import make_generation_data
-from mend_lightning.continuations import sample_continuations
+from mend_lightning.commands import make_generation_data
+from mend_lightning.data.continuations import sample_continuations
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.passages import first_tokens, paragraphs, passages, split_of

@@ -17,7 +17,7 @@ import mend_lightning
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mend_lightning"
 # Parts of the Lightning layer; everything else must not need Lightning.
-LIGHTNING_PARTS = {"module", "run_callbacks", "callback", "data.module"}
+LIGHTNING_PARTS = {"module", "run_callbacks", "callback", "data.module", "commands.sequential"}
 
 pytestmark = pytest.mark.skipif(not SOURCE.is_dir(), reason="needs the checkout")
 
@@ -115,9 +115,9 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     code = """
 import mend_lightning
 from mend_lightning.cli import main
-from mend_lightning.configs import config_names, find_config
+from mend_lightning.config.files import config_names, find_config
 from mend_lightning.data.records import read_records
-from mend_lightning.overlays import read_config
+from mend_lightning.config.overlays import read_config
 print(mend_lightning.__file__)
 print(find_config("quickstart"))
 assert read_config("quickstart").values()["model"]["rank"] == 256

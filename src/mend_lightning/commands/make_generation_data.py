@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 
 from mend_lightning.base import Dtype, load_base
-from mend_lightning.continuations import batch_seed, sample_continuations
+from mend_lightning.data.continuations import batch_seed, sample_continuations
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.passages import Passage, paragraphs, passages, split_of
 from mend_lightning.data.prompts import RUNNING_TEXT

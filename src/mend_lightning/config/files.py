@@ -10,8 +10,8 @@ from mend_lightning.errors import ConfigError
 
 def config_folder() -> Path:
     """The folder of the shipped configs: inside the wheel, or `configs/` of a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+    inside = Path(__file__).parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[3] / "configs"
 
 
 def config_names() -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mend_lightning.comparison import (
+from mend_lightning.commands.comparison import (
     Outcome,
     check_same_edits,
     comparison_markdown,
@@ -20,11 +20,11 @@ from mend_lightning.comparison import (
     read_outcome,
     rows_of,
 )
-from mend_lightning.comparison_plots import draw_comparison
-from mend_lightning.config_tree import Leaf, merge_trees, plain, to_yaml
+from mend_lightning.commands.comparison_plots import draw_comparison
+from mend_lightning.config.tree import Leaf, merge_trees, plain, to_yaml
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_json, written
-from mend_lightning.overlays import read_config
+from mend_lightning.config.overlays import read_config
 from mend_lightning.report import console, versions
 
 SECTION = "compare"

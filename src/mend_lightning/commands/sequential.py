@@ -17,7 +17,7 @@ from mend_lightning.data.tasks import EditTask
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_writable, write_json, written
-from mend_lightning.overlays import read_config
+from mend_lightning.config.overlays import read_config
 from mend_lightning.report import console, versions
 from mend_lightning.sequential import BROKEN, EditSequence, edit_in_sequence
 
@@ -87,7 +87,7 @@ def edits_and_probes(data: EditDataModule, edits: int) -> tuple[Sequence[EditTas
 
 
 def _report(found: EditSequence, folder: Path, about: dict[str, Any]) -> None:
-    from mend_lightning.sequential_plot import draw_sequence
+    from mend_lightning.commands.sequential_plot import draw_sequence
 
     summary = found.summary()
     write_json(folder / "sequential.json", {**about, "broken_at_perplexity": f"{BROKEN} x base", **summary, "versions": versions()})

@@ -1,0 +1,33 @@
+"""The commands that are not a Trainer's, one file each; `run` finds them by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Command -> (file, function). Imported when it runs: `--help` and the small commands need not load what a large one does.
+_COMMANDS = {
+    "edit": ("edit", "edit_command"),
+    "compare": ("compare", "compare_command"),
+    "sequential": ("sequential", "sequential_command"),
+    "check-data": ("check_data", "check_data_command"),
+    "make-generation-data": ("make_generation_data", "make_generation_data_command"),
+    "layers": ("layers", "layers_command"),
+    "show-config": ("show_config", "show_config_command"),
+    "get-smollm2": ("get_smollm2", "smollm2_command"),
+}
+
+
+def run(command: str, arguments: list[str]) -> Any:
+    """Parses `arguments` for a command's function and calls it."""
+    from jsonargparse import auto_cli
+
+    file, function = _COMMANDS[command]
+    called = getattr(import_module(f"{__name__}.{file}"), function)
+    if command == "show-config" and arguments and not arguments[0].startswith("-"):
+        # What may be left out is an option for jsonargparse; here it reads better without one.
+        arguments = ["--name", *arguments]
+    if command in ("compare", "sequential"):
+        # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
+        arguments = [argument.removeprefix("--config=") for argument in arguments if argument not in ("--config", "-c")]
+    return auto_cli(called, args=arguments, prog=f"mend-lightning {command}", as_positional=True)
