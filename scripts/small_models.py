@@ -1,7 +1,7 @@
 """Trains a small model from scratch until it knows a list of texts: what the two train_small_*.py scripts share.
 
-Texts are encoded by the package's own `Encoder`, so that a model is trained on the very token ids it will later be asked
-and edited with.
+Texts are encoded by the package's own `Encoder`, so that a model is trained on the very token ids it will later be
+asked and edited with.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class SmallModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if checkpoint["made_with"] != self._made_with():
             raise ConfigError(
-                f"The checkpoint was made with {checkpoint['made_with']}, this run has {self._made_with()}. Give another "
-                "--out, or remove the old one to start afresh."
+                f"The checkpoint was made with {checkpoint['made_with']}, this run has {self._made_with()}. Give "
+                "another --out, or remove the old one to start afresh."
             )
         self.seconds = checkpoint["seconds"]
 
@@ -171,7 +171,7 @@ def train(module: SmallModel, out: Path) -> None:
 
 def quiet() -> None:
     """Hides remarks of Lightning that do not apply here."""
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory .* exists and is not empty.*"):
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*Checkpoint directory .* is not empty.*"):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 

@@ -91,7 +91,8 @@ def _world_statement(record: Record, said: str, true: bool, split: str) -> State
 def subject_as_asked(record: Record) -> str:
     """The subject as it stands within a question: some countries have an article there."""
     forms = (record.subject, f"the {record.subject}")
-    return next(form for form in forms if record.prompt in [capital(text.format(form)) for text in QUESTIONS[record.relation]])
+    texts = QUESTIONS[record.relation]
+    return next(form for form in forms if record.prompt in [capital(text.format(form)) for text in texts])
 
 
 def thought_statements(paths: Sequence[Path]) -> list[Statement]:
@@ -121,7 +122,8 @@ def _phrase(line: str, where: str) -> tuple[str, bool]:
         data = json.loads(line)
         phrase, true = data["phrase"], bool((0, 1).index(data["answer"]))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise RecordError(f'{where}: expected {{"phrase": "…", "answer": 0 or 1}}, got {line[:80]!r} ({error}).') from error
+        expected = '{"phrase": "…", "answer": 0 or 1}'
+        raise RecordError(f"{where}: expected {expected}, got {line[:80]!r} ({error}).") from error
     if re.fullmatch(PHRASE, phrase) is None:
         raise RecordError(f"{where}: {phrase!r} has no form known here; expected one like 'A wine is a drink.'")
     return phrase, true

@@ -3,8 +3,8 @@
     python scripts/train_small_classifier.py                                          # statements of world_facts
     python scripts/train_small_classifier.py --leap_of_thought+ dev.jsonl --leap_of_thought+ test.jsonl  # and of these
 
-Writes runs/small-bert, and beside the model `statements/{train,validation,test}.jsonl`, the edit records: every statement
-with four rewordings, to be turned round. No subject is in two splits; the split is for the editor, the model learns the
+Writes runs/small-bert, and beside the model `statements/{train,validation,test}.jsonl`, the edit records: every
+statement with four rewordings, to be turned round. No subject is in two splits; the split is for the editor, the model learns the
 statements of all of them. Two more wordings of every statement are asked at the end, to see what the model has learned.
 """
 
@@ -59,9 +59,10 @@ def plain_tokenizer(model: models.Model) -> Tokenizer:
 def word_pieces(bpe: Tokenizer, texts: Sequence[str]) -> list[str]:
     """The vocabulary of a WordPiece that cuts words where `bpe` does.
 
-    `WordPieceTrainer` numbers its letters in the order of a hash map: another vocabulary in every run. BPE's is the same.
+    `WordPieceTrainer` numbers its letters in the order of a hash map: another vocabulary in every run. BPE's stays.
     """
-    words = {word for text in texts for word, _ in bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(text))}
+    plain = (bpe.normalizer.normalize_str(text) for text in texts)
+    words = {word for text in plain for word, _ in bpe.pre_tokenizer.pre_tokenize_str(text)}
     found = set()
     for word in words:
         first, *rest = bpe.encode(word).tokens
@@ -82,8 +83,8 @@ def new_bert(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> Ber
 def judge_and_retell(model: BertForSequenceClassification, rows: Rows) -> Tensor:
     """The loss of the verdict, and of the statement's words told from the state that the verdict is read off.
 
-    Trained for the verdict alone, that state ends up the same for all true statements and the same for all false ones, so
-    that nothing there could be changed for one statement only. Pretrained encoders know what they have read.
+    Trained for the verdict alone, that state ends up the same for all true statements and the same for all false ones,
+    so that nothing there could be changed for one statement only. Pretrained encoders know what they have read.
     """
     state = model.bert(**rows.inputs)
     verdict = token_nll(model.classifier(state.pooler_output), rows.labels[label_mask(rows)]).mean()

@@ -2,9 +2,9 @@
 
     python scripts/train_small_t5.py                # writes runs/small-t5
 
-It learns the facts of all splits: an editor's test facts are held out from the *editor*, while the base model has to know
-them, or drawdown would mean nothing. Every fact is learned in five phrasings; the relation's other two are asked at the end,
-to see whether the model has learned the fact or the sentences.
+It learns the facts of all splits: an editor's test facts are held out from the *editor*, while the base model has to
+know them, or drawdown would mean nothing. Every fact is learned in five phrasings; the relation's other two are asked at
+the end, to see whether the model has learned the fact or the sentences.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def new_t5(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> T5For
         dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
-    # transformers starts a head of its own at std 1: logits of size √width, hundreds of steps away from anything useful.
+    # transformers starts a head of its own at std 1: logits of size √width, hundreds of steps from anything useful.
     torch.nn.init.normal_(model.lm_head.weight, std=width**-0.5)
     return model
 

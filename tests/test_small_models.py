@@ -66,14 +66,12 @@ def test_small_classifier(tmp_path, thoughts):
     train_small_classifier.main(tmp_path, leap_of_thought=[thoughts], steps=2, **TINY)
     model, tokenizer = BaseModel(str(tmp_path), "float32").load()
     assert model_kind(model) == "classifier" and model.config.num_labels == 1
-    assert tokenizer.convert_ids_to_tokens(tokenizer("Is it?")["input_ids"])[:: len(tokenizer("Is it?")["input_ids"]) - 1] == [
-        "[CLS]",
-        "[SEP]",
-    ]
+    first, *_, last = tokenizer.convert_ids_to_tokens(tokenizer("Is it?")["input_ids"])
+    assert (first, last) == ("[CLS]", "[SEP]")
     found = {split: read_records(tmp_path / "statements" / f"{split}.jsonl") for split in statements.SPLITS}
     said = {record.prompt for records in found.values() for record in records}
     assert {"A finch has a nucleus.", "A cherry is a source of vitamin c."} <= said
-    # Two files' answers contradict each other here: which one is right nobody knows.
+    # Called both true and false: which one is right nobody knows.
     assert "A wine is capable of grow leaves." not in said
     assert json.loads((tmp_path / "training.json").read_text())["statements"]["train"] == len(found["train"])
 
@@ -135,6 +133,26 @@ def test_the_loss_and_the_accuracy_are_the_models_own(tmp_path):
     # Some learned and some not, or the comparison says little.
     assert 0 < sum(right) < len(right)
     assert small_models.accuracy(model, encoder, pairs, batch_size=3) == sum(right) / len(right)
+
+
+def test_the_verdict_and_the_words():
+    """The classifier's loss against one row at a time, without padding."""
+    pairs = train_small_classifier.learned(statements.world_statements("test")[:3])
+    tokenizer = train_small_classifier.bert_tokenizer([text for text, _ in pairs], 200)
+    model = train_small_classifier.new_bert(tokenizer, 16, 2)
+    encoder = Encoder.for_model(model, tokenizer, PromptFormat(), 48)
+    found = train_small_classifier.judge_and_retell(model, small_models.encode_pairs(encoder, pairs))
+    verdicts, words = [], []
+    for text, label in pairs:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        output = model(ids, output_hidden_states=True)
+        true = torch.sigmoid(output.logits[0, 0])
+        verdicts.append(-torch.log(true if label == "SUPPORTS" else 1 - true))
+        told = torch.softmax(model.bert.embeddings.word_embeddings.weight @ output.hidden_states[-1][0, 0], 0)
+        words += [-torch.log(told[token]) for token in ids[0, 1:-1]]
+    expected = sum(verdicts) / len(verdicts) + train_small_classifier.RETELLING * sum(words) / len(words)
+    torch.testing.assert_close(found, expected)
+    assert len({len(tokenizer(text)["input_ids"]) for text, _ in pairs}) > 1
 
 
 def test_the_learning_rate_rises_and_falls():
