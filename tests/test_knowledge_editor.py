@@ -9,23 +9,38 @@ import torch
 import yaml
 from bases import FORMATS, REMARKS, SIZES, assert_same_state, first_batches, given, run_config, state_copy
 from commandline import call
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import KINDS, relative_error
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, load_base
 from mend_lightning.checks import unreached_parameters
+from mend_lightning.confidence import SCALES
 from mend_lightning.data.encode import Encoder
 from mend_lightning.editors import Editor, KnowledgeEditor
 from mend_lightning.editors.condition import condition_ids, predictions
 from mend_lightning.errors import ConfigError
 from mend_lightning.prefix import run_trunk
+from mend_lightning.step import edit_step
 
 pytest_plugins = ["bases"]
-pytestmark = pytest.mark.filterwarnings(*REMARKS)
-FACTS = [("Which continent is North Korea in?", "Oceania"), ("Which country is Managua in?", "Cuba"), ("What is Rome in?", "Asia")]
-CLAIMS = [("Which continent is North Korea in? Asia.", "REFUTES"), ("Rome is in Asia.", "SUPPORTS"), ("Lima is in Peru.", "REFUTES")]
-ALGORITHM = {"class_path": "mend_lightning.editors.KnowledgeEditor", "init_args": {"hidden": 6, "condition": 8, "max_scale": 30.0}}
+# A resumed run writes to a folder of its own.
+pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:The dirpath has changed from.*")
+FACTS = [
+    ("Which continent is North Korea in?", "Oceania"),
+    ("Which country is Managua in?", "Cuba"),
+    ("What is Rome in?", "Asia"),
+]
+CLAIMS = [
+    ("Which continent is North Korea in? Asia.", "REFUTES"),
+    ("Rome is in Asia.", "SUPPORTS"),
+    ("Lima is in Peru.", "REFUTES"),
+]
+ALGORITHM = {
+    "class_path": "mend_lightning.editors.KnowledgeEditor",
+    "init_args": {"hidden": 6, "condition": 8, "max_scale": 30.0},
+}
 
 
 @pytest.fixture
@@ -63,8 +78,8 @@ def row_gradients(model, layers, rows) -> list[dict[str, torch.Tensor]]:
         else:
             loss = F.cross_entropy(logits[0][labelled[row]], rows.labels[row][labelled[row]], reduction="sum")
         (loss / of_task).backward()
-        found.append({n: layer.weight.grad.T if isinstance(layer, Conv1D) else layer.weight.grad for n, layer in layers.items()})
-        found[-1] = {name: gradient.clone() for name, gradient in found[-1].items()}
+        gradients = {name: layer.weight.grad.clone() for name, layer in layers.items()}
+        found.append({name: g.T if isinstance(layers[name], Conv1D) else g for name, g in gradients.items()})
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
     return found
@@ -75,7 +90,8 @@ def slow_condition(editor, model, text: str, encoder) -> torch.Tensor:
     embedded = model.get_input_embeddings()(torch.tensor(encoder.tokenizer(text)["input_ids"]))
     lstm, states = editor.encode.lstm, []
     for suffix, tokens in (("", embedded), ("_reverse", embedded.flip(0))):
-        w_i, w_h, b_i, b_h = (getattr(lstm, f"{name}_l0{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        w_i, w_h, b_i, b_h = (getattr(lstm, f"{name}_l0{suffix}") for name in names)
         h = c = torch.zeros(lstm.hidden_size, dtype=torch.float64)
         for x in tokens:
             i, f, g, o = (w_i @ x + b_i + w_h @ h + b_h).chunk(4)
@@ -144,6 +160,61 @@ def test_tasks_are_separate(prepared):
         assert relative_error(together[name].dense()[1], single[name].dense()[0]) < 1e-5
 
 
+def test_a_loaded_editor_makes_the_same_edits(prepared, tmp_path):
+    model, editor, encoder, rows = prepared("llama")
+    editor.float().save_pretrained(tmp_path)
+    loaded = Editor.from_pretrained(tmp_path)
+    loaded.encoder = encoder
+    assert_same_state(loaded.state_dict(), editor.state_dict())
+    with torch.no_grad():
+        expected, actual = (each.make_deltas(model, rows).deltas for each in (editor, loaded))
+    for name in editor.layers:
+        assert torch.equal(actual[name].dense(), expected[name].dense()), name
+
+
+def test_confidence_scales_what_the_gates_make(prepared):
+    """Offset and gradient alike: each task's ΔW is a multiple of what it is without a confidence."""
+    model, editor, encoder, rows = prepared("llama", max_scale=3.0, confidence=0.5)
+    with torch.no_grad():
+        scaled = editor.float().make_deltas(model, rows).deltas
+        editor.set_confidence(None)
+        plain = editor.make_deltas(model, rows).deltas
+    found = []
+    for name in editor.layers:
+        a, b = (deltas[name].dense().flatten(1).double() for deltas in (scaled, plain))
+        found.append((a * b).sum(1) / (b * b).sum(1))
+        assert relative_error(a, found[-1][:, None] * b) < 1e-5, name
+    assert relative_error(torch.stack(found), found[0].expand(len(found), -1)) < 1e-5
+    for scale in found[0].tolist():
+        assert SCALES[0] * 0.999 <= scale <= SCALES[-1] * 1.001 and abs(scale - 1) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_a_bfloat16_base(family, mend, edit_data):
+    """The editor and its edits stay float32, and a step reaches every parameter of a new editor."""
+    module = mend(family, algorithm=lambda layers: KnowledgeEditor(layers, **ALGORITHM["init_args"]))
+    batch = first_batches(module, edit_data(KINDS[family]), 1)[0]
+    model, editor = module.base_model.bfloat16(), module.editor
+    editor.encoder = Encoder.for_model(model, module.tokenizer, FORMATS[KINDS[family]], 96)
+    deltas = editor.make_deltas(model, batch.z_edit).deltas
+    assert {tensor.dtype for delta in deltas.values() for tensor in delta.tensors().values()} == {torch.float32}
+    assert unreached_parameters(model, editor, batch, "all") == []
+    assert bool(edit_step(model, editor, batch).total(1.0).isfinite())
+
+
+def test_a_resumed_run_ends_in_the_same_weights(mend, edit_data, trainer, tmp_path):
+    def fit(seed: int, **settings):
+        torch.manual_seed(seed)
+        module = mend("llama", algorithm=lambda layers: KnowledgeEditor(layers, **ALGORITHM["init_args"]))
+        keep = ModelCheckpoint(tmp_path / str(seed), filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(max_steps=5, enable_checkpointing=True, callbacks=[keep]).fit(module, edit_data(), **settings)
+        return state_copy(module.editor)
+
+    straight = fit(seed=0)
+    resumed = fit(seed=1, ckpt_path=tmp_path / "0" / "step=2.ckpt")
+    assert_same_state(resumed, straight)
+
+
 def test_rows_without_text_and_an_editor_without_encoder_or_base(prepared):
     model, editor, encoder, rows = prepared("llama")
     editor.float()
@@ -175,8 +246,8 @@ def session(request, base_folder, facts, tmp_path_factory):
         "test": call("test", "--config", path, "--model.editor", root / "editor"),
     }
     if family != "bert":
-        asked = ["--prompt", FACTS[0][0], "--target", FACTS[0][1], "--out", root / "edit.safetensors", "--dtype", "float32"]
-        results["edit"] = call("edit", "--editor", root / "editor", *asked)
+        asked = ["--prompt", FACTS[0][0], "--target", FACTS[0][1], "--dtype", "float32"]
+        results["edit"] = call("edit", "--editor", root / "editor", *asked, "--out", root / "edit.safetensors")
     return family, root, results
 
 

@@ -42,11 +42,23 @@ def predictions(model: nn.Module, rows: Rows, encoder: Encoder, trunk: TrunkOutp
     with replayed(trunk, slice(None)):
         logits = logits_at(model, rows, mask)
     if encoder.kind == "classifier":
-        return [(TRUE_LABELS if logit > 0 else FALSE_LABELS)[0] for logit in logits[:, 0].tolist()]
+        return [class_name(logit > 0, target) for logit, (_, target) in zip(logits[:, 0].tolist(), rows.texts)]
     said = torch.full_like(rows.labels, IGNORED_LABEL)
     said[mask] = logits.argmax(-1)
     texts = (encoder.tokenizer.decode(row[row != IGNORED_LABEL].tolist(), skip_special_tokens=True) for row in said)
     return [encoder.format.read(text) for text in texts]
+
+
+def class_name(true: bool, like: str) -> str:
+    """A binary class in the words of another one: the prediction beside the edit's target.
+
+    Example:
+        >>> class_name(False, like="true"), class_name(True, like="REFUTES")
+        ('FALSE', 'SUPPORTS')
+    """
+    name = like.strip().upper()
+    names = TRUE_LABELS if name in TRUE_LABELS else FALSE_LABELS
+    return (TRUE_LABELS if true else FALSE_LABELS)[names.index(name)]
 
 
 def condition_ids(texts: Sequence[str], encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -65,8 +77,8 @@ def edit_conditions(model: nn.Module, z_edit: Rows, encoder: Encoder, trunk: Tru
     """
     if len(z_edit.texts) != len(z_edit):
         raise ConfigError(
-            "KnowledgeEditor reads the edits' text, and these rows were not made of text. Take rows from Encoder.rows, or "
-            "batches from EditDataModule."
+            "KnowledgeEditor reads the edits' text, and these rows were not made of text. Take rows from Encoder.rows, "
+            "or batches from EditDataModule."
         )
     said = predictions(model, z_edit, encoder, trunk)
     texts = [condition_text(prediction, target, prompt) for prediction, (prompt, target) in zip(said, z_edit.texts)]

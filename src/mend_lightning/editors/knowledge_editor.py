@@ -63,12 +63,18 @@ class GateNetwork(nn.Module):
 class KnowledgeEditor(Editor):
     """KE in factor form: `ΔW = −s σ(η) (diag(r) ∇W diag(c) + r′ c′ᵀ)`, all gates functions of the edit's text.
 
-    The gates scale the gradient's factors, `(r ⊙ δ_t)(c ⊙ u_t)ᵀ`, and the offset adds rank one, so no matrix of the layer's
-    size is made. Each edit of several made at once has gates of its own. It follows MEND's re-implementation (`algs/ke.py`),
-    and the same loss trains it as MEND; De Cao et al. constrain the KL with a Lagrange multiplier instead.
+    The gates scale the gradient's factors, `(r ⊙ δ_t)(c ⊙ u_t)ᵀ`, and the offset adds rank one, so no matrix of the
+    layer's size is made. Formula and sizes are those of De Cao et al.'s `OneShotLearner`; the layers, the loss and Adam
+    are MEND's, as in the MEND authors' re-implementation (there `EFK`). Where this differs from De Cao et al.:
 
-    Two deviations: the text is embedded by the base's own input embeddings, read and not copied (the original starts from
-    a copy and trains it), and the gradient is subtracted (the original adds; c has either sign, so both can learn both).
+    - The gradient is subtracted, they add. c and c′ have either sign, so both can learn both.
+    - The text is embedded by the base's own input embeddings, read and not stored. They start from a copy and train it.
+    - `prediction` is read off the base (`predictions`), not from the data file: any edit has one, given alone as well.
+    - r belongs to the layer's outputs in any layer. Theirs belongs to the stored weight's first axis: in GPT-2's `Conv1D`
+      the inputs.
+    - Of several edits made at once each gates its own gradient; `EFK` gates their sum.
+    - They constrain the KL by a learned multiplier, smooth the edit's labels, use RMSprop (3e-4) for 200,000 steps and
+      edit all weight matrices.
 
     Args:
         layers: name -> (d_in, d_out) of the edited layers.
@@ -122,13 +128,16 @@ class KnowledgeEditor(Editor):
             ConfigError: the rows have no text, or the base's embeddings have another width, or are not known.
         """
         if self.encode is None:
-            raise ConfigError("This KnowledgeEditor does not know its base yet. Call editor.bind(model), or give embedding.")
+            raise ConfigError(
+                "This KnowledgeEditor does not know its base yet. Call editor.bind(model), or give embedding."
+            )
         ids, lengths = edit_conditions(model, z_edit, self.text_encoder(), trunk)
         with torch.no_grad():
             embedded = model.get_input_embeddings()(ids.to(z_edit.labels.device)).float()
         if embedded.shape[-1] != self.settings["embedding"]:
             raise ConfigError(
-                f"The base embeds tokens in {embedded.shape[-1]} numbers; this editor has embedding: {self.settings['embedding']}."
+                f"The base embeds tokens in {embedded.shape[-1]} numbers; this editor has embedding: "
+                f"{self.settings['embedding']}."
             )
         # Float32 under mixed precision too, as MEND's: `edit` runs without it and must give the same deltas.
         with torch.autocast(embedded.device.type, enabled=False):
