@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -332,6 +333,16 @@ def test_other_families(family, kind, base_folder, facts, tmp_path):
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert ("generated_exact_match" in metrics) == (kind != "classifier")
     assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == SIZES["test"]
+    if kind == "classifier":
+        assert call("predict", "--config", config, "--model.editor", tmp_path / "editor").code == 0
+        said = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+        assert {each["before"] for each in said} <= {"SUPPORTS", "REFUTES"}
+        # The answers are in the words of the edit.
+        asked = ["--prompt", "Which continent is North Korea in? Asia.", "--target", "false", "--dtype", "float32"]
+        edited = call("edit", "--editor", tmp_path / "editor", *asked, "--out", tmp_path / "edit.safetensors")
+        assert edited.code == 0, edited.err
+        assert re.search("(TRUE|FALSE) │ (TRUE|FALSE)", edited.out) and "REFUTES" not in edited.out
+        assert (tmp_path / "edit.safetensors").is_file()
 
 
 def test_overfitting_on_one_batch(config, tmp_path):

@@ -262,3 +262,18 @@ def test_nothing_stays_behind_after_an_exception(asked):
     assert_same_state(state_copy(model), base)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_classifier_answers_with_a_class_under_each_tasks_own_edit(asked):
+    model, tokenizer = asked("bert")[0], asked("bert")[2].tokenizer
+    encoder = Encoder(tokenizer, FORMATS["classifier"], "classifier", 96)
+    claims = ["Rome is in Asia.", "Which continent is North Korea in? Asia."]
+    editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=0.5), 0.02).eval()
+    rows = encoder.rows([(claim, "REFUTES") for claim in claims], [0, 1], 2)
+    deltas, layers = compute_deltas(model, editor, rows), editor.modules_in(model)
+    expected = []
+    for claim, task in zip(claims, (1, 0)):
+        inputs = {"input_ids": torch.tensor([encoder.prompt_ids(claim)])}
+        logit = functional_call(model, dense_weights(model, layers, deltas, task), (), inputs).logits
+        expected.append("SUPPORTS" if logit > 0 else "REFUTES")
+    assert generate_answers(model, encoder, claims, layers, deltas, torch.tensor([1, 0])) == expected

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.data.encode import Encoder
+from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.delta import Delta, applied
-from mend_lightning.errors import ConfigError
+from mend_lightning.forward import run_model
 
 # Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
 MAX_NEW_TOKENS = 24
@@ -35,7 +35,7 @@ def generate_answers(
     `max_new_tokens` tokens, or as many as `lengths` says.
 
     Args:
-        model: a causal model or an encoder-decoder.
+        model: a causal model or an encoder-decoder; a binary classifier answers with the name of a class.
         encoder: the prompt format and tokenizer.
         prompts: questions as they stand in the data.
         layers, deltas: an edit to apply meanwhile; None asks the model as it is.
@@ -46,7 +46,7 @@ def generate_answers(
         One answer a prompt, without stop and blanks. An answer that did not stop in time is what there is.
     """
     if encoder.kind == "classifier":
-        raise ConfigError("A classifier generates no answers; `test` measures its edits by their labels.")
+        return _classes(model, encoder, prompts, layers, deltas, task_of_row)
     running = encoder.format.stop is None
     if running and lengths is not None:
         max_new_tokens = max(lengths)
@@ -72,6 +72,22 @@ def generate_answers(
     if running and lengths is not None:
         new = [row[:length] for row, length in zip(new, lengths)]
     return [encoder.format.read(encoder.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+
+
+def _classes(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    layers: Mapping[str, nn.Module] | None,
+    deltas: Mapping[str, Delta] | None,
+    task_of_row: Tensor | None,
+) -> list[str]:
+    """SUPPORTS or REFUTES of every prompt."""
+    # Rows have labels; which ones, no logit knows.
+    rows = encoder.rows([(prompt, class_name(True)) for prompt in prompts], [0] * len(prompts), 1)
+    with applied(layers, deltas, task_of_row) if deltas else nullcontext():
+        logits = run_model(model, rows.to(next(model.parameters()).device))
+    return [class_name(logit > 0) for logit in logits[:, 0].tolist()]
 
 
 def padded_prompts(encoder: Encoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -215,6 +215,18 @@ def _binary_label(target: str) -> int:
     return int(name in TRUE_LABELS)
 
 
+def class_name(true: bool, like: str = TRUE_LABELS[0]) -> str:
+    """A binary class in the words of another one: an answer or a prediction beside the edit's target.
+
+    Example:
+        >>> class_name(False, like="true"), class_name(True, like="REFUTES")
+        ('FALSE', 'SUPPORTS')
+    """
+    name = like.strip().upper()
+    names = TRUE_LABELS if name in TRUE_LABELS else FALSE_LABELS
+    return (TRUE_LABELS if true else FALSE_LABELS)[names.index(name)]
+
+
 def _is_grouped(task: Sequence[int], tasks: int) -> bool:
     each = len(task) // tasks
     return each * tasks == len(task) and list(task) == [i // each for i in range(len(task))]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from mend_lightning.data.encode import FALSE_LABELS, TRUE_LABELS, Encoder
+from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.errors import ConfigError
 from mend_lightning.forward import label_mask, logits_at
 from mend_lightning.trunk import TrunkOutputs, replayed
@@ -47,18 +47,6 @@ def predictions(model: nn.Module, rows: Rows, encoder: Encoder, trunk: TrunkOutp
     said[mask] = logits.argmax(-1)
     texts = (encoder.tokenizer.decode(row[row != IGNORED_LABEL].tolist(), skip_special_tokens=True) for row in said)
     return [encoder.format.read(text) for text in texts]
-
-
-def class_name(true: bool, like: str) -> str:
-    """A binary class in the words of another one: the prediction beside the edit's target.
-
-    Example:
-        >>> class_name(False, like="true"), class_name(True, like="REFUTES")
-        ('FALSE', 'SUPPORTS')
-    """
-    name = like.strip().upper()
-    names = TRUE_LABELS if name in TRUE_LABELS else FALSE_LABELS
-    return (TRUE_LABELS if true else FALSE_LABELS)[names.index(name)]
 
 
 def condition_ids(texts: Sequence[str], encoder: Encoder) -> tuple[Tensor, Tensor]:
