@@ -45,17 +45,29 @@ def _saved(path: Path, draw, size: tuple[float, float], panels: int = 1) -> Path
 
 def _success_drawdown(axes, rows: Sequence[Row]) -> None:
     """Up and to the left is better."""
-    for index, row in enumerate(rows):
-        x, y = row["metrics"]["drawdown"], row["metrics"]["edit_success"]
+    points = [(row["metrics"]["drawdown"], row["metrics"]["edit_success"]) for row in rows]
+    for index, (row, (x, y)) in enumerate(zip(rows, points)):
         low, high = row["intervals_95"].get("edit_success", (y, y))
         axes.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", color=f"C{index % 10}", capsize=3)
-        axes.annotate(row["editor"], (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9)
+        side = {"xytext": (-7, 4), "ha": "right"} if _crowded(x, y, points) else {"xytext": (7, 4)}
+        axes.annotate(row["editor"], (x, y), textcoords="offset points", fontsize=9, **side)
     axes.margins(x=0.18)
     axes.set_ylim(-0.02, 1.05)
     axes.set_xlabel("drawdown: accuracy on unrelated facts lost by the edit (less is better)")
     axes.set_ylabel("edit success")
     axes.set_title("Edit success and what it costs elsewhere (95 % intervals)")
     axes.grid(alpha=0.3)
+
+
+def _crowded(x: float, y: float, points: Sequence[tuple[float, float]]) -> bool:
+    """Whether another point stands where this one's name would, on its right.
+
+    Example:
+        >>> _crowded(0.0, 0.5, [(0.0, 0.5), (0.05, 0.52), (1.0, 0.1)]), _crowded(0.0, 0.5, [(0.0, 0.5), (1.0, 0.1)])
+        (True, False)
+    """
+    width = max(point[0] for point in points) - min(point[0] for point in points)
+    return any(0 < other - x < 0.13 * width and abs(above - y) < 0.08 for other, above in points)
 
 
 def _by_count(axes, rows: Sequence[Row]) -> None:
