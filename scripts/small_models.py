@@ -64,7 +64,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def group(self, epoch: int, index: int, edits_at_once: int) -> Pair:
+    def group(self, epoch: int, index: int, edits_at_once: int, limit: int | None) -> Pair:
         return self.pairs[index]
 
 

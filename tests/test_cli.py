@@ -341,7 +341,7 @@ def test_other_families(family, kind, base_folder, facts, tmp_path):
         asked = ["--prompt", "Which continent is North Korea in? Asia.", "--target", "false", "--dtype", "float32"]
         edited = call("edit", "--editor", tmp_path / "editor", *asked, "--out", tmp_path / "edit.safetensors")
         assert edited.code == 0, edited.err
-        assert re.search("(TRUE|FALSE) │ (TRUE|FALSE)", edited.out) and "REFUTES" not in edited.out
+        assert re.search("(true|false) │ (true|false)", edited.out) and "REFUTES" not in edited.out
         assert (tmp_path / "edit.safetensors").is_file()
 
 

@@ -13,9 +13,10 @@ from bases import REMARKS, SIZES, run_config
 from commandline import assert_says, call
 from matplotlib.image import imread
 
+from mend_lightning.commands import compare
 from mend_lightning.commands.compare import plan
 from mend_lightning.commands.comparison import Outcome, check_same_edits, difference, per_task, rows_of
-from mend_lightning.errors import ConfigError
+from mend_lightning.errors import ConfigError, StateDictError
 from mend_lightning.functional import paired_interval
 
 pytest_plugins = ["bases"]
@@ -102,12 +103,18 @@ def test_another_config_in_the_same_folder(compared, tmp_path):
     assert_says(result.err, "mend/k1 holds results of another config than MEND's is now. Remove that folder, or give another --out")
 
 
-def test_a_failure_names_the_command(base_folder, facts, tmp_path, capfd):
-    config = write_config(tmp_path, base_folder("llama"), facts, editors={"B": {"model": {"lr": "x"}}})
+def test_a_failure_names_the_command(base_folder, facts, tmp_path, capfd, monkeypatch):
+    config = write_config(tmp_path, base_folder("llama"), facts, reference="B", editors={"B": {"model": {"lr": "x"}}})
     result = call("compare", "--config", config)
     assert result.code == 1
     assert_says(result.err, r"fit --config .*/b/k1/run.yaml` failed \(exit code 2\); its error is above")
     assert not json.loads((tmp_path / "compared" / "b" / "k1" / "fit.json").read_text())["finished"]
+    # Corrected, it may be tried again where it failed before it made anything.
+    (run,), _ = plan(str(write_config(tmp_path, base_folder("llama"), facts, reference="B", editors={"B": {}})))
+    monkeypatch.setattr(compare, "_call", lambda *_: None)
+    with pytest.raises(StateDictError, match="does not hold the results"):
+        compare.carry_out(run)
+    assert yaml.safe_load((run.folder / "run.yaml").read_text()) == run.config
     assert "model.lr" in capfd.readouterr().err
 
 
@@ -130,7 +137,7 @@ def test_a_wrong_section(section, text, tmp_path):
 
 def test_what_is_planned(base_folder, facts, tmp_path):
     config = write_config(
-        tmp_path, base_folder("llama"), facts, edits_at_once=[1, 4],
+        tmp_path, base_folder("llama"), facts, edits_at_once=[1, 4], reference="A",
         editors={"A": {"trainer": {"max_steps": 9}}, "B": {"model": {"editor": "some/folder"}}},
     )  # fmt: skip
     runs, reference = plan(str(config))
@@ -145,6 +152,19 @@ def test_what_is_planned(base_folder, facts, tmp_path):
         ("MEND", f"runs/quickstart-several/mend/k{count}", None) for count in (1, 5, 25)
     ]
     assert [run.config["data"]["batch_size"] for run in plain] == [8, 1, 1]
+    misspelt = write_config(tmp_path, base_folder("llama"), facts, reference="MNED")
+    with pytest.raises(ConfigError, match="compare.reference is 'MNED'; it must be one of MEND, Own steps"):
+        plan(str(misspelt))
+    twins = write_config(tmp_path, base_folder("llama"), facts, reference="A b", editors={"A b": {}, "A, b": {}})
+    with pytest.raises(ConfigError, match="The editors 'A b' and 'A, b' would share the folder .*a-b/k1. Rename one"):
+        plan(str(twins))
+    empty = write_config(tmp_path, base_folder("llama"), facts, reference="A", editors={"A": {"model": None}})
+    with pytest.raises(ConfigError, match="compare.editors.A: model must hold settings, and it is None"):
+        plan(str(empty))
+    config = write_config(
+        tmp_path, base_folder("llama"), facts, edits_at_once=[1, 4], reference="A",
+        editors={"A": {"trainer": {"max_steps": 9}}, "B": {"model": {"editor": "some/folder"}}},
+    )  # fmt: skip
     with pytest.raises(ConfigError, match="compares A, B; there is no C"):
         plan(str(config), editors=["C"])
 

@@ -48,9 +48,9 @@ def test_one_step_of_training_and_a_test(name, editor, tiny, facts, tmp_path):
         "default_root_dir": str(tmp_path), "max_steps": 1, "val_check_interval": 1, "limit_val_batches": 1,
         "enable_progress_bar": False, "log_every_n_steps": 1,
     }  # fmt: skip
-    arguments = config["model"].get("algorithm", {}).get("init_args", {})
-    if "locality_data" in arguments:
-        arguments["locality_data"] = files["train"]
+    algorithm = config["model"].get("algorithm")
+    if isinstance(algorithm, dict) and "locality_data" in algorithm.get("init_args", {}):
+        algorithm["init_args"]["locality_data"] = files["train"]
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     fitted = call("fit", "--config", path)

@@ -15,6 +15,8 @@ from torch import nn
 
 from mend_lightning.base import BaseModel
 from mend_lightning.editors import MendEditor
+from mend_lightning.checks import check_single_process
+from mend_lightning.editors import FineTuning
 from mend_lightning.errors import (
     BaseModelMismatchError,
     CheckpointingError,
@@ -212,6 +214,23 @@ def test_foreign_checkpoints(change, error, text, checkpoint, mend, edit_data, t
     torch.save(saved, path)
     with pytest.raises(error, match=text):
         trainer(max_steps=3).fit(mend("llama"), edit_data(), ckpt_path=path)
+
+
+def test_a_checkpoint_from_before_a_setting_existed(checkpoint, mend, edit_data, trainer):
+    path, _ = checkpoint
+    saved = torch.load(path, weights_only=True)
+    del saved["mend_lightning"]["class"], saved["mend_lightning"]["settings"]["ridge"]
+    torch.save(saved, path)
+    run = trainer(max_steps=3)
+    run.fit(mend("llama"), edit_data(), ckpt_path=path)
+    assert run.global_step == 3
+
+
+def test_an_editor_without_training_on_several_processes():
+    editor = FineTuning({"fc": (2, 2)})
+    check_single_process(editor, 1)
+    with pytest.raises(ConfigError, match="FineTuning needs no training, and fit on 2 processes cannot run without. Use"):
+        check_single_process(editor, 2)
 
 
 @pytest.mark.parametrize("settings, named", [({"rank": 4}, "settings"), ({"last_blocks": 1}, "layers")])

@@ -18,7 +18,7 @@ class EchoSampler:
     def __len__(self) -> int:
         return SIZE
 
-    def group(self, epoch: int, index: int, edits_at_once: int) -> tuple[int, int]:
+    def group(self, epoch: int, index: int, edits_at_once: int, limit: int | None) -> tuple[int, int]:
         return epoch, index
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from bases import FORMATS, REMARKS, assert_same_state, run_config, state_copy
 from commandline import assert_says, call
 from matplotlib.image import imread
@@ -140,9 +141,13 @@ def test_the_command(base_folder, facts, tmp_path):
     too_many = call(*given, "--edits", 99)
     assert too_many.code == 1
     assert_says(too_many.err, "test.jsonl has 7 facts, fewer than the 99 edits asked for")
-    assert_says(call(*given, "--edits", 7).err, "The 7 edits leave no unrelated fact in .*test.jsonl. Lower --edits")
+    assert_says(call(*given, "--edits", 7).err, "7 edits at once leave no unrelated fact over: the set has 7 records. Lower edits")
     assert_says(call(*given, "--edits", 0).err, "edits and every must be at least 1, not 0 and 10")
     assert_says(call(*given, "--editor", tmp_path).err, "is not a saved editor")
     other = tmp_path / "other.yaml"
-    other.write_text("model: {rank: 3}")
-    assert_says(call("sequential", other).err, "other.yaml is not the config of a run: 'data'. Give the one the editor was")
+    other.write_text("data: {tset: x}")
+    assert_says(call("sequential", other).err, "other.yaml is not the config of a run: .*'tset'. Give the one the editor was")
+    changed = yaml.safe_load(config.read_text())
+    changed["data"]["stop"] = "."
+    other.write_text(yaml.safe_dump(changed))
+    assert_says(call("sequential", other).err, "The editor was trained with the prompt format")

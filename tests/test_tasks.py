@@ -143,6 +143,14 @@ def test_groups_hold_every_record_once_an_epoch_and_their_unrelated_facts_are_no
     assert again.group(1, 2, 3) == sampler.group(1, 2, 3)
 
 
+def test_a_limit_is_of_the_first_records_and_too_many_at_once_are_refused():
+    sampler = TaskSampler(RECORDS, locality=2)
+    edited = {task.prompt for index in range(len(TaskDataset(sampler, 2, 6))) for task in sampler.group(0, index, 2, 6)}
+    assert edited == {record.prompt for record in RECORDS[:6]}
+    with pytest.raises(ConfigError, match="12 edits at once leave no unrelated fact over: the set has 12 records. Lower"):
+        sampler.group(0, 0, 12)
+
+
 def test_records_that_fill_no_group_are_left_out_and_a_group_of_one_is_the_task():
     sampler = TaskSampler(RECORDS, locality=2)
     assert len(TaskDataset(sampler, 5)) == 2

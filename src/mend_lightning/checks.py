@@ -40,6 +40,15 @@ def check_prompt_format(saved: dict[str, str], given: dict[str, str] | None) -> 
         )
 
 
+def check_single_process(editor: nn.Module, world_size: int) -> None:
+    """Raises ConfigError if an editor without parameters is to be fitted on several processes, which DDP refuses."""
+    if world_size > 1:
+        raise ConfigError(
+            f"{type(editor).__name__} needs no training, and fit on {world_size} processes cannot run without. Use "
+            "--trainer.devices 1 (and one node) for fit, or leave it out: test works without."
+        )
+
+
 def check_precision(editor: nn.Module) -> None:
     """Raises ConfigError if the trainer's precision cast the editor away from float32."""
     for name, parameter in editor.named_parameters():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mend_lightning import __version__
+from mend_lightning.config.files import DEFAULT_ROOT
 from mend_lightning.errors import MendError
 from mend_lightning.files import check_writable
 from mend_lightning.config.overlays import resolved_configs
@@ -24,7 +25,7 @@ TRAINER_COMMANDS = {
     "predict": "ask every test question before and after its edit",
 }
 COMMANDS = {
-    "edit": "change one fact (or several): before and after, and the edit as a small file",
+    "edit": "change one fact (or several): before and after, and the edit as a file",
     "compare": "train and test several editors on the same edits: one table, plots",
     "sequential": "edit one model again and again: what stays, what is forgotten, when it breaks",
     "check-data": "what a data file holds, how many records can be used, and why the others cannot",
@@ -147,7 +148,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         trainer_defaults={
             # Edits need gradients in validation and test too.
             "inference_mode": False,
-            "default_root_dir": "runs/mend",
+            "default_root_dir": DEFAULT_ROOT,
             "callbacks": [StartReport(), SaveEditor(), CurvePlot(), ResultsReport()],
         },
     )

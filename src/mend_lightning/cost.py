@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ def peak_beyond(run: Callable[[], object], device: torch.device) -> float | None
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / MEGABYTE
-    return resident_peak(run)["beyond"] if RESET.exists() else None
+    return resident_peak(run)["beyond"] if os.access(RESET, os.W_OK) else None
 
 
 def resident_peak(run: Callable[[], object], rounds: int = 1) -> dict[str, float]:

@@ -67,6 +67,7 @@ class DenseDelta:
 
     def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
         """`x ΔWᵀ` for every row with its own task's delta; see `LowRankDelta.output`."""
+        task_of_row = None if self.tasks == 1 else task_of_row
         flat = x.to(self.weight.dtype).reshape(self.tasks if task_of_row is None else x.shape[0], -1, x.shape[-1])
         product = torch.bmm(flat, self.weight.mT) if task_of_row is None else self._by_task(flat, task_of_row)
         return product.reshape(*x.shape[:-1], self.weight.shape[1])

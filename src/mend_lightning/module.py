@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,14 @@ from torch.utils.data import DataLoader
 from mend_lightning.answers import edited_answers, judge_answers, task_records
 from mend_lightning.base import BaseModel
 from mend_lightning.calibration import collect_moments
-from mend_lightning.checks import check_checkpointing, check_finite, check_precision, check_prompt_format
-from mend_lightning.data.encode import Encoder, model_kind
+from mend_lightning.checks import (
+    check_checkpointing,
+    check_finite,
+    check_precision,
+    check_prompt_format,
+    check_single_process,
+)
+from mend_lightning.data.encode import Encoder, in_words, model_kind
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
@@ -50,8 +57,7 @@ class MendModule(L.LightningModule):
             `confidence` below mean nothing; None: MEND with those.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
-        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge,
-            confidence: see
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge, confidence: see
             `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step; at most
             one epoch.
@@ -127,6 +133,8 @@ class MendModule(L.LightningModule):
         else:
             chosen = select_layers(self.base_model, self._layers, self._last_blocks)
             self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
+            check_single_process(self.editor, self._trainer.world_size)
         check_checkpointing(self.base_model)
         self.editor.encoder = self._encoder()
         given = asdict(self.editor.encoder.format) if self.editor.encoder else None
@@ -189,7 +197,8 @@ class MendModule(L.LightningModule):
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
         self._trained = True
         if not self.editor.trainable:
-            self.trainer.fit_loop.max_epochs = 0
+            # Nothing to do; `on_fit_end` puts it back.
+            self._max_epochs, self.trainer.fit_loop.max_epochs = self.trainer.fit_loop.max_epochs, 0
         if self.editor.calibrated:
             return
         if self.trainer.datamodule is None:
@@ -198,6 +207,10 @@ class MendModule(L.LightningModule):
                 "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
             )
         self._calibrate(self.trainer.datamodule.train_dataloader())
+
+    def on_fit_end(self) -> None:
+        if not self.editor.trainable:
+            self.trainer.fit_loop.max_epochs = self._max_epochs
 
     def _calibrate(self, batches: DataLoader) -> None:
         moments: dict[str, InputMoments] = {}
@@ -274,6 +287,9 @@ class MendModule(L.LightningModule):
         after = self.editor.edited(self.base_model, batch.z_edit).answers(
             self.base_model, self._encoder(), prompts, batch.z_edit.task_of_row
         )
+        if self.base_kind == "classifier":
+            # In the words of the edit: "true" becomes "false", and not REFUTES.
+            before, after = ([in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after))
         return [
             {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
             for text, old, new in zip(batch.texts, before, after)
@@ -314,7 +330,11 @@ class MendModule(L.LightningModule):
             raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
         self._trained = True
         mine = self.editor.description()
-        for name in ("layers", "settings", "base_fingerprint"):
+        # Settings that came later have their defaults in an older checkpoint.
+        defaults = {name: p.default for name, p in signature(type(self.editor)).parameters.items() if p.default is not p.empty}
+        saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
+        mine["settings"] = {**defaults, **mine["settings"]}
+        for name in ("class", "layers", "settings", "base_fingerprint"):
             if saved[name] != mine[name]:
                 raise BaseModelMismatchError(
                     f"The checkpoint is of another editor or base model: its {name} is {saved[name]}, here it is "

@@ -31,15 +31,15 @@ class Checkpoint:
 
     Attributes:
         edits: how many were made.
-        immediate: share of rows (x_e and rephrases) that were right just after their own edit.
+        immediate: share of rows (x_e and rephrases) that were right just after their own edit; None before the first.
         retained: the same rows of all edits so far, asked now.
         perplexity: of the answers of unrelated facts.
         accuracy: on unrelated facts, whole row.
     """
 
     edits: int
-    immediate: float
-    retained: float
+    immediate: float | None
+    retained: float | None
     perplexity: float
     accuracy: float
 
@@ -59,11 +59,11 @@ class EditSequence:
     final: list[list[bool]] = field(default_factory=list)
 
     @property
-    def forgetting(self) -> float:
-        """Of the rows that were right just after their edit, the share that the final model gets wrong."""
+    def forgetting(self) -> float | None:
+        """Of the rows that were right just after their edit, the share that the final model gets wrong; None: there are none."""
         pairs = [pair for each in zip(self.immediate, self.final) for pair in zip(*each)]
         learned = [after for before, after in pairs if before]
-        return sum(not after for after in learned) / len(learned) if learned else math.nan
+        return sum(not after for after in learned) / len(learned) if learned else None
 
     @property
     def broken_after(self) -> int | None:
@@ -102,8 +102,7 @@ def edit_in_sequence(
     Raises:
         ConfigError: the editor changes no weight.
     """
-    if not editor.changes_weights:
-        raise ConfigError(f"{type(editor).__name__} changes no weight: its edits do not build on each other.")
+    check_builds_on(editor)
     layers, found, stack = editor.modules_in(model), EditSequence(), dict[str, Delta]()
     asked: list[Rows] = []
     found.checkpoints.append(_checkpoint(model, layers, stack, found, asked, probes))
@@ -120,6 +119,12 @@ def edit_in_sequence(
     if len(found.checkpoints) == 1 or found.checkpoints[-1].edits < len(asked):
         found.checkpoints.append(_checkpoint(model, layers, _complete(stack, editor), found, asked, probes))
     return found
+
+
+def check_builds_on(editor: Editor) -> None:
+    """Raises ConfigError if one edit of this editor cannot be made on the model that another one left."""
+    if not editor.changes_weights:
+        raise ConfigError(f"{type(editor).__name__} changes no weight: its edits do not build on each other.")
 
 
 def stacked(
@@ -187,6 +192,6 @@ def _scores(
     return rows_sum(token_nll(logits, targets), *index), rows_all_true(is_correct(logits, targets), *index)
 
 
-def _share(rows: Sequence[Sequence[bool]]) -> float:
+def _share(rows: Sequence[Sequence[bool]]) -> float | None:
     flat = [value for each in rows for value in each]
-    return sum(flat) / len(flat) if flat else math.nan
+    return sum(flat) / len(flat) if flat else None

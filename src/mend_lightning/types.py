@@ -56,7 +56,7 @@ class Rows:
     def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
         part = self._map(lambda tensor: tensor[rows])
-        chosen = torch.arange(len(self))[rows].tolist()
+        chosen = torch.arange(len(self), device=self.task.device)[rows].tolist()
         return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen) if self.texts else ())
 
     def of_tasks(self, chosen: Tensor) -> tuple[Rows, Tensor]:

@@ -106,7 +106,19 @@ def plan(
         for name in names
         for count in counts
     ]
-    return runs, settings.get("reference") if settings.get("reference") in names else names[0]
+    _check_folders(runs)
+    reference = settings.get("reference", names[0])
+    if reference not in section["editors"]:
+        raise ConfigError(f"{config}: {SECTION}.reference is {reference!r}; it must be one of {', '.join(section['editors'])}.")
+    return runs, reference if reference in names else names[0]
+
+
+def _check_folders(runs: Sequence[Run]) -> None:
+    owners: dict[Path, str] = {}
+    for run in runs:
+        other = owners.setdefault(run.folder, run.editor)
+        if other != run.editor:
+            raise ConfigError(f"The editors {other!r} and {run.editor!r} would share the folder {run.folder}. Rename one.")
 
 
 def _leaf(value: Any) -> Leaf:
@@ -131,9 +143,12 @@ def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, A
     if isinstance(own, Leaf) and own.value is not None and own.value != {}:
         raise ConfigError(f"compare.editors.{name} must hold what differs from the shared config, or {{}}; it is {own.value!r}.")
     merged = plain(merge_trees(shared, own if isinstance(own, dict) else {}))
+    broken = next((key for key in ("model", "data", "trainer") if not isinstance(merged.get(key, {}), dict)), None)
+    if broken:
+        raise ConfigError(f"compare.editors.{name}: {broken} must hold settings, and it is {merged[broken]!r}.")
     folder = root / re.sub(r"[^a-z0-9+.]+", "-", name.lower()) / f"k{count}"
     data = dict(merged.get("data", {}))
-    # As many edits a step whatever their grouping: a budget that is the same for all.
+    # About as many edits a step whatever their grouping, but never less than one task.
     data |= {"edits_at_once": count, "batch_size": max(1, data.get("batch_size", 8) // count)}
     merged |= {"data": data, "trainer": {**merged.get("trainer", {}), "default_root_dir": str(folder)}}
     given = merged.get("model", {}).pop("editor", None)
@@ -150,9 +165,13 @@ def carry_out(run: Run) -> Outcome:
     """
     config = run.folder / "run.yaml"
     if config.is_file() and config.read_text(encoding="utf-8") != to_yaml(dict(run.config)):
-        raise ConfigError(
-            f"{run.folder} holds results of another config than {run.editor}'s is now. Remove that folder, or give another --out."
-        )
+        # What failed before it made anything may be tried again with a corrected config.
+        if any((run.folder / name).exists() for name in ("checkpoints", "editor", "results.json")):
+            raise ConfigError(
+                f"{run.folder} holds results of another config than {run.editor}'s is now. Remove that folder, or give "
+                "another --out."
+            )
+        (run.folder / "fit.json").unlink(missing_ok=True)
     with written(config) as temporary:
         temporary.write_text(to_yaml(dict(run.config)), encoding="utf-8")
     seconds = 0.0 if run.trained else _fit(run, config)
@@ -202,8 +221,8 @@ def write_comparison(root: Path, outcomes: Sequence[Outcome], reference: str, co
     edits = len(outcomes[0].records)
     title = f"{len({row['editor'] for row in rows})} editors of {first['base']} on {edits} edits of {first['test']}"
     notes = [
-        f"`mend-lightning compare --config {config}`. All are tested on the same edits; k: edits made together. "
-        f"Differences to {reference} with a 95 % interval from a paired bootstrap over tasks."
+        f"`mend-lightning compare --config {config}`. All with one k are tested on the same edits; k: edits made together, "
+        f"and in training max(1, batch_size // k) such tasks a step. Differences to {reference} with a 95 % interval from a paired bootstrap over tasks."
     ]
     write_json(root / "comparison.json", {"title": title, "reference": reference, "rows": rows, "versions": versions()})
     with written(root / "comparison.md") as temporary:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mend_lightning.base import Dtype, load_base
-from mend_lightning.data.encode import class_name
+from mend_lightning.data.encode import in_words
 from mend_lightning.edit import Edit, make_edit, ready
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, DataFileError, RecordError
@@ -77,8 +77,8 @@ def edit_command(
             rows = encoder.rows(facts, [0] * len(facts), 1).to(model.device)
             after = trained.edited(model, rows).answers(model, encoder, questions)
     if encoder.kind == "classifier":
-        # In the words of the edit: "true" is changed to "false", and not to REFUTES.
-        before, after = ([class_name(name == class_name(True), facts[0][1]) for name in names] for names in (before, after))
+        # In the words of the edit: "true" becomes "false", and not REFUTES.
+        before, after = ([in_words(name, facts[0][1]) for name in names] for names in (before, after))
     console().print(before_after_table(asked, before, after, dict(facts)))
     if trained.changes_weights:
         _print_saved(edit, edit.save(out), model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mend_lightning.base import BaseModel
+from mend_lightning.checks import check_prompt_format
+from mend_lightning.config.files import DEFAULT_ROOT
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.tasks import EditTask
@@ -19,7 +22,7 @@ from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_writable, write_json, written
 from mend_lightning.config.overlays import read_config
 from mend_lightning.report import console, versions
-from mend_lightning.sequential import BROKEN, EditSequence, edit_in_sequence
+from mend_lightning.sequential import BROKEN, EditSequence, check_builds_on, edit_in_sequence
 
 # Unrelated facts whose perplexity is watched.
 PROBES = 128
@@ -43,9 +46,11 @@ def sequential_command(
         raise ConfigError(f"edits and every must be at least 1, not {edits} and {every}.")
     values = read_config(name).values()
     data, base = _data_and_base(values, name)
-    editor = editor or Path(values.get("trainer", {}).get("default_root_dir", "."), "editor")
+    editor = editor or Path((values.get("trainer") or {}).get("default_root_dir", DEFAULT_ROOT), "editor")
     trained, folder = Editor.from_pretrained(editor), Path(out or editor.parent)
     check_writable(folder)
+    check_builds_on(trained)
+    check_prompt_format(trained.prompt_format, asdict(data.format))
     model, tokenizer = base.load()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained.check_base(model)
@@ -60,8 +65,9 @@ def sequential_command(
 
 def _data_and_base(values: dict[str, Any], name: str) -> tuple[EditDataModule, BaseModel]:
     try:
-        data, base = EditDataModule(**values["data"]), BaseModel(**values["model"]["base"])
-    except (KeyError, TypeError) as error:
+        data = EditDataModule(**(values.get("data") or {}))
+        base = BaseModel(**((values.get("model") or {}).get("base") or {}))
+    except TypeError as error:
         raise ConfigError(f"{name} is not the config of a run: {error}. Give the one the editor was trained with.") from error
     if data.files["test"] is None:
         raise ConfigError(f"{name} has no data.test, whose facts are edited. Give a file, or world_facts/test.")
@@ -78,12 +84,7 @@ def edits_and_probes(data: EditDataModule, edits: int) -> tuple[Sequence[EditTas
     if edits > len(sampler):
         raise ConfigError(f"{data.files['test']} has {len(sampler)} facts, fewer than the {edits} edits asked for.")
     tasks = sampler.group(0, 0, edits)
-    probes = list(dict.fromkeys(pair for task in tasks for pair in task.locality))[:PROBES]
-    if not probes:
-        raise ConfigError(
-            f"The {edits} edits leave no unrelated fact in {data.files['test']}. Lower --edits, or set data.locality_data."
-        )
-    return tasks, probes
+    return tasks, list(dict.fromkeys(pair for task in tasks for pair in task.locality))[:PROBES]
 
 
 def _report(found: EditSequence, folder: Path, about: dict[str, Any]) -> None:
@@ -113,11 +114,13 @@ def conclusions(summary: dict[str, Any]) -> Iterator[str]:
     """What the table says, in words."""
     yield (
         f"Just after its edit {summary['immediate_success']:.3f} of questions and rephrases are right, under the final model "
-        f"{summary['retained_success']:.3f}; {summary['forgetting']:.3f} of what was right is forgotten."
+        f"{summary['retained_success']:.3f}; "
+        + ("nothing was right, so nothing is forgotten." if summary["forgetting"] is None else
+           f"{summary['forgetting']:.3f} of what was right is forgotten.")
     )
     broken = summary["broken_after"]
     yield (
         f"Perplexity on unrelated facts never reaches {BROKEN:g} times the base's."
         if broken is None
-        else f"The model breaks after {broken} edits: perplexity on unrelated facts is more than {BROKEN:g} times the base's."
+        else f"The model is broken at the look after {broken} edits: perplexity on unrelated facts is more than {BROKEN:g} times the base's."
     )

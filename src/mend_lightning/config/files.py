@@ -8,6 +8,10 @@ from pathlib import Path
 from mend_lightning.errors import ConfigError
 
 
+# Where a run goes whose config does not say it.
+DEFAULT_ROOT = "runs/mend"
+
+
 def config_folder() -> Path:
     """The folder of the shipped configs: inside the wheel, or `configs/` of a checkout."""
     inside = Path(__file__).parents[1] / "configs"
@@ -44,7 +48,8 @@ def near_config(name: str) -> str:
         >>> near_config("quikstart")
         ' Did you mean quickstart? `mend-lightning show-config` lists the shipped ones.'
     """
-    known = config_names() + [f"shared/{path.stem}" for path in config_folder().glob("shared/*.yaml")]
+    folder = config_folder()
+    known = config_names() + [f"{path.parent.name}/{path.stem}" for path in folder.glob("*/*.yaml")]
     near = difflib.get_close_matches(name.lower().removesuffix(".yaml"), known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"{hint} `mend-lightning show-config` lists the shipped ones."

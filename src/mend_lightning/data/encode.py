@@ -227,6 +227,17 @@ def class_name(true: bool, like: str = TRUE_LABELS[0]) -> str:
     return (TRUE_LABELS if true else FALSE_LABELS)[names.index(name)]
 
 
+def in_words(name: str, like: str) -> str:
+    """A class that a classifier answered with (SUPPORTS or REFUTES) in the words and letters of another name.
+
+    Example:
+        >>> in_words("REFUTES", like="true"), in_words("SUPPORTS", like="REFUTES")
+        ('false', 'SUPPORTS')
+    """
+    found = class_name(name == class_name(True), like)
+    return found.lower() if like.strip().islower() else found
+
+
 def _is_grouped(task: Sequence[int], tasks: int) -> bool:
     each = len(task) // tasks
     return each * tasks == len(task) and list(task) == [i // each for i in range(len(task))]

@@ -194,15 +194,17 @@ class EditDataModule(L.LightningDataModule):
                 f"{self.files[split]}: {edits} record(s) to evaluate on {order.num_replicas} process(es); each needs at "
                 f"least {self.edits_at_once}. Use fewer devices, raise the number of edits, or lower edits_at_once."
             )
-        return self._loader(DataLoader, sampler, order, self.eval_batch_size)
+        return self._loader(DataLoader, sampler, order, self.eval_batch_size, edits)
 
     def _order(self, size: int, batch_size: int, shuffle: bool) -> TaskOrder:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size)
 
-    def _loader(self, kind: type, sampler: TaskSampler, order: TaskOrder, batch_size: int) -> DataLoader:
+    def _loader(
+        self, kind: type, sampler: TaskSampler, order: TaskOrder, batch_size: int, limit: int | None = None
+    ) -> DataLoader:
         return kind(
-            TaskDataset(sampler, self.edits_at_once),
+            TaskDataset(sampler, self.edits_at_once, limit),
             batch_size=batch_size,
             sampler=order,
             collate_fn=partial(collate_groups, encoder=self.encoder),

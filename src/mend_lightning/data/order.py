@@ -18,18 +18,19 @@ class TaskDataset(Dataset):
     Args:
         sampler: draws the edits.
         edits_at_once: edits a group; records that fill no group are left out.
+        limit: only the first so many records are edited; None: all.
     """
 
-    def __init__(self, sampler: TaskSampler, edits_at_once: int = 1) -> None:
-        self.sampler, self.edits_at_once = sampler, edits_at_once
+    def __init__(self, sampler: TaskSampler, edits_at_once: int = 1, limit: int | None = None) -> None:
+        self.sampler, self.edits_at_once, self.limit = sampler, edits_at_once, limit
 
     def __len__(self) -> int:
-        return len(self.sampler) // self.edits_at_once
+        return (self.limit or len(self.sampler)) // self.edits_at_once
 
     def __getitem__(self, key: tuple[int, int] | int) -> tuple[EditTask, ...]:
         # Trainer(overfit_batches=...) puts a sampler of its own in place of TaskOrder, whose keys are bare indices.
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        return self.sampler.group(epoch, index, self.edits_at_once)
+        return self.sampler.group(epoch, index, self.edits_at_once, self.limit)
 
 
 class TaskOrder(DistributedSampler):

@@ -79,7 +79,7 @@ class TaskSampler:
         self._pool = known if unrelated is None else list(unrelated)
         if any(len(record.locality) < locality for record in records):
             _check_pool(self._pool, records, unrelated is not None)
-        self._order: tuple[int, list[int]] | None = None
+        self._order: tuple[tuple[int, int], list[int]] | None = None
         self._by_relation: dict[str, list[Record]] = defaultdict(list)
         for record in known:
             self._by_relation[record.relation].append(record)
@@ -87,18 +87,33 @@ class TaskSampler:
     def __len__(self) -> int:
         return len(self.records)
 
-    def group(self, epoch: int, index: int, edits_at_once: int) -> tuple[EditTask, ...]:
-        """Edits that are made at once, none of whose unrelated facts another one edits.
+    def group(self, epoch: int, index: int, edits_at_once: int, limit: int | None = None) -> tuple[EditTask, ...]:
+        """Edits that are made at once; what is drawn as unrelated to one of them, none of the others edits.
 
         Records are put together anew each epoch, and not as they stand in the file, where neighbours often share a subject.
+
+        Args:
+            epoch, index: of the group.
+            edits_at_once: edits a group.
+            limit: only the first so many records are edited; None: all.
+
+        Raises:
+            ConfigError: the edits leave no unrelated fact over.
         """
         if edits_at_once == 1:
             return (self.task(epoch, index),)
-        if self._order is None or self._order[0] != epoch:
+        key = (epoch, limit or len(self))
+        if self._order is None or self._order[0] != key:
             shuffle = random.Random(f"{self.seed}/{epoch}/groups")
-            self._order = epoch, shuffle.sample(range(len(self)), len(self))
+            self._order = key, shuffle.sample(range(key[1]), key[1])
         chosen = self._order[1][index * edits_at_once : (index + 1) * edits_at_once]
-        return tuple(self.task(epoch, i, [self.records[other] for other in chosen]) for i in chosen)
+        tasks = tuple(self.task(epoch, i, [self.records[other] for other in chosen]) for i in chosen)
+        if self.locality and not any(task.locality for task in tasks):
+            raise ConfigError(
+                f"{edits_at_once} edits at once leave no unrelated fact over: the set has {len(self)} records. Lower "
+                "edits_at_once, or set locality_data."
+            )
+        return tasks
 
     def task(self, epoch: int, index: int, edited: Sequence[Record] = ()) -> EditTask:
         """The task made of record `index` in `epoch`; `edited`: other records that its unrelated facts must avoid."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.data.encode import Encoder
+from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.in_context import tasks_of_prompts
@@ -133,6 +133,8 @@ class CachedModel:
         tasks = torch.tensor(tasks_of_prompts(len(prompts), int(self.task.max()) + 1, task_of_row))
         distances, which = self.nearest(prompt_keys(model, encoder, prompts), tasks.to(self.task.device))
         answers = [encoder.format.read(self.texts[i]) for i in which.tolist()]
+        if encoder.kind == "classifier":
+            answers = [class_name(bool(self.labels[i])) for i in which.tolist()]
         missed = (distances >= self.threshold).nonzero().flatten().tolist()
         if missed:
             kept = None if lengths is None else [lengths[i] for i in missed]

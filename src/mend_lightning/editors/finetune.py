@@ -56,7 +56,8 @@ class FineTuning(Editor):
             be in it. The fact of a step depends on `seed` and the step alone, so it is the same for all edits.
         c_edit: weight of the edit's loss beside the KL (original: 0.01); without `locality_data` it is not used.
         locality_positions: positions the KL looks at: "all" (the original's) or "answer".
-        tasks_at_a_time: so many edits are tuned side by side; it bounds the memory and changes no edit.
+        tasks_at_a_time: so many edits are tuned side by side; it bounds the memory of tuning and changes no edit; the
+            result holds one `ΔW` for each edit of the batch.
         seed: of the unrelated facts.
 
     Example:
