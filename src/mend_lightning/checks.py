@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.errors import CheckpointingError, ConfigError, EmptyEditError, NonFiniteError
+from mend_lightning.editors.editor import Editor
+from mend_lightning.errors import (
+    BaseModelMismatchError,
+    CheckpointingError,
+    ConfigError,
+    EmptyEditError,
+    NonFiniteError,
+    StateDictError,
+)
 from mend_lightning.step import LocalityPositions, edit_step
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
@@ -40,7 +50,34 @@ def check_prompt_format(saved: dict[str, str], given: dict[str, str] | None) -> 
         )
 
 
-def check_single_process(editor: nn.Module, world_size: int) -> None:
+def check_checkpoint(checkpoint: Mapping[str, Any], editor: Editor) -> None:
+    """Raises where a checkpoint is not of this editor and base model, or lacks a part of the editor.
+
+    Raises:
+        StateDictError: MendModule did not write it, or an entry is missing.
+        BaseModelMismatchError: it is of another editor or base model.
+    """
+    saved = checkpoint.get("mend_lightning")
+    if saved is None:
+        raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
+    mine = editor.description()
+    # Settings that came later have their defaults in an older checkpoint.
+    parameters = signature(type(editor)).parameters.items()
+    defaults = {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
+    saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
+    mine["settings"] = {**defaults, **mine["settings"]}
+    for name in ("class", "layers", "settings", "base_fingerprint"):
+        if saved[name] != mine[name]:
+            raise BaseModelMismatchError(
+                f"The checkpoint is of another editor or base model: its {name} is {saved[name]}, here it is "
+                f"{mine[name]}. Use the config and base model it was trained with ({saved['base']})."
+            )
+    missing = [key for key in editor.state_dict() if f"editor.{key}" not in checkpoint["state_dict"]]
+    if missing:
+        raise StateDictError(f"The checkpoint lacks {len(missing)} entries of the editor, among them {missing[0]!r}.")
+
+
+def check_single_process(editor: Editor, world_size: int) -> None:
     """Raises ConfigError if an editor without parameters is to be fitted on several processes, which DDP refuses."""
     if world_size > 1:
         raise ConfigError(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from inspect import signature
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,6 +19,7 @@ from mend_lightning.answers import edited_answers, judge_answers, task_records
 from mend_lightning.base import BaseModel
 from mend_lightning.calibration import collect_moments
 from mend_lightning.checks import (
+    check_checkpoint,
     check_checkpointing,
     check_finite,
     check_precision,
@@ -31,10 +31,11 @@ from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.transform import Init, Inputs
-from mend_lightning.errors import BaseModelMismatchError, ConfigError, InferenceModeError, NonFiniteError, StateDictError
+from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
 from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.optimization import Decay, lr_factor, parameter_groups
 from mend_lightning.precondition import InputMoments
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard
@@ -97,7 +98,7 @@ class MendModule(L.LightningModule):
         lr: float = 1e-6,
         edit_rate_lr: float = 1e-6,
         warmup_steps: int = 0,
-        decay: Literal["none", "linear"] = "none",
+        decay: Decay = "none",
         c_edit: float = 0.1,
         locality_positions: LocalityPositions = "all",
     ) -> None:
@@ -296,13 +297,9 @@ class MendModule(L.LightningModule):
         ]
 
     def configure_optimizers(self) -> dict[str, Any] | None:
-        named = dict(self.editor.named_parameters())
-        if not named:
+        groups = parameter_groups(self.editor, self.lr, self.edit_rate_lr)
+        if not groups:
             return None
-        rates = [named.pop(name) for name in self.editor.rate_names if name in named]
-        groups = [{"params": list(named.values()), "lr": self.lr, "name": "transforms"}]
-        if rates:
-            groups.append({"params": rates, "lr": self.edit_rate_lr, "name": "edit_rates"})
         # Lightning cannot clip before a fused step when it mixes precisions.
         optimizer = torch.optim.Adam(groups, fused=not self._mixed_precision())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
@@ -312,11 +309,7 @@ class MendModule(L.LightningModule):
         return isinstance(self.trainer.precision_plugin, MixedPrecision)
 
     def _lr_factor(self, step: int) -> float:
-        factor = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        total = self.trainer.estimated_stepping_batches
-        if self.decay == "linear" and total != float("inf"):
-            factor *= max(0.0, 1 - step / total)
-        return factor
+        return lr_factor(step, self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {
@@ -325,24 +318,8 @@ class MendModule(L.LightningModule):
         checkpoint["mend_lightning"] = self.editor.description()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("mend_lightning")
-        if saved is None:
-            raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
+        check_checkpoint(checkpoint, self.editor)
         self._trained = True
-        mine = self.editor.description()
-        # Settings that came later have their defaults in an older checkpoint.
-        defaults = {name: p.default for name, p in signature(type(self.editor)).parameters.items() if p.default is not p.empty}
-        saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
-        mine["settings"] = {**defaults, **mine["settings"]}
-        for name in ("class", "layers", "settings", "base_fingerprint"):
-            if saved[name] != mine[name]:
-                raise BaseModelMismatchError(
-                    f"The checkpoint is of another editor or base model: its {name} is {saved[name]}, here it is "
-                    f"{mine[name]}. Use the config and base model it was trained with ({saved['base']})."
-                )
-        missing = [key for key in self.editor.state_dict() if f"editor.{key}" not in checkpoint["state_dict"]]
-        if missing:
-            raise StateDictError(f"The checkpoint lacks {len(missing)} entries of the editor, among them {missing[0]!r}.")
 
 
 def hard_rows(batch: EditBatch) -> Tensor:

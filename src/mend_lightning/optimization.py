@@ -1,0 +1,37 @@
+"""How an editor's parameters learn: groups with rates of their own, warm-up and decay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from mend_lightning.editors.editor import Editor
+
+Decay = Literal["none", "linear"]
+
+
+def parameter_groups(editor: Editor, lr: float, edit_rate_lr: float) -> list[dict[str, Any]]:
+    """Adam's groups: the few numbers a layer that `editor.rate_names` names, and everything else; empty without parameters."""
+    named = dict(editor.named_parameters())
+    rates = [named.pop(name) for name in editor.rate_names if name in named]
+    groups = {"transforms": (list(named.values()), lr), "edit_rates": (rates, edit_rate_lr)}
+    return [{"params": each, "lr": rate, "name": name} for name, (each, rate) in groups.items() if each]
+
+
+def lr_factor(step: int, total: float, warmup_steps: int, decay: Decay) -> float:
+    """What the learning rates are multiplied by in `step`, from 0.
+
+    Args:
+        step: optimiser steps that were taken.
+        total: of the whole training; infinite where it has no end, and then nothing decays.
+        warmup_steps: steps in which the factor rises to 1.
+        decay: "linear" lets it fall to 0 over `total`.
+
+    Example:
+        >>> [lr_factor(step, 4, warmup_steps=1, decay="linear") for step in range(4)]
+        [0.5, 0.75, 0.5, 0.25]
+    """
+    factor = min(1.0, (step + 1) / (warmup_steps + 1))
+    if decay == "linear" and not math.isinf(total):
+        factor *= max(0.0, 1 - step / total)
+    return factor
