@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from mend_lightning.config.files import config_names
-from mend_lightning.editors.mend import MendEditor
 from mend_lightning.config.overlays import read_config
+from mend_lightning.editors.mend import MendEditor
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}

@@ -73,7 +73,7 @@ def expected_moments(model, layer, batches: list[EditBatch], decoding: bool) -> 
     tokens, answers, left, right = [], [], [], []
     for batch in batches:
         inputs = {name: slow_inputs(model, layer, getattr(batch, name)) for name in ("z_edit", "x_in", "x_out")}
-        for name, rows in inputs.items():
+        for rows in inputs.values():
             tokens += [token for row in rows for token in row]
             answers += [token for row in rows for token in row[-2:]]
         for i, edit in enumerate(inputs["z_edit"]):

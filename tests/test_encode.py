@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTo
 
 from mend_lightning.data.encode import Encoder, model_kind
 from mend_lightning.data.prompts import PromptFormat
-from mend_lightning.forward import run_model
 from mend_lightning.errors import ConfigError, TokenizerError, TruncationWarning
+from mend_lightning.forward import run_model
 
 TEXT = [
     "Q: What is the capital of France?\nA: Paris\n", "Q: In which city is the Louvre?\nA: Paris\n",

@@ -161,7 +161,7 @@ def test_an_edit_is_a_gradient_step_of_dense_weights(family, edits):
     deltas = compute_deltas(model, editor, z_edit)
     trained = tiny_model(family)
     layers = editor.modules_in(trained)
-    for (name, layer), change in zip(layers.items(), editor.resting):
+    for layer, change in zip(layers.values(), editor.resting):
         layer.weight += change.detach().T if isinstance(layer, Conv1D) else change.detach()
         layer.weight.requires_grad_()
     nll(trained, rows_of_task(z_edit, 0)).backward()

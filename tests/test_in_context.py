@@ -46,7 +46,7 @@ def asked(base_folder, edit_data):
 
 def by_hand(made, name: str, edits_at_once: int) -> list[dict]:
     """Every row of a set with the facts of its task in front, from ids that are put together here."""
-    encoder, kind, tokenizer, found = made.encoder, made.encoder.kind, made.encoder.tokenizer, []
+    kind, tokenizer, found = made.encoder.kind, made.encoder.tokenizer, []
     rows = getattr(made.batch, name)
     for (prompt, target), task in zip(rows.texts, rows.task.tolist()):
         edits = made.batch.texts[task * edits_at_once : (task + 1) * edits_at_once]

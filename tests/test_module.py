@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import lightning as L
 import pytest
@@ -14,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mend_lightning.base import BaseModel
-from mend_lightning.editors import MendEditor
 from mend_lightning.checks import check_single_process
-from mend_lightning.editors import FineTuning
+from mend_lightning.editors import FineTuning, MendEditor
 from mend_lightning.errors import (
     BaseModelMismatchError,
     CheckpointingError,
@@ -224,6 +224,24 @@ def test_a_checkpoint_from_before_a_setting_existed(checkpoint, mend, edit_data,
     run = trainer(max_steps=3)
     run.fit(mend("llama"), edit_data(), ckpt_path=path)
     assert run.global_step == 3
+
+
+class OwnEditor(MendEditor):
+    """An editor of somebody else's, which this package cannot find by its name."""
+
+
+def test_a_saved_editor_of_ones_own_class(mend, edit_data, trainer, tmp_path):
+    module = mend("llama", algorithm=partial(OwnEditor, rank=4))
+    trainer(max_steps=1).fit(module, edit_data())
+    module.editor.save_pretrained(tmp_path / "own")
+    again = mend("llama", algorithm=partial(OwnEditor, rank=4), editor=tmp_path / "own")
+    trainer().test(again, edit_data(), verbose=False)
+    assert type(again.editor) is OwnEditor
+    assert_same_state(again.editor.state_dict(), module.editor.state_dict())
+    with pytest.raises(StateDictError, match="holds an editor of class 'OwnEditor', not 'Editor'.*set model.algorithm"):
+        trainer().test(mend("llama", editor=tmp_path / "own"), edit_data(), verbose=False)
+    with pytest.raises(StateDictError, match="holds an editor of class 'OwnEditor', not 'FineTuning'"):
+        trainer().test(mend("llama", editor=tmp_path / "own", algorithm=FineTuning), edit_data(), verbose=False)
 
 
 def test_an_editor_without_training_on_several_processes():

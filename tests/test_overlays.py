@@ -8,11 +8,11 @@ import pytest
 import yaml
 from commandline import assert_says, call
 
-from mend_lightning.config.tree import leaves, to_yaml
-from mend_lightning.config.files import config_folder, config_names
-from mend_lightning.errors import ConfigError
-from mend_lightning.config.overlays import read_config, resolved_configs
 from mend_lightning.commands.show_config import config_lines
+from mend_lightning.config.files import config_folder, config_names
+from mend_lightning.config.overlays import read_config, resolved_configs
+from mend_lightning.config.tree import leaves, to_yaml
+from mend_lightning.errors import ConfigError
 
 # What these two configs held before they shared files; runs that were measured used these values.
 FACTS = {

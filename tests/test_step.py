@@ -9,8 +9,8 @@ from reference import ReferenceMend
 
 from mend_lightning.editors import MendEditor
 from mend_lightning.errors import EmptyEditError
-from mend_lightning.forward import attended_mask
 from mend_lightning.factors import edit_factors
+from mend_lightning.forward import attended_mask
 from mend_lightning.step import compute_deltas, edit_step, locality_mask
 from mend_lightning.types import EditBatch
 

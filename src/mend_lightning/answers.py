@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mend_lightning.data.encode import Encoder
-from mend_lightning.evaluate import BatchScores, RowScores
+from mend_lightning.evaluate import BatchScores
 from mend_lightning.functional import exact_match, token_f1
 from mend_lightning.types import EditBatch
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from mend_lightning import __version__
 from mend_lightning.config.files import DEFAULT_ROOT
+from mend_lightning.config.overlays import resolved_configs
 from mend_lightning.errors import MendError
 from mend_lightning.files import check_writable
-from mend_lightning.config.overlays import resolved_configs
 
 TRAINER_COMMANDS = {
     "fit": "train an editor",

@@ -30,6 +30,7 @@ from mend_lightning.data.encode import Encoder, in_words, model_kind
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
+from mend_lightning.editors.storage import read_description
 from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
 from mend_lightning.evaluate import evaluate_batch
@@ -55,7 +56,7 @@ class MendModule(L.LightningModule):
         base: the model whose beliefs are edited.
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
         algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments, and then `rank` to
-            `confidence` below mean nothing; None: MEND with those.
+            `confidence` below mean nothing; None: MEND with those. With `editor` it says what class the folder must hold.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
         rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge, confidence: see
@@ -107,6 +108,7 @@ class MendModule(L.LightningModule):
         self.strict_loading = False
         self.base, self._editor_folder = base, editor
         self._layers, self._last_blocks = layers, last_blocks
+        self._named_algorithm = algorithm
         self._algorithm = algorithm or partial(
             MendEditor, rank=rank, n_hidden=n_hidden, shared=shared, normalize=normalize, init=init, inputs=inputs,
             edit_rate=edit_rate, precondition=precondition, rephrase_ridge=rephrase_ridge, ridge=ridge,
@@ -129,7 +131,7 @@ class MendModule(L.LightningModule):
         self.base_model, self.tokenizer = self.base.load()
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
-            self.editor = Editor.from_pretrained(self._editor_folder).train()
+            self.editor = self._editor_class().from_pretrained(self._editor_folder).train()
             self.editor.check_base(self.base_model)
         else:
             chosen = select_layers(self.base_model, self._layers, self._last_blocks)
@@ -146,6 +148,14 @@ class MendModule(L.LightningModule):
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
         frozen = [f"{_BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
         self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
+
+    def _editor_class(self) -> type[Editor]:
+        """What a saved editor must be: the class of `algorithm`, which may be anybody's own, or any of this package's."""
+        if self._named_algorithm is None:
+            return Editor
+        layers = {name: tuple(shape) for name, shape in read_description(self._editor_folder)["layers"]}
+        with torch.device("meta"):
+            return type(self._named_algorithm(layers))
 
     def _encoder(self) -> Encoder | None:
         """The data's, whose prompt format is saved with the editor; None (another data module) keeps a loaded editor's."""

@@ -21,10 +21,10 @@ from mend_lightning.commands.comparison import (
     rows_of,
 )
 from mend_lightning.commands.comparison_plots import draw_comparison
+from mend_lightning.config.overlays import read_config
 from mend_lightning.config.tree import Leaf, merge_trees, plain, to_yaml
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_json, written
-from mend_lightning.config.overlays import read_config
 from mend_lightning.report import console, versions
 
 SECTION = "compare"

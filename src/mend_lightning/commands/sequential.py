@@ -14,13 +14,13 @@ from rich.table import Table
 from mend_lightning.base import BaseModel
 from mend_lightning.checks import check_prompt_format
 from mend_lightning.config.files import DEFAULT_ROOT
+from mend_lightning.config.overlays import read_config
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.tasks import EditTask
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.files import check_writable, write_json, written
-from mend_lightning.config.overlays import read_config
+from mend_lightning.files import check_writable, write_json
 from mend_lightning.report import console, versions
 from mend_lightning.sequential import BROKEN, EditSequence, check_builds_on, edit_in_sequence
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mend_lightning.config.tree import Leaf, Tree, to_yaml
 from mend_lightning.config.files import config_folder, config_names
 from mend_lightning.config.overlays import MergedConfig, read_config
+from mend_lightning.config.tree import Leaf, Tree, to_yaml
 from mend_lightning.report import console
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mend_lightning.errors import ConfigError
 
-
 # Where a run goes whose config does not say it.
 DEFAULT_ROOT = "runs/mend"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mend_lightning.config.tree import Leaf, Tree, leaves, merge_trees, plain, read_tree, to_yaml
 from mend_lightning.config.files import config_folder, find_config, near_config
+from mend_lightning.config.tree import Leaf, Tree, leaves, merge_trees, plain, read_tree, to_yaml
 from mend_lightning.errors import ConfigError
 
 # The key of a config that names what it builds on; it never reaches the parser.

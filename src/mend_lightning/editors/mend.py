@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.delta import LowRankDelta, descent
-from mend_lightning.editors.ridge import ridge_delta
 from mend_lightning.editors.editor import Editor
+from mend_lightning.editors.ridge import ridge_delta
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
 from mend_lightning.errors import ConfigError
 from mend_lightning.precondition import InputMoments, InputPreconditioner

@@ -95,6 +95,6 @@ def _class_of(description: dict[str, Any], wanted: type[Editor], folder: str | P
     if found is None or not issubclass(found, wanted):
         raise StateDictError(
             f"{folder} holds an editor of class {name!r}, not {wanted.__name__!r}. Load it with {name}.from_pretrained"
-            f"{'' if found is None else ', or Editor.from_pretrained'}."
+            f"{'' if found is None else ', or Editor.from_pretrained'}; on the command line set model.algorithm to that class."
         )
     return found
