@@ -118,14 +118,15 @@ def rows_of(outcomes: Sequence[Outcome], reference: str) -> list[dict[str, Any]]
 def tables_of(rows: Sequence[Mapping[str, Any]], reference: str) -> list[list[list[str]]]:
     """Two tables of texts, headings first: what the editors reach; their differences to `reference`, and their costs."""
     columns = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
-    differences = [f"{METRICS[name]} − {reference}" for name in PAIRED]
+    paired = [name for name in PAIRED if any(f"minus_{reference}" in row for row in rows)]
+    differences = [f"{METRICS[name]} − {reference}" for name in paired]
     reached = [["editor", "k", *(METRICS[name] for name in columns)]]
     costs = [["editor", "k", *differences, "s/edit", "MB/edit", "fit s"]]
     for row in rows:
         head = [row["editor"], str(row["edits_at_once"])]
         reached.append([*head, *(f"{row['metrics'][name]:.3f}" if name in row["metrics"] else "" for name in columns)])
         minus = row.get(f"minus_{reference}", {})
-        costs.append([*head, *(_signed(minus[name]) if name in minus else "" for name in PAIRED), *_costs(row)])
+        costs.append([*head, *(_signed(minus[name]) if name in minus else "" for name in paired), *_costs(row)])
     return [reached, costs]
 
 
