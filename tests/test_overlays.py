@@ -213,4 +213,8 @@ def test_show_config(write):
     assert "rank: 256 # shared/one-layer.yaml, line" in result.out
     assert result.err == ""
     listed = call("show-config").out
+    assert "compare/smollm2 " in listed
+    comparison = call("fit", "--config", "compare/smollm2")
+    assert comparison.code == 1
+    assert_says(comparison.err, "compares several editors. Give it to `mend-lightning compare --config compare/smollm2`")
     assert all(name in listed for name in config_names())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mend_lightning.config.files import config_folder, config_names
+from mend_lightning.config.files import comparison_names, config_folder, config_names
 from mend_lightning.config.overlays import MergedConfig, read_config
 from mend_lightning.config.tree import Leaf, Tree, to_yaml
 from mend_lightning.report import console
@@ -52,7 +52,7 @@ def _shown(file: Path) -> str:
 
 def list_lines() -> list[str]:
     """Name and first sentence of every shipped config."""
-    names = config_names()
+    names = [*config_names(), *comparison_names()]
     width = max(map(len, names))
     return [f"{name:<{width}}  {headline(config_folder() / f'{name}.yaml')}" for name in names]
 

@@ -22,6 +22,11 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in config_folder().glob("*.yaml"))
 
 
+def comparison_names() -> list[str]:
+    """Names of the shipped configs of `mend-lightning compare`."""
+    return sorted(f"compare/{path.stem}" for path in config_folder().glob("compare/*.yaml"))
+
+
 def find_config(name: str) -> str:
     """A path as it is, or the path of the shipped config of that name.
 

@@ -138,6 +138,8 @@ def resolved_configs(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 def _resolved(name: str) -> tuple[str, list[Path]]:
     config = read_config(name)
+    if "compare" in config.tree:
+        raise ConfigError(f"{name} compares several editors. Give it to `mend-lightning compare --config {name}`.")
     for section in SECTIONS:
         leaf = config.tree.get(section)
         if isinstance(leaf, Leaf) and leaf.value != {}:
