@@ -106,12 +106,22 @@ class LowRankDelta:
         return product.reshape(*x.shape[:-1], up.shape[-1])
 
 
+def spread(task_of_row: Tensor, rows: int) -> Tensor:
+    """The task of each of `rows` rows: beam search multiplies them, and they stay next to each other.
+
+    Example:
+        >>> spread(torch.tensor([1, 0]), 4).tolist()
+        [1, 1, 0, 0]
+    """
+    each = rows // task_of_row.shape[0]
+    return task_of_row.repeat_interleave(each) if each > 1 else task_of_row
+
+
 def rows_of_tasks(factors: Sequence[Tensor], x: Tensor, task_of_row: Tensor | None) -> Sequence[Tensor]:
     """Each row's own part of `factors` `[tasks, ...]`: `[rows, ...]`, or as they are where rows are grouped."""
     if task_of_row is None:
         return factors
-    each = x.shape[0] // task_of_row.shape[0]
-    index = task_of_row.repeat_interleave(each) if each > 1 else task_of_row
+    index = spread(task_of_row, x.shape[0])
     # index_select: its backward is twice as fast as indexing's.
     return [factor.index_select(0, index) for factor in factors]
 

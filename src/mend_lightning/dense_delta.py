@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mend_lightning.delta import Delta
+from mend_lightning.delta import Delta, spread
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DenseDelta:
 
     def _by_task(self, x: Tensor, task_of_row: Tensor) -> Tensor:
         """Task by task: a weight for every row would be a copy for every row."""
-        index = task_of_row.repeat_interleave(x.shape[0] // task_of_row.shape[0])
+        index = spread(task_of_row, x.shape[0])
         order = index.argsort(stable=True)
         rows = x[order].split(torch.bincount(index, minlength=self.tasks).tolist())
         return torch.cat([each @ weight.T for each, weight in zip(rows, self.weight)])[order.argsort()]

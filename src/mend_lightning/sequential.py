@@ -116,7 +116,7 @@ def edit_in_sequence(
         found.immediate.append(_correct(model, layers, _complete(stack, editor), rows))
         if number % every == 0:
             found.checkpoints.append(_checkpoint(model, layers, _complete(stack, editor), found, asked, probes))
-    if len(found.checkpoints) == 1 or found.checkpoints[-1].edits < len(asked):
+    if found.checkpoints[-1].edits < len(asked):
         found.checkpoints.append(_checkpoint(model, layers, _complete(stack, editor), found, asked, probes))
     return found
 

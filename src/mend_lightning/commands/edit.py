@@ -1,4 +1,4 @@
-"""`mend-lightning edit`: one fact or several, before and after, and the edit as a small file."""
+"""`mend-lightning edit`: one fact or several, before and after, and the edit as a file."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def edit_command(
     neighbour: list[str] = [],
     out: Path = Path("edit.safetensors"),
 ) -> None:
-    """Changes what the base model answers; prints answers before and after, saves the edit as a small file.
+    """Changes what the base model answers; prints answers before and after, saves the edit as a file.
 
-    The model's weights stay as they are: the edit is a low-rank adapter, and removing it undoes it exactly.
+    The model's weights stay as they are: the edit is an adapter beside them (low-rank, but for fine-tuning and ENN), and
+    removing it undoes it exactly.
 
     Args:
         editor: folder of a trained editor.

@@ -41,7 +41,7 @@ class DataCheck:
     @property
     def known(self) -> int:
         """Records that can be asked as unrelated facts."""
-        return sum(bool(record.answers or record.text) for record in self.records)
+        return sum(record.can_be_asked for record in self.records)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def read_locality(source: Locality, split: str) -> list[Record] | None:
     name = source.get(split) if isinstance(source, dict) else source
     if name is None:
         return None
-    records = [record for record in iterate_records(name) if record.answers or record.text]
+    records = [record for record in iterate_records(name) if record.can_be_asked]
     if not isinstance(source, dict):
         records = [record for record in records if share_of(record.prompt) in SHARES[split]]
     if not records:

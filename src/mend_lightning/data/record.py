@@ -52,3 +52,8 @@ class Record:
     locality: tuple[Question, ...] = ()
     portability: tuple[Question, ...] = ()
     text: str = ""
+
+    @property
+    def can_be_asked(self) -> bool:
+        """Whether it can serve as an unrelated fact: it has a true answer, or is a running text."""
+        return bool(self.answers or self.text)

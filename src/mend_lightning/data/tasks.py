@@ -75,7 +75,7 @@ class TaskSampler:
     ) -> None:
         self.records = list(records)
         self.rephrases, self.locality, self.hard_locality, self.seed = rephrases, locality, hard_locality, seed
-        known = [record for record in records if record.answers or record.text]
+        known = [record for record in records if record.can_be_asked]
         self._pool = known if unrelated is None else list(unrelated)
         if any(len(record.locality) < locality for record in records):
             _check_pool(self._pool, records, unrelated is not None)

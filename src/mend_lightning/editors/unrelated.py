@@ -40,7 +40,7 @@ def read_unrelated(name: str) -> list[Record]:
     Raises:
         EmptyDatasetError: there is none.
     """
-    records = [record for record in iterate_records(name) if record.answers or record.text]
+    records = [record for record in iterate_records(name) if record.can_be_asked]
     if not records:
         raise EmptyDatasetError(f"locality_data {name} has no question with a true answer. Give another file.")
     return records
