@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from mend_lightning.commands import compare
 from mend_lightning.commands.compare import plan
 from mend_lightning.commands.comparison import Outcome, check_same_edits, difference, per_task, rows_of
-from mend_lightning.errors import ConfigError, StateDictError
+from mend_lightning.errors import ConfigError, MendError, StateDictError
 from mend_lightning.functional import paired_interval
 
 pytest_plugins = ["bases"]
@@ -217,3 +217,25 @@ def test_other_edits_are_not_compared():
         check_same_edits([a, b])
     with pytest.raises(ConfigError, match="B was tested on other edits"):
         check_same_edits([a, replace(outcome("B", 1), records=a.records[:-1])])
+
+
+def test_a_killed_training_goes_on_at_its_last_checkpoint(tmp_path, monkeypatch):
+    calls = []
+
+    def killed_once(command, config, *arguments):
+        calls.append((command, arguments))
+        if len(calls) == 1:
+            raise MendError("killed")
+
+    run = compare.Run("A", 1, tmp_path / "a" / "k1", {"data": {}})
+    monkeypatch.setattr(compare, "_call", killed_once)
+    with pytest.raises(MendError, match="killed"):
+        compare.carry_out(run)
+    last = run.folder / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    with pytest.raises(StateDictError, match="does not hold the results"):
+        compare.carry_out(run)
+    tested = ("test", ("--model.editor", str(run.folder / "editor")))
+    assert calls == [("fit", ()), ("fit", ("--ckpt_path", str(last))), tested]
+    assert json.loads((run.folder / "fit.json").read_text())["finished"]

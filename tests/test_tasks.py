@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader
 
+from mend_lightning import EditDataModule, load_base
 from mend_lightning.data.order import TaskDataset
 from mend_lightning.data.records import Record
 from mend_lightning.data.tasks import EditTask, TaskSampler
 from mend_lightning.errors import ConfigError
 
+pytest_plugins = ["bases"]
 CITIES = ["Paris", "Rome", "Oslo", "Bern", "Riga", "Cairo"]
 
 
@@ -155,3 +157,11 @@ def test_records_that_fill_no_group_are_left_out_and_a_group_of_one_is_the_task(
     sampler = TaskSampler(RECORDS, locality=2)
     assert len(TaskDataset(sampler, 5)) == 2
     assert sampler.group(3, 4, 1) == (sampler.task(3, 4),)
+
+
+def test_several_edits_at_once_are_evaluated_on_the_first_records(facts, base_folder):
+    _, tokenizer = load_base(str(base_folder("llama")), "float32")
+    data = EditDataModule(test=facts / "test.jsonl", test_edits=4, edits_at_once=2, eval_locality=1, eval_hard_locality=0,
+                          tokenizer=tokenizer)  # fmt: skip
+    edited = {text.prompt for batch in data.test_dataloader() for text in batch.texts}
+    assert edited == {record.prompt for record in data.sampler("test").records[:4]}
