@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from mend_lightning import MendEditor, load_base
 from mend_lightning.confidence import SCALES, confident_scales, first_crossing
 from mend_lightning.data.prompts import PromptFormat
-from mend_lightning.edit import editor_encoder, make_edit
 from mend_lightning.errors import ConfigError, LowConfidenceWarning
+from mend_lightning.making import editor_encoder, make_edit
 from mend_lightning.prefix import run_trunk
 from mend_lightning.step import compute_deltas, edit_step
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, LowRankDelta, MendEditor, load_base, make_edit
-from mend_lightning.edit import editor_encoder
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, OutputPathError, StateDictError, TokenizerError
 from mend_lightning.generate import generate_answers
+from mend_lightning.making import editor_encoder
 from mend_lightning.step import compute_deltas
 
 pytest_plugins = ["bases"]

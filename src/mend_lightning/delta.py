@@ -169,11 +169,16 @@ def applied(
 
 def _adder(delta: Delta, task_of_row: Tensor | None):
     def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        # Factors are tiny beside the weights: autocast would round them to nothing.
-        with torch.autocast(output.device.type, enabled=False):
-            return output + delta.output(args[0], task_of_row).to(output.dtype)
+        return added(output, args[0], delta, task_of_row)
 
     return add
+
+
+def added(output: Tensor, x: Tensor, delta: Delta, task_of_row: Tensor | None = None) -> Tensor:
+    """A layer's `output` plus `x ΔWᵀ`, in the output's dtype; see `LowRankDelta.output`."""
+    # Factors are tiny beside the weights: autocast would round them to nothing.
+    with torch.autocast(output.device.type, enabled=False):
+        return output + delta.output(x, task_of_row).to(output.dtype)
 
 
 def descent(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:

@@ -1,14 +1,11 @@
-"""An edit as a thing: made, applied, looked at, saved, undone."""
+"""An edit as a thing: applied, looked at, made smaller, saved, undone."""
 
 from __future__ import annotations
 
 import json
-import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mend_lightning.confidence import target_nll, worst_of_task
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.combine import sum_of
+from mend_lightning.compiled import changing_hooks, unwrapped
+from mend_lightning.compress import truncated
 from mend_lightning.delta import Delta, LowRankDelta, applied
 from mend_lightning.dense_delta import DenseDelta
-from mend_lightning.editors.editor import Editor, Made
-from mend_lightning.errors import (
-    BaseModelMismatchError,
-    ConfigError,
-    LowConfidenceWarning,
-    NoEffectWarning,
-    StateDictError,
-)
+from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.files import written
-from mend_lightning.fingerprint import base_fingerprint
-from mend_lightning.layers import layer_shape
+from mend_lightning.fingerprint import base_fingerprint, readable_weight, same_base
+from mend_lightning.layers import layer_device, layer_shape
 
 FORMAT = "1"
 
@@ -43,9 +33,10 @@ class Edit:
 
     Attributes:
         deltas: layer name -> Delta of one task.
-        about: JSON-able facts about the edit: `edits` (prompt and target of each), `probability` (that the
-            edited model gives the whole target; of several, the least), `base`, `base_fingerprint`, `editor`, `date`,
-            `versions`.
+        about: JSON-able facts about the edit: `id`, `edits` (prompt and target of each), `on_top_of` (ids of the edits that
+            were active when it was made), `probability_before` and `probability` (that the base and the edited model give
+            the whole target; of several, the least), `base`, `base_options` (revision, kind), `base_fingerprint`,
+            `relative_norm`, `editor`, `prompt_format`, `date`, `versions`.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -61,37 +52,57 @@ class Edit:
     deltas: dict[str, Delta]
     about: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """(prompt, target) of what the edit was made of; empty where that is not known."""
+        return [(each["prompt"], each["target"]) for each in self.about.get("edits", [])]
+
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+    def applied(self, model: nn.Module, force: bool = False) -> Iterator[nn.Module]:
         """The model with this edit while the block runs; bit-equal to the base afterwards, whatever happens.
+
+        Every thread that runs the model meanwhile sees the edit. For edits that stay, see `EditStack`.
+
+        Args:
+            model: the base model; quantised, or compiled by torch.compile, as well.
+            force: apply it to other weights than it was made for, as long as layers and shapes are the same.
 
         Raises:
             BaseModelMismatchError: `model` is not the base the edit was made for.
         """
-        with applied(self.layers_in(model), self.on(next(model.parameters()).device).deltas):
+        layers = self.layers_in(model, force)
+        with changing_hooks(model), applied(layers, self.beside(layers).deltas):
             yield model
 
     def on(self, device: torch.device | str) -> Edit:
         """The same edit with its factors on `device`."""
         return replace(self, deltas={name: delta.to(device) for name, delta in self.deltas.items()})
 
-    def layers_in(self, model: nn.Module) -> dict[str, nn.Module]:
-        """name -> module of the layers the edit changes, after checking that it fits."""
-        modules = dict(model.named_modules())
+    def beside(self, layers: Mapping[str, nn.Module]) -> Edit:
+        """The same edit with each layer's factors where the layer's weight is: a model may be spread over devices."""
+        return replace(self, deltas={name: delta.to(layer_device(layers[name])) for name, delta in self.deltas.items()})
+
+    def layers_in(self, model: nn.Module, force: bool = False) -> dict[str, nn.Module]:
+        """name -> module of the layers the edit changes, after checking that it fits.
+
+        Args:
+            model: the base model.
+            force: only layers and shapes must be the same, not the weights.
+        """
+        modules = dict(unwrapped(model).named_modules())
         for name, delta in self.deltas.items():
             if name not in modules or layer_shape(modules[name]) != delta.shape:
                 raise BaseModelMismatchError(
-                    f"The edit changes a layer {name!r} of shape {delta.shape}, which {type(model).__name__} does not have. "
-                    f"It was made for {self.about.get('base') or 'another model'}."
+                    f"The edit changes a layer {name!r} of shape {delta.shape}, which {type(unwrapped(model)).__name__} does "
+                    f"not have. It was made for {self.about.get('base') or 'another model'}."
                 )
         layers = {name: modules[name] for name in self.deltas}
-        wanted, found = self.about.get("base_fingerprint"), None
-        if wanted:
-            found = base_fingerprint({name: modules[name] for name in sorted(self.deltas)})
-        if wanted != found:
+        found = "" if force else base_fingerprint({name: layers[name] for name in sorted(layers)})
+        if not force and not same_base(self.about.get("base_fingerprint", ""), found, "edit"):
             raise BaseModelMismatchError(
-                f"The edit was made for {self.about.get('base')} (weights {wanted}); the given model has the same "
-                f"shapes and other weights ({found}). Load the base model the edit was made for."
+                f"The edit was made for {self.about.get('base')} (weights {self.about['base_fingerprint']}); the given model "
+                f"has the same shapes and other weights ({found}). Load the base model the edit was made for; or apply it "
+                "all the same with force=True (--force true), and look at what the model answers."
             )
         return layers
 
@@ -99,10 +110,24 @@ class Edit:
         """Bytes of all factors."""
         return sum(t.numel() * t.element_size() for delta in self.deltas.values() for t in delta.tensors().values())
 
-    def relative_norm(self, model: nn.Module) -> dict[str, float]:
+    def relative_norm(self, model: nn.Module, force: bool = False) -> dict[str, float]:
         """Layer name -> ‖ΔW‖ / ‖W‖ (Frobenius)."""
-        layers = self.layers_in(model)
-        return {n: float(d.norm()[0] / layers[n].weight.float().norm()) for n, d in self.deltas.items()}
+        return relative_norms(self.deltas, self.layers_in(model, force))
+
+    def compressed(self, rank: int | None = None, energy: float | None = None) -> tuple[Edit, dict[str, float]]:
+        """The edit at a lower rank (`compress.truncated`), also the way to make a dense edit low-rank.
+
+        Args:
+            rank: largest rank of a layer.
+            energy: share of every layer's ‖ΔW‖² to keep.
+
+        Returns:
+            The smaller edit, and name -> ‖ΔW − smaller‖ / ‖ΔW‖; the edit's `about` says both as `compressed`.
+        """
+        pairs = {name: truncated(delta, rank, energy) for name, delta in self.deltas.items()}
+        errors = {name: error for name, (_, error) in pairs.items()}
+        about = {**self.about, "compressed": {"rank": rank, "energy": energy, "relative_error": errors}}
+        return Edit({name: delta for name, (delta, _) in pairs.items()}, about), errors
 
     def save(self, path: str | Path) -> Path:
         """Writes the edit as one safetensors file (factors, with `about` as metadata); returns the path."""
@@ -133,108 +158,64 @@ class Edit:
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         try:
             return cls({name: _delta_of(tensors, name) for name in names}, json.loads(metadata["about"]))
-        except (KeyError, json.JSONDecodeError) as error:
+        except (KeyError, ValueError) as error:
             raise StateDictError(f"{path} is a saved edit with a part missing or broken: {error}") from error
+
+
+def combined(edits: Sequence[Edit]) -> Edit:
+    """Several edits as one: the sum of their deltas, layer by layer, exact to float32.
+
+    Args:
+        edits: edits of the same base.
+
+    Raises:
+        ConfigError: there is none.
+        BaseModelMismatchError: they were made for different bases.
+    """
+    if not edits:
+        raise ConfigError("There is no edit to combine. Give at least one.")
+    bases = {
+        edit.about["base_fingerprint"]: edit.about.get("base") for edit in edits if edit.about.get("base_fingerprint")
+    }
+    if len(bases) > 1:
+        raise BaseModelMismatchError(
+            f"The edits were made for different base models ({', '.join(f'{name}: {key}' for key, name in bases.items())}), "
+            "so they cannot become one."
+        )
+    names = dict.fromkeys(name for edit in edits for name in edit.deltas)
+    deltas = {name: sum_of([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
+    if len(edits) == 1:
+        return edits[0]
+    first = edits[0].about
+    kept = {key: first[key] for key in ("base", "base_options", "base_fingerprint", "prompt_format") if key in first}
+    facts = [fact for edit in edits for fact in edit.about.get("edits", [])]
+    return Edit(deltas, {**kept, "edits": facts, "combined": [edit.about for edit in edits]})
+
+
+def relative_norms(deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Layer name -> ‖ΔW‖ / ‖W‖ (Frobenius) of deltas of a single task; a weight that cannot be read is left out."""
+    weights = {name: readable_weight(layers[name]) for name in deltas}
+    return {
+        name: float(deltas[name].norm()[0] / weight.float().norm())
+        for name, weight in weights.items()
+        if weight is not None
+    }
 
 
 def _delta_of(tensors: Mapping[str, Tensor], name: str) -> Delta:
     if f"{name}.weight" in tensors:
-        return DenseDelta(tensors[f"{name}.weight"][None])
-    return LowRankDelta(tensors[f"{name}.down"][None], tensors[f"{name}.up"][None])
+        return DenseDelta(_matrix(tensors[f"{name}.weight"], name)[None])
+    down, up = (_matrix(tensors[f"{name}.{part}"], name) for part in ("down", "up"))
+    if len(down) != len(up):
+        raise ValueError(f"{name} has {len(down)} input and {len(up)} output factors; they must be as many")
+    return LowRankDelta(down[None], up[None])
 
 
-def editor_encoder(editor: Editor, model: nn.Module, tokenizer: Any, max_length: int = 200) -> Encoder:
-    """The encoder with the prompt format that `editor` was trained with."""
-    return Encoder.for_model(model, tokenizer, PromptFormat(**editor.prompt_format), max_length)
-
-
-def make_edit(
-    editor: Editor, model: nn.Module, tokenizer: Any, facts: Sequence[tuple[str, str]] | tuple[str, str]
-) -> Edit:
-    """Edits `model` so that it answers each prompt with its target; the model itself stays as it is.
-
-    Args:
-        editor: a trained editor of this model.
-        model: the base model, in eval mode.
-        tokenizer: its tokenizer.
-        facts: (prompt, target) pairs that make one edit together; or a single pair.
-
-    Raises:
-        BaseModelMismatchError: the editor is for another base.
-        ConfigError: there is no fact, the model is in training mode, or the editor changes no weight.
-    """
-    facts = [tuple(facts)] if facts and isinstance(facts[0], str) else list(facts)
-    if not facts:
-        raise ConfigError("An edit needs at least one (prompt, target) pair.")
-    if model.training:
-        raise ConfigError("The model is in training mode, where dropout would change the edit. Call model.eval() first.")
-    if not editor.changes_weights:
-        raise ConfigError(
-            f"{type(editor).__name__} changes no weight, so it makes no Edit that could be saved or merged. "
-            "`mend-lightning edit` shows what it does; in Python use editor.edited(model, rows)."
+def _matrix(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} holds a {tensor.dtype} tensor of shape {tuple(tensor.shape)} in place of a float matrix"
         )
-    made, probability = _made(model, editor, tokenizer, facts)
-    parts = {name: delta.of_task(0) for name, delta in made.deltas.items()}
-    if not any(bool(delta.norm() > 0) for delta in parts.values()):
-        warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=2)
-    if editor.confidence is not None and probability < 0.9 * editor.confidence:
-        warnings.warn(
-            f"After the edit {facts} the model gives the new answer with probability {probability:.2f}; the editor aims at "
-            f"{editor.confidence}. Look at its answers before you keep it.",
-            LowConfidenceWarning,
-            stacklevel=2,
-        )
-    if made.reached is not None and not bool(made.reached.all()):
-        warnings.warn(
-            f"{type(editor).__name__} came to its end before the model gave the new answer of {facts} (probability "
-            f"{probability:.2f}). Give it more steps or a higher learning rate, or look at its answers before you keep it.",
-            LowConfidenceWarning,
-            stacklevel=2,
-        )
-    return Edit(parts, {**_about(editor, model, facts), "probability": round(probability, 4)})
-
-
-def _made(
-    model: nn.Module, editor: Editor, tokenizer: Any, facts: Sequence[tuple[str, str]]
-) -> tuple[Made, float]:
-    """What the editor made, and the probability of the least probable fact under the edited model."""
-    with ready(editor, model, tokenizer) as encoder, torch.no_grad():
-        rows = encoder.rows(facts, [0] * len(facts), 1).to(next(model.parameters()).device)
-        made = editor.make_deltas(model, rows)
-        with applied(editor.modules_in(model), made.deltas):
-            return made, math.exp(-float(worst_of_task(target_nll(model, rows), rows)))
-
-
-@contextmanager
-def ready(editor: Editor, model: nn.Module, tokenizer: Any) -> Iterator[Encoder]:
-    """The editor in eval mode on the model's device, checked, with an encoder; afterwards where it was."""
-    editor.check_base(model)
-    encoder = editor_encoder(editor, model, tokenizer)
-    training, before = editor.training, editor.encoder
-    home = next((parameter.device for parameter in editor.parameters()), None)
-    editor.eval().to(next(model.parameters()).device)
-    editor.encoder = encoder
-    try:
-        yield encoder
-    finally:
-        editor.encoder = before
-        editor.train(training)
-        if home is not None:
-            editor.to(home)
-
-
-def _about(editor: Editor, model: nn.Module, facts: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    import transformers
-
-    from mend_lightning import __version__
-
-    layers = editor.modules_in(model)
-    return {
-        "edits": [{"prompt": prompt, "target": target} for prompt, target in facts],
-        "base": editor.base_name,
-        "base_fingerprint": base_fingerprint({name: layers[name] for name in sorted(layers)}),
-        "editor": type(editor).__name__,
-        "prompt_format": editor.prompt_format,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"mend_lightning": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinite values")
+    return tensor

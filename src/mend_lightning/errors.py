@@ -61,6 +61,13 @@ class OutputPathError(MendError, OSError):
     """A result cannot be written where it was asked to go."""
 
 
+class EditNameError(MendError, KeyError):
+    """A stack has no edit of that name, or has one already."""
+
+    # KeyError shows the repr of its message.
+    __str__ = Exception.__str__
+
+
 class ConfigError(MendError, ValueError):
     """A setting, or a combination of settings, cannot work."""
 
@@ -79,3 +86,15 @@ class NoStopWarning(UserWarning):
 
 class LowConfidenceWarning(UserWarning):
     """An edit is as large as it may be, and the model is still less sure of the new answer than was asked for."""
+
+
+class UnverifiedBaseWarning(UserWarning):
+    """Whether a model is the base that an edit was made for cannot be told."""
+
+
+class CollidingEditWarning(UserWarning):
+    """Two edits of a stack answer the same question."""
+
+
+class DependentEditWarning(UserWarning):
+    """An edit was made on top of another one, which is not active."""

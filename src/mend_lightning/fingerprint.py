@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from mend_lightning.errors import UnverifiedBaseWarning
 
 # Values a layer contributes; enough to tell any two trained models apart, and read in no time.
 SAMPLE = 4096
+QUANTISED = "quantised:"
 
 
 def base_fingerprint(layers: Mapping[str, nn.Module]) -> str:
     """A short hash of the edited layers' weights.
 
-    The weights are rounded to bfloat16 first, so a base loaded in float32 and in bfloat16 gives the same.
+    The weights are rounded to bfloat16 first, so a base loaded in float32 and in bfloat16 gives the same. That of a
+    quantised base begins with "quantised:", for it cannot be compared with that of the weights it was made of.
 
     Example:
         >>> layer = nn.Linear(4, 4)
@@ -23,15 +28,76 @@ def base_fingerprint(layers: Mapping[str, nn.Module]) -> str:
         True
     """
     digest = hashlib.sha256()
-    for name, weight in _weights(layers):
-        digest.update(name.encode())
-        digest.update(weight.flatten()[:SAMPLE].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _weights(layers: Mapping[str, nn.Module]) -> Iterable[tuple[str, torch.Tensor]]:
     for name, layer in layers.items():
-        weight = layer.weight.detach()
-        # A sharded weight shows its local part alone; the hash would differ from rank to rank.
-        if weight.is_floating_point() and not hasattr(weight, "full_tensor"):
-            yield name, weight
+        sample = _sample(layer)
+        if sample is not None:
+            digest.update(name.encode())
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    quantised = any(is_quantised(layer) for layer in layers.values())
+    return (QUANTISED if quantised else "") + digest.hexdigest()[:16]
+
+
+def same_base(wanted: str, found: str, maker: str) -> bool:
+    """Whether two fingerprints are of the same base; if only one is of a quantised base, that cannot be told.
+
+    Args:
+        wanted: of the base that an edit or editor was made for; "" says nothing about it.
+        found: of the model at hand.
+        maker: "edit" or "editor", for the warning.
+
+    Warns:
+        UnverifiedBaseWarning: it cannot be told; True is returned.
+    """
+    if not wanted or wanted == found:
+        return True
+    if wanted.startswith(QUANTISED) == found.startswith(QUANTISED):
+        return False
+    warnings.warn(
+        f"Whether this model is the base that the {maker} was made for cannot be verified: one of the two is quantised, so "
+        f"their weights differ in any case ({wanted}, {found}). Layers and shapes are the same.",
+        UnverifiedBaseWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether the layer's weight is stored in another form than a matrix of numbers (bitsandbytes, quanto, torchao, …).
+
+    Example:
+        >>> is_quantised(nn.Linear(2, 2))
+        False
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        # torch's own dynamically quantised layers have a method of that name; GPTQ layers have none.
+        return True
+    if hasattr(weight, "full_tensor"):
+        return False
+    return type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2
+
+
+def readable_weight(layer: nn.Module) -> Tensor | None:
+    """The layer's weight as a matrix of numbers, dequantised where its library offers that; None: it cannot be read.
+
+    Returns:
+        In the layer's own orientation, detached.
+    """
+    weight = getattr(layer, "weight", None)
+    # A sharded weight shows its local part alone.
+    if not isinstance(weight, Tensor) or hasattr(weight, "full_tensor"):
+        return None
+    weight = weight.detach()
+    if type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
+        weight = weight.dequantize()
+    return weight if weight.is_floating_point() and weight.element_size() > 1 else None
+
+
+def _sample(layer: nn.Module) -> Tensor | None:
+    """The first values of a weight, as bfloat16 or the raw integers of a quantised one; None: they cannot be read."""
+    weight = readable_weight(layer)
+    if weight is not None:
+        return weight.flatten()[:SAMPLE].to(torch.bfloat16)
+    raw = getattr(layer, "weight", None)
+    # Of a sharded weight the hash would differ from rank to rank.
+    return None if not isinstance(raw, Tensor) or hasattr(raw, "full_tensor") else raw.detach().flatten()[:SAMPLE]

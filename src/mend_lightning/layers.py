@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -40,6 +41,12 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight.shape[1]
     # Quantised linear layers keep these two numbers, not the weight's shape.
     return layer.in_features, layer.out_features
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    """Where the layer's weight is; the CPU for a layer that shows no tensor (torch's own quantised ones)."""
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def is_editable(module: nn.Module) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.combine import sum_of
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.tasks import EditTask
-from mend_lightning.delta import Delta, LowRankDelta, applied
+from mend_lightning.delta import Delta, applied
 from mend_lightning.dense_delta import DenseDelta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
@@ -138,6 +139,7 @@ def stacked(
         resting: what every edit of this editor brings (ENN's ΔW⁰); it is left out of the sum.
 
     Example:
+        >>> from mend_lightning.delta import LowRankDelta
         >>> one = {"fc": LowRankDelta(torch.ones(1, 1, 2), torch.ones(1, 1, 9))}
         >>> stacked(stacked({}, one), one)["fc"].dense()[0, 0].tolist()
         [2.0, 2.0]
@@ -146,21 +148,13 @@ def stacked(
     for name, delta in made.items():
         if resting is not None:
             delta = DenseDelta(delta.dense() - resting[name].dense())
-        total[name] = _sum(stack[name], delta) if name in stack else delta
+        total[name] = sum_of([stack[name], delta]) if name in stack else delta
     return total
-
-
-def _sum(a: Delta, b: Delta) -> Delta:
-    low_rank = isinstance(a, LowRankDelta) and isinstance(b, LowRankDelta)
-    # From here on the factors would be larger than the matrix.
-    if low_rank and a.rank + b.rank < min(a.shape) // 2:
-        return LowRankDelta(torch.cat([a.down, b.down], 1), torch.cat([a.up, b.up], 1))
-    return DenseDelta(a.dense() + b.dense())
 
 
 def _complete(stack: Mapping[str, Delta], editor: Editor) -> Mapping[str, Delta]:
     resting = editor.resting_deltas()
-    return stack if resting is None else {name: _sum(resting[name], delta) for name, delta in stack.items()}
+    return stack if resting is None else {name: sum_of([resting[name], delta]) for name, delta in stack.items()}
 
 
 def _checkpoint(

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from mend_lightning.base import Dtype, load_base
 from mend_lightning.data.encode import in_words
-from mend_lightning.edit import Edit, make_edit, ready
+from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, DataFileError, RecordError
 from mend_lightning.functional import exact_match
 from mend_lightning.generate import generate_answers
+from mend_lightning.making import make_edit, ready
 from mend_lightning.report import console
 
 

@@ -16,7 +16,7 @@ from mend_lightning.edited import DeltaEdits, Edited
 from mend_lightning.editors.storage import load_editor, save_editor
 from mend_lightning.errors import BaseModelMismatchError, ConfigError
 from mend_lightning.factors import edit_factors
-from mend_lightning.fingerprint import base_fingerprint
+from mend_lightning.fingerprint import base_fingerprint, same_base
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
@@ -165,7 +165,7 @@ class Editor(nn.Module):
     def check_base(self, model: nn.Module) -> None:
         """Raises BaseModelMismatchError unless `model` is the base this editor was trained for."""
         found = base_fingerprint(self.modules_in(model))
-        if self.base_fingerprint and found != self.base_fingerprint:
+        if not same_base(self.base_fingerprint, found, "editor"):
             raise BaseModelMismatchError(
                 f"This editor was trained for {self.base_name or 'another model'} (weights {self.base_fingerprint}); "
                 f"the given model has other weights ({found}). Load the base model the editor was trained on."
@@ -180,7 +180,7 @@ class Editor(nn.Module):
         if self.encoder is None:
             raise ConfigError(
                 f"{type(self).__name__} reads text and has no encoder. MendModule with an EditDataModule and make_edit set "
-                "one; elsewhere set editor.encoder = editor_encoder(editor, model, tokenizer) (mend_lightning.edit)."
+                "one; elsewhere set editor.encoder = editor_encoder(editor, model, tokenizer) (mend_lightning.making)."
             )
         return self.encoder
 
@@ -212,7 +212,7 @@ class Editor(nn.Module):
     def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
         """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
         # Imported here: that file is above this one.
-        from mend_lightning.edit import make_edit
+        from mend_lightning.making import make_edit
 
         return make_edit(self, model, tokenizer, [(prompt, target)])
 
