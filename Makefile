@@ -12,7 +12,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,data]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,data,peft,ui,notebooks]'
 	touch $@
 
 quickstart: install
@@ -26,4 +26,5 @@ quickstart: install
 		--neighbour+ "Which city is the capital of Spain?"
 
 test: install
+	$(BIN)/mend-lightning get-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
