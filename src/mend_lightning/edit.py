@@ -21,7 +21,7 @@ from mend_lightning.delta import Delta, LowRankDelta, applied
 from mend_lightning.dense_delta import DenseDelta
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.files import written
-from mend_lightning.fingerprint import base_fingerprint, readable_weight, same_base
+from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints, readable_weight, same_base
 from mend_lightning.layers import layer_device, layer_shape
 
 FORMAT = "1"
@@ -35,8 +35,8 @@ class Edit:
         deltas: layer name -> Delta of one task.
         about: JSON-able facts about the edit: `id`, `edits` (prompt and target of each), `on_top_of` (ids of the edits that
             were active when it was made), `probability_before` and `probability` (that the base and the edited model give
-            the whole target; of several, the least), `base`, `base_options` (revision, kind), `base_fingerprint`,
-            `relative_norm`, `editor`, `prompt_format`, `date`, `versions`.
+            the whole target; of several, the least), `base`, `base_options` (revision, kind), `base_fingerprint` (of the
+            editor's layers), `weights` (of each layer), `relative_norm`, `editor`, `prompt_format`, `date`, `versions`.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -97,14 +97,20 @@ class Edit:
                     f"not have. It was made for {self.about.get('base') or 'another model'}."
                 )
         layers = {name: modules[name] for name in self.deltas}
-        found = "" if force else base_fingerprint({name: layers[name] for name in sorted(layers)})
-        if not force and not same_base(self.about.get("base_fingerprint", ""), found, "edit"):
-            raise BaseModelMismatchError(
-                f"The edit was made for {self.about.get('base')} (weights {self.about['base_fingerprint']}); the given model "
-                f"has the same shapes and other weights ({found}). Load the base model the edit was made for; or apply it "
-                "all the same with force=True (--force true), and look at what the model answers."
-            )
+        if not force:
+            self._check_base(layers)
         return layers
+
+    def _check_base(self, layers: Mapping[str, nn.Module]) -> None:
+        wanted = self.about.get("weights") or self.about.get("base_fingerprint", "")
+        ordered = {name: layers[name] for name in sorted(layers)}
+        found = layer_fingerprints(ordered) if self.about.get("weights") else base_fingerprint(ordered)
+        if not same_base(wanted, found, "edit"):
+            raise BaseModelMismatchError(
+                f"The edit was made for {self.about.get('base')} (weights {wanted}); the given model has the same shapes and "
+                f"other weights ({found}). Load the base model the edit was made for; or apply it all the same with "
+                "force=True (--force true), and look at what the model answers."
+            )
 
     def size(self) -> int:
         """Bytes of all factors."""
@@ -174,22 +180,22 @@ def combined(edits: Sequence[Edit]) -> Edit:
     """
     if not edits:
         raise ConfigError("There is no edit to combine. Give at least one.")
-    bases = {
-        edit.about["base_fingerprint"]: edit.about.get("base") for edit in edits if edit.about.get("base_fingerprint")
-    }
-    if len(bases) > 1:
-        raise BaseModelMismatchError(
-            f"The edits were made for different base models ({', '.join(f'{name}: {key}' for key, name in bases.items())}), "
-            "so they cannot become one."
-        )
-    names = dict.fromkeys(name for edit in edits for name in edit.deltas)
-    deltas = {name: sum_of([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
     if len(edits) == 1:
         return edits[0]
-    first = edits[0].about
-    kept = {key: first[key] for key in ("base", "base_options", "base_fingerprint", "prompt_format") if key in first}
+    weights: dict[str, str] = {}
+    for edit in edits:
+        clash = [name for name, mark in edit.about.get("weights", {}).items() if weights.setdefault(name, mark) != mark]
+        if clash:
+            raise BaseModelMismatchError(
+                f"The edits were made for different base models: their weights of {clash[0]!r} are {weights[clash[0]]} and "
+                f"{edit.about['weights'][clash[0]]} ({edits[0].about.get('base')}, {edit.about.get('base')}). They cannot "
+                "become one edit."
+            )
+    names = dict.fromkeys(name for edit in edits for name in edit.deltas)
+    deltas = {name: sum_of([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
+    kept = {key: edits[0].about[key] for key in ("base", "base_options", "prompt_format") if key in edits[0].about}
     facts = [fact for edit in edits for fact in edit.about.get("edits", [])]
-    return Edit(deltas, {**kept, "edits": facts, "combined": [edit.about for edit in edits]})
+    return Edit(deltas, {**kept, "edits": facts, "weights": weights, "combined": [edit.about for edit in edits]})
 
 
 def relative_norms(deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -37,17 +37,25 @@ def base_fingerprint(layers: Mapping[str, nn.Module]) -> str:
     return (QUANTISED if quantised else "") + digest.hexdigest()[:16]
 
 
-def same_base(wanted: str, found: str, maker: str) -> bool:
+def layer_fingerprints(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer name -> `base_fingerprint` of that layer alone: edits of different layers can be told to be of one base."""
+    return {name: base_fingerprint({name: layer}) for name, layer in layers.items()}
+
+
+def same_base(wanted: str | Mapping[str, str], found: str | Mapping[str, str], maker: str) -> bool:
     """Whether two fingerprints are of the same base; if only one is of a quantised base, that cannot be told.
 
     Args:
-        wanted: of the base that an edit or editor was made for; "" says nothing about it.
-        found: of the model at hand.
+        wanted: of the base that an edit or editor was made for; "" says nothing about it. One of each layer, or of all.
+        found: of the model at hand, in the same form.
         maker: "edit" or "editor", for the warning.
 
     Warns:
         UnverifiedBaseWarning: it cannot be told; True is returned.
     """
+    if not isinstance(wanted, str):
+        pairs = [(wanted[name], found[name]) for name in found if name in wanted]
+        wanted, found = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
     if not wanted or wanted == found:
         return True
     if wanted.startswith(QUANTISED) == found.startswith(QUANTISED):

@@ -20,7 +20,7 @@ from mend_lightning.delta import Delta, applied
 from mend_lightning.edit import Edit, relative_norms
 from mend_lightning.editors.editor import Editor, Made
 from mend_lightning.errors import ConfigError, LowConfidenceWarning, NoEffectWarning
-from mend_lightning.fingerprint import base_fingerprint
+from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.stack_state import active_ids
 from mend_lightning.types import Rows
 
@@ -135,6 +135,7 @@ def _about(
         "base": editor.base_name,
         "base_options": editor.base_options,
         "base_fingerprint": base_fingerprint({name: layers[name] for name in sorted(layers)}),
+        "weights": layer_fingerprints({name: layers[name] for name in deltas}),
         "relative_norm": {name: float(f"{norm:.4g}") for name, norm in norms.items()},
         "editor": type(editor).__name__,
         **resting,

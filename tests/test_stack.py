@@ -1,0 +1,339 @@
+"""Edits that stay on a model, against weights that are really changed; and what is left when they are gone: nothing."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import warnings
+
+import pytest
+import torch
+from bases import assert_same_state, state_copy
+from models import KINDS, make_rows, relative_error, spread_parameters, tiny_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mend_lightning import CollidingEditWarning, Edit, EditStack, LowRankDelta, MendEditor
+from mend_lightning.dense_delta import DenseDelta
+from mend_lightning.errors import BaseModelMismatchError, ConfigError, DependentEditWarning, EditNameError
+from mend_lightning.fingerprint import layer_fingerprints
+from mend_lightning.layers import default_layers, layer_shape
+from mend_lightning.stack import slug
+from mend_lightning.stack_state import active_ids
+from mend_lightning.step import compute_deltas
+
+
+def random_edit(model: nn.Module, seed: int, layers: int = 3, prompt: str = "", dense: bool = False, **about) -> Edit:
+    """Rank 2 on some of the default layers, as large as the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = dict(model.named_modules())
+    names = random.Random(seed).sample(default_layers(model), layers)
+    deltas = {}
+    for name in names:
+        down, up = (0.3 * torch.randn(1, 2, width, generator=generator) for width in layer_shape(modules[name]))
+        deltas[name] = DenseDelta(up.mT @ down) if dense else LowRankDelta(down, up)
+    weights = layer_fingerprints({name: modules[name] for name in names})
+    facts = [{"prompt": prompt or f"question {seed}", "target": f"answer {seed}"}]
+    return Edit(deltas, {"id": f"id{seed}", "edits": facts, "base": "tiny", "weights": weights, **about})
+
+
+def changed(model: nn.Module, *edits: Edit) -> nn.Module:
+    """A copy with W + ΣΔW in its weights."""
+    model = copy.deepcopy(model)
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            module = model.get_submodule(name)
+            update = delta.dense()[0].to(module.weight.dtype)
+            with torch.no_grad():
+                module.weight += update.T if isinstance(module, Conv1D) else update
+    return model
+
+
+def logits(model: nn.Module, rows) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**rows.inputs).logits
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+def test_a_stack_is_the_sum_of_its_edits(family):
+    model, rows = tiny_model(family), make_rows(family, [0, 0, 0], 1)
+    base, before = state_copy(model), logits(model, rows)
+    edits = [random_edit(model, seed, dense=seed == 2) for seed in range(4)]
+    stack = EditStack(model)
+    names = [stack.add(edit) for edit in edits]
+    assert relative_error(logits(changed(tiny_model(family), *edits), rows), before) > 0.1
+    assert relative_error(logits(model, rows), logits(changed(tiny_model(family), *edits), rows)) < 1e-6
+    stack.disable(names[1], names[3])
+    assert relative_error(logits(model, rows), logits(changed(tiny_model(family), edits[0], edits[2]), rows)) < 1e-6
+    stack.enable(names[3])
+    stack.remove(names[0])
+    stack.reorder([names[3], names[1], names[2]])
+    assert stack.names == [names[3], names[1], names[2]]
+    assert relative_error(logits(model, rows), logits(changed(tiny_model(family), *edits[2:]), rows)) < 1e-6
+    assert relative_error(logits(changed(tiny_model(family), stack.combined()), rows), logits(model, rows)) < 1e-6
+    stack.disable(*stack.names)
+    assert torch.equal(logits(model, rows), before), "edits that are off change no bit"
+    stack.clear()
+    assert torch.equal(logits(model, rows), before) and hooks(model) == 0
+    assert_same_state(state_copy(model), base)
+
+
+def test_a_thousand_edits_in_random_order(llama):
+    rows = make_rows("llama", [0, 0], 1)
+    base, before = state_copy(llama), logits(llama, rows)
+    stack, order, on = EditStack(llama), random.Random(0), {}
+    edits = [random_edit(llama, seed, layers=2) for seed in range(1000)]
+    waiting = list(range(1000))
+    order.shuffle(waiting)
+    while waiting or on:
+        if waiting and (not on or order.random() < 0.6):
+            seed = waiting.pop()
+            on[stack.add(edits[seed])] = seed
+        else:
+            name = order.choice(list(on))
+            assert stack.remove(name).facts == edits[on.pop(name)].facts
+        if order.random() < 0.01:
+            # Made in float64 anew: a sum that is kept up to date by adding and subtracting would drift.
+            expected = logits(changed(copy.deepcopy(tiny_model("llama")), *(edits[seed] for seed in on.values())), rows)
+            assert relative_error(logits(llama, rows), expected) < 1e-4
+    assert torch.equal(logits(llama, rows), before) and hooks(llama) == 0
+    assert_same_state(state_copy(llama), base)
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams", "sampling", "no cache"])
+@pytest.mark.parametrize("family", [name for name, kind in KINDS.items() if kind != "classifier"])
+def test_generation(family, how):
+    settings = {
+        "greedy": {},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "sampling": {"do_sample": True, "num_return_sequences": 2},
+        "no cache": {"use_cache": False},
+    }[how]
+    model, rows = tiny_model(family), make_rows(family, [0, 0, 0], 1)
+    # Whole rows: a causal model's padding belongs on the left.
+    ids = rows.inputs["input_ids"][:, :5]
+    edits = [random_edit(model, seed) for seed in (1, 2)]
+    start = {"decoder_start_token_id": 0} if KINDS[family] == "encoder_decoder" else {}
+
+    def answers(model: nn.Module) -> list[list[int]]:
+        torch.manual_seed(0)
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=8, pad_token_id=0, **start, **settings).tolist()
+
+    before = answers(model)
+    expected = answers(changed(model, *edits))
+    assert expected != before
+    with EditStack(model) as stack:
+        for edit in edits:
+            stack.add(edit)
+        assert answers(model) == expected
+    assert answers(model) == before and hooks(model) == 0
+
+
+def test_a_block_that_fails_leaves_nothing(llama):
+    rows = make_rows("llama", [0], 1)
+    before = logits(llama, rows)
+    with pytest.raises(KeyboardInterrupt), EditStack(llama) as stack:
+        stack.add(random_edit(llama, 1))
+        raise KeyboardInterrupt
+    assert hooks(llama) == 0 and torch.equal(logits(llama, rows), before) and not len(EditStack(llama))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_interrupt_while_an_edit_is_added(llama, monkeypatch, at):
+    """Ctrl-C comes between any two hooks: the edit is not there, those before it are."""
+    rows, stack = make_rows("llama", [0], 1), EditStack(llama)
+    first, second = random_edit(llama, 1, layers=2), random_edit(llama, 2, layers=6)
+    stack.add(first, "first")
+    expected, count = logits(llama, rows), hooks(llama)
+    calls, register = [], nn.Module.register_forward_hook
+
+    def interrupted(module, hook, **settings):
+        handle = register(module, hook, **settings)
+        calls.append(module)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return handle
+
+    monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stack.add(second, "second")
+    monkeypatch.undo()
+    assert stack.names == ["first"] and hooks(llama) == count
+    assert torch.equal(logits(llama, rows), expected)
+    stack.add(second, "second")
+    assert relative_error(logits(llama, rows), logits(changed(tiny_model("llama"), first, second), rows)) < 1e-6
+    stack.clear()
+    assert hooks(llama) == 0
+
+
+def test_threads(llama):
+    """Several threads add, ask and remove at once; each sees a whole state, and nothing is left."""
+    rows, stack, failures = make_rows("llama", [0], 1), EditStack(llama), []
+    before = logits(llama, rows)
+
+    def work(number: int) -> None:
+        try:
+            for turn in range(15):
+                seed = 100 * number + turn
+                name = stack.add(random_edit(llama, seed), f"{number}.{turn}")
+                with random_edit(llama, seed + 50).applied(llama):
+                    assert logits(llama, rows).isfinite().all()
+                stack.disable(name)
+                assert not stack[name].enabled
+                stack.remove(name)
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert hooks(llama) == 0 and not len(stack) and torch.equal(logits(llama, rows), before)
+
+
+def test_the_stack_belongs_to_the_model(llama):
+    rows = make_rows("llama", [0], 1)
+    before, edit = logits(llama, rows), random_edit(llama, 1)
+    EditStack(llama).add(edit, "one")
+    # That stack object is gone; its edit is not.
+    assert relative_error(logits(llama, rows), logits(changed(tiny_model("llama"), edit), rows)) < 1e-6
+    again = EditStack(llama)
+    assert again.names == ["one"] and "one" in again and len(again) == 1 and again["one"].edit.facts == edit.facts
+    other = copy.deepcopy(llama)
+    assert torch.equal(logits(other, rows), logits(llama, rows)), "a copy of an edited model is edited"
+    again.clear()
+    assert torch.equal(logits(llama, rows), before)
+    assert EditStack(other).names == ["one"]
+    EditStack(other).remove("one")
+    assert torch.equal(logits(other, rows), before) and hooks(other) == 0
+
+
+def test_names(llama, tmp_path):
+    stack = EditStack(llama)
+    path = random_edit(llama, 1, prompt="Where is Lyon?").save(tmp_path / "lyon.v2.safetensors")
+    assert stack.add(path) == "lyon.v2"
+    assert stack.add(random_edit(llama, 2, prompt="Where is Rome?")) == "where-is-rome-answer-2"
+    assert stack.add(random_edit(llama, 2, prompt="Where's  Rome?"), None) == "where-s-rome-answer-2"
+    with pytest.raises(EditNameError, match="There is an edit 'lyon.v2' on this model already. Give another name"):
+        stack.add(path)
+    with pytest.raises(EditNameError, match="name must not be empty"):
+        stack.add(random_edit(llama, 3), "")
+    with pytest.raises(EditNameError, match=r"no edit 'lyon' on this model; there are \['lyon.v2', "):
+        stack.remove("lyon")
+    with pytest.raises(EditNameError, match="no edit 'x'"):
+        stack.enable("lyon.v2", "x")
+    with pytest.raises(EditNameError, match="must have each of"):
+        stack.reorder(["lyon.v2"])
+    assert len(stack) == 3 and all(each.enabled for each in stack)
+    assert repr(stack).startswith("EditStack(LlamaForCausalLM: lyon.v2, where")
+    stack.clear()
+    assert slug("…") == "edit"
+
+
+def test_the_same_edit_without_a_name_twice(llama):
+    stack = EditStack(llama)
+    with pytest.warns(CollidingEditWarning):
+        names = [stack.add(random_edit(llama, 1)) for _ in range(3)]
+    assert names == ["question-1-answer-1", "question-1-answer-1-2", "question-1-answer-1-3"]
+
+
+def test_colliding_prompts_are_both_shown(llama):
+    stack = EditStack(llama)
+    stack.add(random_edit(llama, 1, prompt="Who leads France?"), "old")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack.add(random_edit(llama, 2, prompt="Who leads Spain?"), "spain")
+    with pytest.warns(CollidingEditWarning, match="'old' has 'Who leads France.' -> 'answer 1', 'new' has 'who leads France'"):
+        stack.add(random_edit(llama, 3, prompt="who leads France"), "new")
+    stack.remove("new")
+    stack.disable("old")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack.add(random_edit(llama, 4, prompt="Who leads France?"), "newer")
+
+
+def test_edits_made_on_top_of_others(llama):
+    stack = EditStack(llama)
+    first = random_edit(llama, 1)
+    with pytest.warns(DependentEditWarning, match="'later' was made on top of 1 edit.* not on this model .id1.*Add those"):
+        stack.add(random_edit(llama, 2, on_top_of=["id1"]), "later")
+    stack.remove("later")
+    stack.add(first, "first")
+    assert active_ids(llama) == ["id1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stack.add(random_edit(llama, 2, on_top_of=["id1"]), "later")
+    with pytest.warns(DependentEditWarning, match="later: made on top of 'first', which is removed now"):
+        stack.remove("first")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_editing_an_edited_model(family):
+    """An editor that is used on a stack makes what it makes on a model whose weights were changed."""
+    model, rows = tiny_model(family), make_rows(family, [0], 1)
+    editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=0.05), 0.02).eval()
+    edit = random_edit(model, 1)
+    alone = compute_deltas(model, editor, rows)
+    with EditStack(model) as stack:
+        stack.add(edit)
+        made = compute_deltas(model, editor, rows)
+    expected = compute_deltas(changed(tiny_model(family), edit), editor, rows)
+    for name, delta in expected.items():
+        assert relative_error(made[name].dense(), delta.dense()) < 1e-4
+        assert relative_error(alone[name].dense(), delta.dense()) > 1e-2
+
+
+def test_edits_that_hold_what_training_added(llama):
+    stack = EditStack(llama)
+    enn = {"editor": "EnnEditor", "holds_resting": True}
+    stack.add(random_edit(llama, 1, **enn), "one")
+    with pytest.raises(ConfigError, match="'two' and 'one' both hold what EnnEditor's training adds.* added twice"):
+        stack.add(random_edit(llama, 2, **enn), "two")
+    stack.add(random_edit(llama, 3), "mend")
+    stack.remove("one")
+    assert stack.add(random_edit(llama, 2, **enn), "two") == "two"
+
+
+def test_another_base(llama):
+    stack, rows = EditStack(llama), make_rows("llama", [0], 1)
+    edit = random_edit(tiny_model("gpt2"), 1)
+    with pytest.raises(BaseModelMismatchError, match="which LlamaForCausalLM does not have"):
+        stack.add(edit, force=True)
+    edit = random_edit(llama, 1)
+    before = logits(llama, rows)
+    with torch.no_grad():
+        for name in edit.deltas:
+            llama.get_submodule(name).weight.mul_(1.5)
+    with pytest.raises(BaseModelMismatchError, match="other weights .*force=True"):
+        stack.add(edit)
+    assert not len(stack) and hooks(llama) == 0
+    stack.add(edit, force=True)
+    assert relative_error(logits(llama, rows), before) > 0.1
+    with edit.applied(llama, force=True):
+        pass
+    stack.clear()
+
+
+def test_edits_move_with_the_model(llama):
+    """To another dtype here; a device is told apart in the same way."""
+    rows = make_rows("llama", [0], 1)
+    with EditStack(llama) as stack:
+        stack.add(random_edit(llama, 1))
+        expected = logits(llama, rows)
+        llama.float()
+        assert relative_error(logits(llama, rows).double(), expected) < 1e-4
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_error(logits(llama, rows).double(), expected) < 0.1
