@@ -65,7 +65,9 @@ def _singular(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
 def _kept(values: Tensor, rank: int | None, energy: float | None) -> int:
     """How many singular values stay; at least one, for a rank of zero is no adapter."""
     kept = len(values) if rank is None else min(rank, len(values))
-    if energy is not None and bool(values.any()):
+    if not bool(values.any()):
+        return 1
+    if energy is not None:
         share = values.square().cumsum(0) / values.square().sum()
         # The last share is 1 but for rounding, and must not be missed by it.
         share[-1] = 1.0
