@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks step|apply --model gpt2-small`."""
+"""The command line: `python -m benchmarks step|apply|stack --model gpt2-small`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import stack
 from benchmarks.memory import peak_memory
 from benchmarks.models import MODELS
-from benchmarks.report import append, line_of, show
+from benchmarks.report import append, line_of, machine, show, when
 from benchmarks.timing import in_turn
 from benchmarks.workloads import (
     VARIANTS,
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one benchmark, prints its table, appends its line; returns the line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
+    if options.command == "stack":
+        return _stack(options, arguments)
     names = ("command", "model", "tokens", "rank", "threads", "reference_gradients")
     edits = options.edits if options.command == "step" else 1
     settings = Settings(edits=edits, **{name: getattr(options, name) for name in names})
@@ -73,7 +76,36 @@ def _parser() -> argparse.ArgumentParser:
         )
         note = "edits of a step" if name == "step" else "ignored: always 1"
         command.add_argument("--edits", type=int, default=8, help=note)
+    _add_stack(commands)
     return parser
+
+
+def _add_stack(commands: Any) -> None:
+    parser = commands.add_parser(
+        "stack", help="edits on a model: adding, removing, and what a forward pass costs",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a model's name or folder, or random shapes")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
+    parser.add_argument("--layers", nargs="*", help="edited layers; default: the paper's")
+    parser.add_argument("--rank", type=int, default=34, help="of an edit: its tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="of the forward pass")
+    parser.add_argument("--changes", type=int, default=1000, help="edits that are added and removed")
+    parser.add_argument("--stacked", type=int, nargs="+", default=[1, 100], help="edits of the forward passes")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--repeats", type=int, default=50, help="paired forward passes")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
+
+
+def _stack(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    names = ("model", "dtype", "layers", "rank", "tokens", "changes", "stacked", "repeats")
+    settings = {name: getattr(options, name) for name in names}
+    found = stack.run(**settings)
+    line = {**when(arguments), "settings": {**settings, "threads": options.threads}, **found, **machine()}
+    stack.show(found, f"{options.model}, {options.dtype}", console)
+    console.print(f"Appended to {append(options.out, 'stack', line)}")
+    return line
 
 
 def _memory(settings: Settings) -> dict[str, dict[str, float] | None]:

@@ -31,14 +31,28 @@ def line_of(
     """Everything about a run as builtins: what is appended to the results."""
     timings = {variant: Timing.of(each, settings.edits) for variant, each in seconds.items()}
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command_line": shlex.join(["python", "-m", "benchmarks", *arguments]),
+        **when(arguments),
         "settings": {**asdict(settings), "repeats": repeats},
         "seconds_per_edit": {variant: asdict(timing) for variant, timing in timings.items()},
         "times_faster": timings["reference"].median / timings["ours"].median,
         "agreement": agreement,
         "largest_difference": max(each["difference"] for each in agreement.values()),
         "memory_mb": memory,
+        **machine(),
+    }
+
+
+def when(arguments: list[str]) -> dict[str, str]:
+    """Date and command line."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": shlex.join(["python", "-m", "benchmarks", *arguments]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor and versions: what every line says."""
+    return {
         "cpu": _cpu_name(),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,

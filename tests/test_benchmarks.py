@@ -124,3 +124,28 @@ def test_the_command_prints_a_table_and_appends_a_json_line(command, model, tmp_
 def test_rows_too_short_for_their_targets_are_refused():
     with pytest.raises(ValueError, match="no room for a prompt"):
         build(Settings("step", "tiny-gpt2", tokens=7))
+
+
+def test_the_command_for_stacks(tmp_path, capsys):
+    arguments = ["stack", "--model", "tiny-gpt2", "--dtype", "float32", "--rank", "3", "--tokens", "6", "--changes", "12"]
+    line = main([*arguments, "--stacked", "1", "5", "--repeats", "2", "--threads", "1", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "stack.jsonl").read_text()) == line
+    assert line["changes"]["edits"] == 12 and line["changes"]["bit_equal"] is True
+    assert line["forward"].keys() == {"0", "1", "5"} and line["forward"]["0"]["ratio"] == 1.0
+    assert all(each["seconds"] > 0 for each in line["forward"].values())
+    assert all(each["max"] >= each["median"] > 0 for each in line["changes"]["ms"].values())
+    assert len(line["layers"]) == 6 and line["settings"]["stacked"] == [1, 5]
+    assert "The base is bit-equal afterwards." in capsys.readouterr().out
+
+
+def test_forwards_are_of_that_many_edits(monkeypatch):
+    """Each timed pass has as many edits on as its name says; afterwards there is none."""
+    from benchmarks import stack
+    from mend_lightning import EditStack
+
+    model, on = stack.load("tiny-gpt2", "float32"), []
+    edits = stack.random_edits(model, None, rank=2, count=4)
+    model.register_forward_pre_hook(lambda *_: on.append(sum(each.enabled for each in EditStack(model))))
+    found = stack.time_forwards(model, edits, [1, 4], torch.ones(1, 5, dtype=torch.long), repeats=3)
+    assert on == [0, 0, 1, 1, 4, 4] * 3 and found.keys() == {"0", "1", "4"}
+    assert not len(EditStack(model))
