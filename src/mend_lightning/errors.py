@@ -72,6 +72,18 @@ class ConfigError(MendError, ValueError):
     """A setting, or a combination of settings, cannot work."""
 
 
+class MergeError(MendError, ValueError):
+    """An edit cannot be added to a base model's weights: they are quantised, tied, sharded or not there."""
+
+
+class AdapterError(MendError, ValueError):
+    """An edit cannot be written as a PEFT adapter, or a PEFT adapter cannot be read as an edit."""
+
+
+class MissingPackageError(MendError, ImportError):
+    """An optional package that is needed is not installed."""
+
+
 class NoEffectWarning(UserWarning):
     """An operation ran but changed nothing."""
 
@@ -98,3 +110,11 @@ class CollidingEditWarning(UserWarning):
 
 class DependentEditWarning(UserWarning):
     """An edit was made on top of another one, which is not active."""
+
+
+class RoundingWarning(UserWarning):
+    """A merged edit is small beside what the base's dtype can store, so much of it was rounded away."""
+
+
+class TiedWeightsWarning(UserWarning):
+    """An exported adapter changes a layer that shares its weight with another one."""

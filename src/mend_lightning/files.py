@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,80 @@ def written(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Path]:
+    """Gives an empty temporary folder beside `path`, which becomes `path` when the block ends well.
+
+    Args:
+        path: a folder that is not there yet, or an empty one.
+        replaces: pattern of a file that marks a folder of an earlier result: such a folder is replaced, as a whole. No
+            other one is, whatever the pattern: what else lies there is not ours.
+
+    Raises:
+        OutputPathError: something is at `path` that must not be replaced, or the folder beside it cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with written_folder(f"{folder}/a/b") as temporary:
+        ...         _ = (temporary / "c.txt").write_text("x")
+        ...     Path(f"{folder}/a/b/c.txt").read_text()
+        'x'
+    """
+    # Its real place: a link stays a link, and the rename stays within one file system.
+    path = Path(path).expanduser().resolve()
+    _check_replaceable(path, replaces)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputPathError(f"Cannot write {path}: {error}. Give a path in a folder you may write to.") from error
+    try:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        _make_ordinary(new)
+        _exchange(path, new, scratch / "old")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, replaces: str | None) -> None:
+    if path.exists() and not path.is_dir():
+        raise OutputPathError(f"Cannot write {path}: it is a file. Give the path of a folder.")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if replaces is None:
+        raise OutputPathError(
+            f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True."
+        )
+    if not any(path.glob(replaces)):
+        raise OutputPathError(
+            f"{path} is not overwritten: it holds no {replaces}, so it is not an earlier result of this command. "
+            "Give another folder, or empty it yourself."
+        )
+
+
+def _make_ordinary(folder: Path) -> None:
+    """Safetensors are written for the owner alone; results are ordinary files and folders."""
+    mask = _umask()
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _exchange(path: Path, new: Path, old: Path) -> None:
+    """`new` becomes `path`; what was there becomes `old`, and comes back if that fails."""
+    try:
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except OSError as error:
+        raise OutputPathError(f"Cannot put the finished folder at {path}: {error}. Give another one.") from error
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
 
 
 def check_writable(folder: str | Path) -> None:
