@@ -45,7 +45,10 @@ _HOME = {
     "NoEffectWarning": "errors",
     "PromptFormat": "data.prompts",
     "edit_step": "step",
+    "export_peft": "peft_adapter",
     "generate_answers": "generate",
+    "import_peft": "peft_import",
+    "merge": "merging",
     "read_records": "data.records",
 }
 
