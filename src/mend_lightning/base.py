@@ -21,7 +21,7 @@ from mend_lightning.data.encode import ModelKind
 from mend_lightning.errors import ModelLoadError
 from mend_lightning.smollm2 import MODEL_NAME, find_smollm2
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 
 _AUTO_CLASSES = {
     "causal": AutoModelForCausalLM,
@@ -36,8 +36,8 @@ class BaseModel:
 
     Args:
         name: a Hugging Face id, a local folder, or "smollm2-135m-instruct" (see `mend-lightning get-smollm2`).
-        dtype: of the weights; "auto" is bfloat16 where the device computes in it, else float32. The editor is
-            float32 whatever this says.
+        dtype: of the weights; "auto" is bfloat16 where the device computes in it, else float32; "stored" is what the
+            model's files have. The editor is float32 whatever this says.
         revision: of a Hugging Face id.
         kind: "causal", "encoder_decoder" or "classifier"; None reads it off the model's config.
         trust_remote_code: run code that comes with the model. Only for models you trust.
@@ -78,7 +78,9 @@ def load_base(
         config = AutoConfig.from_pretrained(where, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model_class = _AUTO_CLASSES[kind or kind_of_config(config)]
-        model = model_class.from_pretrained(where, dtype=pick_dtype(dtype), **options)
+        # transformers says "auto" for the dtype of the files.
+        picked = "auto" if dtype == "stored" else pick_dtype(dtype)
+        model = model_class.from_pretrained(where, dtype=picked, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelLoadError(_not_loaded(name, error)) from error
     return model.eval().requires_grad_(False), tokenizer

@@ -26,6 +26,9 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a file",
+    "merge": "edits into the weights: a full model folder that plain transformers loads",
+    "export": "edits as a PEFT LoRA adapter",
+    "import-peft": "a PEFT LoRA adapter as an edit file",
     "compare": "train and test several editors on the same edits: one table, plots",
     "sequential": "edit one model again and again: what stays, what is forgotten, when it breaks",
     "check-data": "what a data file holds, how many records can be used, and why the others cannot",

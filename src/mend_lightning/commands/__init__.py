@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,9 @@ _COMMANDS = {
     "make-generation-data": ("make_generation_data", "make_generation_data_command"),
     "layers": ("layers", "layers_command"),
     "show-config": ("show_config", "show_config_command"),
+    "merge": ("merge", "merge_command"),
+    "export": ("export", "export_command"),
+    "import-peft": ("import_peft", "import_peft_command"),
     "get-smollm2": ("get_smollm2", "smollm2_command"),
 }
 
@@ -27,7 +31,20 @@ def run(command: str, arguments: list[str]) -> Any:
     if command == "show-config" and arguments and not arguments[0].startswith("-"):
         # What may be left out is an option for jsonargparse; here it reads better without one.
         arguments = ["--name", *arguments]
+    if command in ("merge", "export"):
+        arguments = files_first(arguments)
     if command in ("compare", "sequential"):
         # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
         arguments = [argument.removeprefix("--config=") for argument in arguments if argument not in ("--config", "-c")]
     return auto_cli(called, args=arguments, prog=f"mend-lightning {command}", as_positional=True)
+
+
+def files_first(arguments: list[str]) -> list[str]:
+    """Edit files that come first on the line, as many as there are, as the option that they are to jsonargparse.
+
+    Example:
+        >>> files_first(["a.safetensors", "b.safetensors", "--out", "merged"])
+        ['--edits', '["a.safetensors", "b.safetensors"]', '--out', 'merged']
+    """
+    count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    return (["--edits", json.dumps(arguments[:count])] if count else []) + arguments[count:]
