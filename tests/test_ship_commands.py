@@ -59,7 +59,8 @@ def test_merge(shipped):
     assert relative_error(logits(merged, shipped.rows), expected) < 1e-5
     base = transformers.AutoTokenizer.from_pretrained(shipped.base)
     assert transformers.AutoTokenizer.from_pretrained(out)("Lima?").input_ids == base("Lima?").input_ids
-    again = call("merge", shipped.files[0], "--out", out)
+    # Said before the base is looked for.
+    again = call("merge", shipped.files[0], "--out", out, "--base", shipped.folder / "nowhere")
     assert again.code == 1
     assert_says(again.err, "is there already and not empty")
     assert call("merge", shipped.files[0], "--out", out, "--overwrite", "true").code == 0

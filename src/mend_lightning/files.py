@@ -70,7 +70,7 @@ def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Pa
     """
     # Its real place: a link stays a link, and the rename stays within one file system.
     path = Path(path).expanduser().resolve()
-    _check_replaceable(path, replaces)
+    check_free_folder(path, replaces)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -86,14 +86,16 @@ def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Pa
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check_replaceable(path: Path, replaces: str | None) -> None:
+def check_free_folder(path: str | Path, replaces: str | None = None) -> None:
+    """Raises OutputPathError where `written_folder` would not write: before the work starts."""
+    path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise OutputPathError(f"Cannot write {path}: it is a file. Give the path of a folder.")
     if not path.exists() or not any(path.iterdir()):
         return
     if replaces is None:
         raise OutputPathError(
-            f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True."
+            f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True (--overwrite true)."
         )
     if not any(path.glob(replaces)):
         raise OutputPathError(

@@ -10,7 +10,7 @@ from mend_lightning.base import Dtype
 from mend_lightning.commands.edit_files import load_base_of, read_edits
 from mend_lightning.edit import Edit, combined
 from mend_lightning.errors import ConfigError
-from mend_lightning.files import written_folder
+from mend_lightning.files import check_free_folder, written_folder
 from mend_lightning.peft_adapter import CONFIG_FILE, export_peft
 from mend_lightning.report import console
 
@@ -49,6 +49,8 @@ def export_command(
     loaded = read_edits(edits)
     if separate:
         _check_names(edits)
+    replaces = (f"*/{CONFIG_FILE}" if separate else CONFIG_FILE) if overwrite else None
+    check_free_folder(out, replaces)
     model, _ = load_base_of(loaded, base, dtype, trust_remote_code)
     if rank is not None or energy is not None:
         loaded = [_compressed(edit, rank, energy) for edit in (loaded if separate else [combined(loaded)])]
@@ -56,7 +58,7 @@ def export_command(
         export_peft(loaded, model, out, overwrite=overwrite, force=force)
         console().print(f"LoRA adapter of {_count(edits)} written to {out}.", highlight=False)
         return
-    with written_folder(out, f"*/{CONFIG_FILE}" if overwrite else None) as folder:
+    with written_folder(out, replaces) as folder:
         for path, edit in zip(edits, loaded):
             export_peft(edit, model, folder / Path(path).stem, force=force)
     console().print(f"A LoRA adapter of each of {_count(edits)} written to folders in {out}.", highlight=False)

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from mend_lightning.base import Dtype
 from mend_lightning.commands.edit_files import load_base_of, read_edits
-from mend_lightning.merging import merge
+from mend_lightning.files import check_free_folder
+from mend_lightning.merging import EDITS_FILE, merge
 from mend_lightning.report import console
 from mend_lightning.rounding import MergeReport
 
@@ -37,6 +38,7 @@ def merge_command(
         force: merge into other weights than the edits were made for, as long as layers and shapes are the same.
     """
     loaded = read_edits(edits)
+    check_free_folder(out, EDITS_FILE if overwrite else None)
     model, tokenizer = load_base_of(loaded, base, dtype, trust_remote_code)
     report = merge(loaded, model, out, tokenizer, overwrite, force)
     console().print(rounding_table(report))
