@@ -294,9 +294,13 @@ def test_an_edit_as_sure_as_asked(session, config, tmp_path):
     with pytest.warns(LowConfidenceWarning, match="Oceania"):
         result = call("edit", *asked, "--confidence", 0.999999, "--out", tmp_path / "sure")
     assert result.code == 0, result.err
-    plain = call("edit", *asked, "--out", tmp_path / "plain")
-    sure, plain = (Edit.load(tmp_path / name) for name in ("sure", "plain"))
-    assert sure.about["probability"] > plain.about["probability"]
+    call("edit", *asked, "--out", tmp_path / "plain")
+    plain = Edit.load(tmp_path / "plain")
+    assert plain.about["probability"] > 2 * plain.about["probability_before"]
+    call("edit", *asked, "--confidence", plain.about["probability"] / 2, "--out", tmp_path / "less")
+    less = Edit.load(tmp_path / "less")
+    assert less.about["probability"] < plain.about["probability"]
+    assert all(less.deltas[name].norm() < delta.norm() for name, delta in plain.deltas.items())
     result = call("edit", *asked, "--confidence", 1.5, "--out", tmp_path / "x")
     assert_says(result.err, "must be between 0 and 1, not 1.5")
 

@@ -120,9 +120,14 @@ class EditStack:
         """The edits' names, in their order."""
         return list(self._state.entries)
 
+    @property
+    def enabled(self) -> list[Edit]:
+        """The edits that are switched on, in their order: what `merge` and `export_peft` take."""
+        return [each.edit for each in self if each.enabled]
+
     def combined(self) -> Edit:
-        """All enabled edits as one `Edit`, to be saved, merged or exported."""
-        return combined([each.edit for each in self if each.enabled])
+        """All enabled edits as one `Edit`, to be saved; of very many it is dense."""
+        return combined(self.enabled)
 
     def __getitem__(self, name: str) -> StackedEdit:
         try:
