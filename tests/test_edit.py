@@ -15,8 +15,9 @@ from models import KINDS, relative_error, spread_parameters
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from mend_lightning import Edit, LowRankDelta, MendEditor, load_base, make_edit
+from mend_lightning import Edit, EditStack, EnnEditor, LowRankDelta, MendEditor, load_base, make_edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, OutputPathError, StateDictError, TokenizerError
+from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.generate import generate_answers
 from mend_lightning.making import editor_encoder
 from mend_lightning.step import compute_deltas
@@ -25,6 +26,7 @@ pytest_plugins = ["bases"]
 FACT = ("Which continent is North Korea in?", "Oceania")
 CLAIM = ("Which continent is North Korea in? Asia.", "REFUTES")
 OTHER = ("Which country is Managua in?", "Cuba")
+LAST = "model.layers.3.mlp.down_proj"
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_no_padding_ranks(edited):
     for delta in made.edit.deltas.values():
         assert 0 < delta.rank <= tokens
         assert bool((delta.down != 0).any(-1).all() and (delta.up != 0).any(-1).all())
-    last = made.edit.deltas["model.layers.3.mlp.down_proj"]
+    last = made.edit.deltas[LAST]
     assert last.rank == int((made.rows.labels != -100).sum()), "behind the last attention only label positions matter"
 
 
@@ -173,10 +175,51 @@ def _umask() -> int:
 
 
 def test_what_an_edit_says_about_itself(edited):
-    about = edited("llama").edit.about
+    made = edited("llama")
+    about = made.edit.about
     assert about["base"] == "llama" and about["editor"] == "MendEditor"
+    assert about["base_options"] == made.editor.base_options and about["prompt_format"] == made.editor.prompt_format
     assert {"mend_lightning", "torch", "transformers"} == about["versions"].keys()
     assert json.loads(json.dumps(about)) == about
+    assert made.edit.facts == [FACT] and about["on_top_of"] == [] and "holds_resting" not in about
+    layers = {name: made.model.get_submodule(name) for name in made.edit.deltas}
+    assert about["weights"] == {name: base_fingerprint({name: layer}) for name, layer in layers.items()}
+    assert about["base_fingerprint"] == base_fingerprint({name: layers[name] for name in sorted(layers)})
+    for name, norm in made.edit.relative_norm(made.model).items():
+        assert about["relative_norm"][name] == pytest.approx(norm, rel=1e-3)
+
+
+def test_metrics_at_creation(edited):
+    """The probability of the whole target, stop included, token by token."""
+    made = edited("llama")
+
+    def probability() -> float:
+        mask = made.rows.labels[0] != -100
+        chosen = logits(made.model, made.rows)[0][mask].double().log_softmax(-1)
+        return float(chosen.gather(1, made.rows.labels[0][mask][:, None]).sum().exp())
+
+    assert made.edit.about["probability_before"] == pytest.approx(probability(), rel=1e-3)
+    with made.edit.applied(made.model):
+        assert made.edit.about["probability"] == pytest.approx(probability(), rel=1e-3)
+    assert made.edit.about["probability"] != made.edit.about["probability_before"]
+
+
+def test_an_edit_knows_what_it_was_made_on(edited):
+    made = edited("llama")
+    with EditStack(made.model) as stack:
+        stack.add(made.edit)
+        later = make_edit(made.editor, made.model, made.tokenizer, OTHER)
+    assert later.about["on_top_of"] == [made.edit.about["id"]]
+    assert later.about["id"] != made.edit.about["id"]
+    alone = make_edit(made.editor, made.model, made.tokenizer, OTHER)
+    assert relative_error(later.deltas[LAST].dense(), alone.deltas[LAST].dense()) > 1e-3
+
+
+def test_an_edit_by_enn_holds_what_training_added(edited):
+    made = edited("llama")
+    editor = EnnEditor.for_model(made.model, edit_rate=0.3)
+    editor.bind(made.model, "llama", vars(FORMATS["causal"]))
+    assert make_edit(editor, made.model, made.tokenizer, FACT).about["holds_resting"] is True
 
 
 def test_a_base_in_bfloat16_is_the_same_base(edited):
@@ -246,6 +289,38 @@ def test_damaged_files(damage, text, tmp_path):
     damage(path)
     with pytest.raises(StateDictError, match=text):
         Edit.load(path)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"fc.up": torch.ones(2, 5)}, "fc has 1 input and 2 output factors"),
+        ({"fc.down": torch.full((1, 3), float("nan"))}, "fc holds NaN or infinite values"),
+        ({"fc.down": torch.ones(3)}, r"fc holds a torch.float32 tensor of shape \(3,\)"),
+        ({"fc.down": torch.ones(1, 3, dtype=torch.int32)}, "fc holds a torch.int32 tensor"),
+        ({"fc.up": None}, "a part missing or broken: 'fc.up'"),
+    ],
+)
+def test_files_with_something_wrong_inside(change, text, tmp_path):
+    path = tmp_path / "fact.safetensors"
+    tensors = {"fc.down": torch.ones(1, 3), "fc.up": torch.ones(1, 5), **change}
+    about = {"mend_lightning_edit": "1", "about": "{}"}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=about)
+    with pytest.raises(StateDictError, match=text):
+        Edit.load(path)
+
+
+def test_a_file_of_the_first_version(edited, tmp_path):
+    """It has one fingerprint of all layers."""
+    made = edited("llama")
+    about = {key: value for key, value in made.edit.about.items() if key in ("base", "base_fingerprint", "edits")}
+    old = Edit.load(Edit(made.edit.deltas, about).save(tmp_path / "old.safetensors"))
+    with old.applied(made.model):
+        pass
+    with torch.no_grad():
+        made.model.get_submodule(LAST).weight[0, 0] += 1
+    with pytest.raises(BaseModelMismatchError, match="other weights"):
+        old.layers_in(made.model)
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
