@@ -114,7 +114,7 @@ class StackState:
         for layer in layers:
             # By what they are and not by their handles, which a copy of the model does not have.
             hooks = modules[layer]._forward_hooks
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerHook) and hook.state is self]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerHook)]:
                 del hooks[key]
             self._hooked.pop(layer, None)
 
