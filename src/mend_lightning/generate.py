@@ -60,7 +60,7 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=None if running else list(_stop_ids(encoder.tokenizer, encoder.format.stop)) or None,
+            eos_token_id=None if running else list(stop_ids(encoder.tokenizer, encoder.format.stop)) or None,
             pad_token_id=pad_id(encoder.tokenizer),
             # Sampling settings that a model's generation_config may hold make greedy decoding warn.
             temperature=None, top_p=None, top_k=None,
@@ -106,7 +106,7 @@ def pad_id(tokenizer: Any) -> int:
 
 
 @lru_cache(maxsize=8)
-def _stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
+def stop_ids(tokenizer: Any, stop: str) -> tuple[int, ...]:
     """Every token that ends an answer: EOS, and each whose text holds the stop."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if stop:

@@ -1,0 +1,243 @@
+"""Which questions an edit changes, and by how much: answers and their probabilities, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.answer_rows import answer_nll, answer_rows, any_answer, first_labels
+from mend_lightning.data.encode import Encoder, class_name, in_words
+from mend_lightning.edit import Edit
+from mend_lightning.errors import ConfigError
+from mend_lightning.forward import label_mask, logits_at, row_of
+from mend_lightning.functional import rows_sum
+from mend_lightning.generate import generate_answers
+from mend_lightning.losses import mean_by_task, token_kl
+
+# What can be put on a model for a while: an edit, several on top of each other, or `function(model)` that gives a context
+# manager, such as `edit.applied`.
+Edits = Edit | Callable[[nn.Module], AbstractContextManager[Any]] | Sequence["Edits"]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What an edit did to one question.
+
+    Attributes:
+        question: as it stands in the data.
+        kind: what it is to the edit: "edited", "rephrase", "unrelated", "neighbour", "neutral", or "".
+        old, new: greedy answers of the base and of the edited model.
+        p_old_before, p_old_after: probability of the whole old answer, its stop included, under the base and under the
+            edited model (teacher-forced).
+        p_new_before, p_new_after: likewise of the new answer.
+        kl: KL(base ‖ edited), mean over the old answer's positions, in nats.
+
+    Example:
+        >>> shift = Shift("Where is Lyon?", "edited", "France", "Italy", 0.75, 0.25, 0.0, 0.625, 1.2)
+        >>> shift.changed, shift.size
+        (True, 0.625)
+    """
+
+    question: str
+    kind: str
+    old: str
+    new: str
+    p_old_before: float
+    p_old_after: float
+    p_new_before: float
+    p_new_after: float
+    kl: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether the greedy answer is another one."""
+        return self.old != self.new
+
+    @property
+    def size(self) -> float:
+        """How far the probability of the old or of the new answer moved, whichever moved farther: 0 to 1."""
+        return max(abs(self.p_old_after - self.p_old_before), abs(self.p_new_after - self.p_new_before))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as builtins."""
+        return {**asdict(self), "changed": self.changed, "size": self.size}
+
+
+@dataclass(frozen=True)
+class TokenShift:
+    """Probability of one token (of a classifier: one class) before and after an edit.
+
+    Attributes:
+        token: its text, as the tokenizer decodes it alone.
+        id: its id; of a classifier 0 or 1.
+        before, after: its probability under the base and under the edited model.
+    """
+
+    token: str
+    id: int
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def answer_shifts(
+    model: nn.Module,
+    encoder: Encoder,
+    questions: Sequence[str],
+    edits: Edits,
+    kinds: Sequence[str] | None = None,
+    like: str | None = None,
+    batch_size: int = 32,
+) -> list[Shift]:
+    """Asks every question of the base and of the edited model.
+
+    Args:
+        model: the base model, in eval mode, without the edits.
+        encoder: the prompt format and tokenizer.
+        questions: as they stand in the data, without the prompt format's text around them.
+        edits: what makes it the edited model: an `Edit`, a sequence of them, or a function of the model that gives a
+            context manager, such as `edit.applied`.
+        kinds: what each question is to the edit (`Shift.kind`).
+        like: of a classifier: an answer in whose words the classes are given ("true" makes REFUTES "false").
+        batch_size: questions in one pass.
+
+    Returns:
+        One `Shift` a question, in their order.
+
+    Raises:
+        ConfigError: `kinds` are not as many as the questions, or the batch size is no positive number.
+    """
+    kinds = [""] * len(questions) if kinds is None else list(kinds)
+    if len(kinds) != len(questions):
+        raise ConfigError(
+            f"{len(questions)} questions have {len(kinds)} kinds. Give one kind a question, or none at all."
+        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+    shifts: list[Shift] = []
+    for start in range(0, len(questions), batch_size):
+        part = slice(start, start + batch_size)
+        shifts += _shifts(model, encoder, questions[part], kinds[part], edits, like)
+    return shifts
+
+
+@torch.no_grad()
+def next_token_shifts(
+    model: nn.Module, encoder: Encoder, question: str, edits: Edits, top: int = 10
+) -> list[TokenShift]:
+    """The likeliest first tokens of the answer, before and after the edit.
+
+    Args: as in `answer_shifts`, and
+        top: how many of the base's and how many of the edited model's.
+
+    Returns:
+        `top` to 2 × `top` tokens, the likeliest (before or after) first; both classes of a classifier.
+    """
+    rows = encoder.rows([(question, any_answer(encoder))], [0], 1).to(_device(model))
+    mask = first_labels(rows.labels)
+    before = logits_at(model, rows, mask)
+    with applying(edits, model):
+        after = logits_at(model, rows, mask)
+    before, after = (_distribution(logits)[0] for logits in (before, after))
+    count = min(top, len(before))
+    ids = torch.cat([before.topk(count).indices, after.topk(count).indices]).unique()
+    ids = ids[torch.maximum(before, after)[ids].argsort(descending=True)]
+    return _token_shifts(encoder, ids, before[ids], after[ids])
+
+
+@torch.no_grad()
+def token_shifts(model: nn.Module, encoder: Encoder, question: str, answer: str, edits: Edits) -> list[TokenShift]:
+    """Every token of an answer, the stop included, given those before it: its probability before and after the edit.
+
+    Their product is the probability of the whole answer (`Shift.p_new_before` and the like).
+
+    Args: as in `answer_shifts`, and
+        answer: whose tokens are looked at, in the order of the answer; of a classifier a class.
+
+    Raises:
+        TokenizerError: the answer is empty, or of a classifier no class.
+    """
+    rows = encoder.rows([(question, answer)], [0], 1).to(_device(model))
+    mask = label_mask(rows)
+    before = logits_at(model, rows, mask)
+    with applying(edits, model):
+        after = logits_at(model, rows, mask)
+    ids = rows.labels[mask]
+    return _token_shifts(
+        encoder, ids, *(_distribution(logits).gather(1, ids[:, None])[:, 0] for logits in (before, after))
+    )
+
+
+@contextmanager
+def applying(edits: Edits, model: nn.Module) -> Iterator[None]:
+    """The model under `edits` (see `answer_shifts`) while the block runs."""
+    with ExitStack() as stack:
+        for edit in edits if isinstance(edits, Sequence) else [edits]:
+            stack.enter_context(edit.applied(model) if isinstance(edit, Edit) else edit(model))
+        yield
+
+
+def _shifts(
+    model: nn.Module, encoder: Encoder, questions: Sequence[str], kinds: Sequence[str], edits: Edits, like: str | None
+) -> list[Shift]:
+    old = generate_answers(model, encoder, questions)
+    with applying(edits, model):
+        new = generate_answers(model, encoder, questions)
+        # One row where the answer stayed: both probabilities are the same.
+        changed = [i for i in range(len(questions)) if new[i] != old[i]]
+        asked = [*zip(questions, old), *((questions[i], new[i]) for i in changed)]
+        rows, mask, stops = answer_rows(encoder, asked, _device(model))
+        after = logits_at(model, rows, mask)
+    before = logits_at(model, rows, mask)
+    row, count = row_of(mask), len(rows)
+    p_before, p_after = (
+        rows_sum(answer_nll(logits, rows.labels[mask], stops[row], encoder), row, count).neg().exp().tolist()
+        for logits in (before, after)
+    )
+    kl = mean_by_task(token_kl(before, after), row, count).tolist()
+    where = {i: len(questions) + n for n, i in enumerate(changed)}
+    words = (
+        (lambda name: in_words(name, like))
+        if encoder.kind == "classifier" and like is not None
+        else (lambda name: name)
+    )
+    return [
+        Shift(
+            questions[i],
+            kinds[i],
+            words(old[i]),
+            words(new[i]),
+            p_before[i],
+            p_after[i],
+            p_before[j],
+            p_after[j],
+            kl[i],
+        )
+        for i, j in ((i, where.get(i, i)) for i in range(len(questions)))
+    ]
+
+
+def _distribution(logits: Tensor) -> Tensor:
+    """Probabilities `[n, vocabulary]`; of a classifier's one logit `[n, 2]`: false, true."""
+    if logits.shape[-1] == 1:
+        true = logits.float().sigmoid()
+        return torch.cat([1 - true, true], -1)
+    return logits.float().softmax(-1)
+
+
+def _token_shifts(encoder: Encoder, ids: Tensor, before: Tensor, after: Tensor) -> list[TokenShift]:
+    found = zip(ids.tolist(), before.tolist(), after.tolist())
+    return [TokenShift(_token_text(encoder, id), id, p, q) for id, p, q in found]
+
+
+def _token_text(encoder: Encoder, id: int) -> str:
+    return class_name(bool(id)) if encoder.kind == "classifier" else encoder.tokenizer.decode([id])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
