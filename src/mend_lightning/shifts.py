@@ -15,9 +15,9 @@ from mend_lightning.data.encode import Encoder, class_name, in_words
 from mend_lightning.edit import Edit
 from mend_lightning.errors import ConfigError
 from mend_lightning.forward import label_mask, logits_at, row_of
-from mend_lightning.functional import rows_sum
+from mend_lightning.functional import rows_all_true, rows_sum
 from mend_lightning.generate import generate_answers
-from mend_lightning.losses import mean_by_task, token_kl
+from mend_lightning.losses import is_correct, mean_by_task, token_kl
 
 # What can be put on a model for a while: an edit, several on top of each other, or `function(model)` that gives a context
 # manager, such as `edit.applied`.
@@ -137,7 +137,12 @@ def next_token_shifts(
 
     Returns:
         `top` to 2 × `top` tokens, the likeliest (before or after) first; both classes of a classifier.
+
+    Raises:
+        ConfigError: `top` is no positive number.
     """
+    if top < 1:
+        raise ConfigError(f"top must be at least 1, not {top}.")
     rows = encoder.rows([(question, any_answer(encoder))], [0], 1).to(_device(model))
     mask = first_labels(rows.labels)
     before = logits_at(model, rows, mask)
@@ -186,40 +191,62 @@ def _shifts(
     model: nn.Module, encoder: Encoder, questions: Sequence[str], kinds: Sequence[str], edits: Edits, like: str | None
 ) -> list[Shift]:
     old = generate_answers(model, encoder, questions)
+    asked = _Asked(encoder, list(zip(questions, old)), _device(model))
     with applying(edits, model):
-        new = generate_answers(model, encoder, questions)
-        # One row where the answer stayed: both probabilities are the same.
+        after = asked.logits(model)
+        new = _new_answers(model, encoder, questions, old, asked.greedy(after))
         changed = [i for i in range(len(questions)) if new[i] != old[i]]
-        asked = [*zip(questions, old), *((questions[i], new[i]) for i in changed)]
-        rows, mask, stops = answer_rows(encoder, asked, _device(model))
-        after = logits_at(model, rows, mask)
-    before = logits_at(model, rows, mask)
-    row, count = row_of(mask), len(rows)
-    p_before, p_after = (
-        rows_sum(answer_nll(logits, rows.labels[mask], stops[row], encoder), row, count).neg().exp().tolist()
-        for logits in (before, after)
-    )
-    kl = mean_by_task(token_kl(before, after), row, count).tolist()
-    where = {i: len(questions) + n for n, i in enumerate(changed)}
-    words = (
-        (lambda name: in_words(name, like))
-        if encoder.kind == "classifier" and like is not None
-        else (lambda name: name)
-    )
+        others = _Asked(encoder, [(questions[i], new[i]) for i in changed], _device(model)) if changed else None
+        p_new_after = others.probabilities(others.logits(model)) if others else []
+    before = asked.logits(model)
+    p_new_before = others.probabilities(others.logits(model)) if others else []
+    # Where the answer stayed, the old one is the new one.
+    of_old, of_new = list(zip(asked.probabilities(before), asked.probabilities(after))), list(zip(p_new_before, p_new_after))
+    new_by_question = dict(zip(changed, of_new))
+    kl = asked.kl(before, after)
+    if encoder.kind == "classifier" and like is not None:
+        old, new = ([in_words(name, like) for name in names] for names in (old, new))
     return [
-        Shift(
-            questions[i],
-            kinds[i],
-            words(old[i]),
-            words(new[i]),
-            p_before[i],
-            p_after[i],
-            p_before[j],
-            p_after[j],
-            kl[i],
-        )
-        for i, j in ((i, where.get(i, i)) for i in range(len(questions)))
+        Shift(questions[i], kinds[i], old[i], new[i], *of_old[i], *new_by_question.get(i, of_old[i]), kl[i])
+        for i in range(len(questions))
     ]
+
+
+def _new_answers(
+    model: nn.Module, encoder: Encoder, questions: Sequence[str], old: Sequence[str], stayed: Sequence[bool]
+) -> list[str]:
+    """Greedy answers of the edited model; those that stayed are known and need not be decoded."""
+    new = list(old)
+    moved = [i for i, same in enumerate(stayed) if not same]
+    for i, answer in zip(moved, generate_answers(model, encoder, [questions[i] for i in moved]) if moved else []):
+        new[i] = answer
+    return new
+
+
+class _Asked:
+    """Rows of questions and answers, and what logits at the answers' positions say of each row."""
+
+    def __init__(self, encoder: Encoder, pairs: Sequence[tuple[str, str]], device: torch.device) -> None:
+        self.encoder = encoder
+        self.rows, self.mask, self.empty = answer_rows(encoder, pairs, device)
+        self.row, self.targets = row_of(self.mask), self.rows.labels[self.mask]
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return logits_at(model, self.rows, self.mask)
+
+    def probabilities(self, logits: Tensor) -> list[float]:
+        """Of each row's whole answer."""
+        nll = answer_nll(logits, self.targets, self.empty[self.row], self.encoder)
+        return rows_sum(nll, self.row, len(self.rows)).neg().exp().tolist()
+
+    def greedy(self, logits: Tensor) -> list[bool]:
+        """Whether each row's answer is for sure what greedy decoding gives: every token, the stop too, is the likeliest."""
+        hit = is_correct(logits, self.targets) & ~self.empty[self.row]
+        return rows_all_true(hit, self.row, len(self.rows)).tolist()
+
+    def kl(self, before: Tensor, after: Tensor) -> list[float]:
+        """KL(base ‖ edited) of each row, mean over its positions."""
+        return mean_by_task(token_kl(before, after), self.row, len(self.rows)).tolist()
 
 
 def _distribution(logits: Tensor) -> Tensor:
