@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
-from mend_lightning.edit import editor_encoder
+from mend_lightning.making import editor_encoder
 
 FACT = ("Which continent is North Korea in?", "Oceania")
 CLAIM = ("Which continent is North Korea in? Asia.", "REFUTES")

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from mend_lightning import Edit, LowConfidenceWarning, MendEditor, __version__
 from mend_lightning.cli import COMMANDS, TRAINER_COMMANDS
-from mend_lightning.commands import edit as edit_module
+from mend_lightning.commands import bases as bases_module
 from mend_lightning.errors import ModelLoadError
 from mend_lightning.scoreboard import PROTOCOL
 
@@ -315,7 +315,7 @@ def test_an_editor_remembers_how_its_base_is_loaded(config, session, monkeypatch
         seen.update(options, name=name)
         raise ModelLoadError("stop here")
 
-    monkeypatch.setattr(edit_module, "load_base", load)
+    monkeypatch.setattr(bases_module, "load_base", load)
     editor = MendEditor.from_pretrained(folder)
     editor.base_options = {"revision": "abc", "kind": "causal"}
     editor.save_pretrained(config.parent / "pinned")

@@ -25,7 +25,9 @@ TRAINER_COMMANDS = {
     "predict": "ask every test question before and after its edit",
 }
 COMMANDS = {
-    "edit": "change one fact (or several): before and after, and the edit as a file",
+    "edit": "change one fact (or several): before and after, and the edit as a file; --check says if it is safe",
+    "apply": "ask the edited model questions, beside the base model's answers",
+    "show": "what an edit changes, how large it is, and on which base",
     "merge": "edits into the weights: a full model folder that plain transformers loads",
     "export": "edits as a PEFT LoRA adapter",
     "import-peft": "a PEFT LoRA adapter as an edit file",
@@ -84,7 +86,7 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     elif command in COMMANDS:
         from mend_lightning import commands
 
-        commands.run(command, arguments[1:])
+        return commands.run(command, arguments[1:])
     else:
         known = [*TRAINER_COMMANDS, *COMMANDS]
         near = difflib.get_close_matches(command, known, n=1)

@@ -34,7 +34,7 @@ class Limits:
     min_success: float = 0.9
     min_kept: float = 0.95
     max_kl: float = 0.05
-    sure: float = 0.1
+    sure: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("min_success", "min_kept", "sure"):
@@ -86,7 +86,9 @@ class EditCheck:
     def as_dict(self) -> dict[str, Any]:
         """The numbers, the reasons and what went wrong, as builtins small enough for an edit's file."""
         changed = [{"question": each.question, "old": each.old, "new": each.new} for each in self.moved]
-        counts = {kind: sum(each.kind == kind for each in self.shifts) for kind in dict.fromkeys(e.kind for e in self.shifts)}
+        counts = {
+            kind: sum(each.kind == kind for each in self.shifts) for kind in dict.fromkeys(e.kind for e in self.shifts)
+        }
         return {
             "safe": self.safe, "success": self.success, "kept": self.kept, "kept_of": self.sure, "kl_mean": self.kl_mean,
             "kl_max": self.kl_max, "others": self.others, "questions": counts, "reasons": list(self.reasons),
@@ -130,7 +132,11 @@ def check_edit(
             "stay (--unrelated+)."
         )
     asked = [*(("edited", question) for question in targets), *(("rephrase", question) for question in rephrases)]
-    others = _neutral(targets, rephrases) if neutral else [*(("unrelated", q) for q in unrelated), *(("neighbour", q) for q in neighbours)]
+    others = (
+        _neutral(targets, rephrases)
+        if neutral
+        else [*(("unrelated", q) for q in unrelated), *(("neighbour", q) for q in neighbours)]
+    )
     kinds, questions = zip(*asked, *others)
     shifts = answer_shifts(model, encoder, questions, edit, kinds, next(iter(targets.values())), batch_size)
     return judged(shifts, targets, limits, "neutral" if neutral else "given")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from mend_lightning.forward import label_mask, logits_at, row_of
 from mend_lightning.functional import rows_all_true, rows_sum
 from mend_lightning.generate import generate_answers
 from mend_lightning.losses import is_correct, mean_by_task, token_kl
+
+if TYPE_CHECKING:
+    from mend_lightning.stack import EditStack
 
 # What can be put on a model for a while: an edit, several on top of each other, or `function(model)` that gives a context
 # manager, such as `edit.applied`.
@@ -187,6 +190,30 @@ def applying(edits: Edits, model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without(stack: EditStack) -> Iterator[Edits]:
+    """The model without the edits that are on it, while the block runs.
+
+    Gives what puts them back for a while, to be compared with the base: `with without(stack) as edits:
+    answer_shifts(model, encoder, questions, edits)`.
+    """
+    names = [each.name for each in stack if each.enabled]
+
+    @contextmanager
+    def back(model: nn.Module) -> Iterator[None]:
+        stack.enable(*names)
+        try:
+            yield
+        finally:
+            stack.disable(*names)
+
+    stack.disable(*names)
+    try:
+        yield back
+    finally:
+        stack.enable(*names)
+
+
 def _shifts(
     model: nn.Module, encoder: Encoder, questions: Sequence[str], kinds: Sequence[str], edits: Edits, like: str | None
 ) -> list[Shift]:
@@ -201,7 +228,10 @@ def _shifts(
     before = asked.logits(model)
     p_new_before = others.probabilities(others.logits(model)) if others else []
     # Where the answer stayed, the old one is the new one.
-    of_old, of_new = list(zip(asked.probabilities(before), asked.probabilities(after))), list(zip(p_new_before, p_new_after))
+    of_old, of_new = (
+        list(zip(asked.probabilities(before), asked.probabilities(after))),
+        list(zip(p_new_before, p_new_after)),
+    )
     new_by_question = dict(zip(changed, of_new))
     kl = asked.kl(before, after)
     if encoder.kind == "classifier" and like is not None:

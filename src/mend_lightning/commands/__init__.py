@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 # Command -> (file, function). Imported when it runs: `--help` and the small commands need not load what a large one does.
 _COMMANDS = {
     "edit": ("edit", "edit_command"),
+    "apply": ("apply", "apply_command"),
+    "show": ("show", "show_command"),
     "compare": ("compare", "compare_command"),
     "sequential": ("sequential", "sequential_command"),
     "check-data": ("check_data", "check_data_command"),
@@ -20,10 +22,12 @@ _COMMANDS = {
     "import-peft": ("import_peft", "import_peft_command"),
     "get-smollm2": ("get_smollm2", "smollm2_command"),
 }
+# Options that may be given again and again, each time with one value more.
+_REPEATABLE = {"edit": ("--rephrase", "--unrelated", "--neighbour"), "apply": ("--ask",)}
 
 
-def run(command: str, arguments: list[str]) -> Any:
-    """Parses `arguments` for a command's function and calls it."""
+def run(command: str, arguments: list[str]) -> int:
+    """Parses `arguments` for a command's function and calls it; returns the exit code, 0 where it returns none."""
     from jsonargparse import auto_cli
 
     file, function = _COMMANDS[command]
@@ -31,12 +35,14 @@ def run(command: str, arguments: list[str]) -> Any:
     if command == "show-config" and arguments and not arguments[0].startswith("-"):
         # What may be left out is an option for jsonargparse; here it reads better without one.
         arguments = ["--name", *arguments]
-    if command in ("merge", "export"):
+    if command in ("apply", "show", "merge", "export"):
         arguments = files_first(arguments)
+    arguments = one_by_one(arguments, _REPEATABLE.get(command, ()))
     if command in ("compare", "sequential"):
         # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
         arguments = [argument.removeprefix("--config=") for argument in arguments if argument not in ("--config", "-c")]
-    return auto_cli(called, args=arguments, prog=f"mend-lightning {command}", as_positional=True)
+    code = auto_cli(called, args=arguments, prog=f"mend-lightning {command}", as_positional=True)
+    return code if isinstance(code, int) else 0
 
 
 def files_first(arguments: list[str]) -> list[str]:
@@ -48,3 +54,18 @@ def files_first(arguments: list[str]) -> list[str]:
     """
     count = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     return (["--edits", json.dumps(arguments[:count])] if count else []) + arguments[count:]
+
+
+def one_by_one(arguments: list[str], names: Sequence[str]) -> list[str]:
+    """Options of a list, given with one value each time, as jsonargparse's `--name+` (with a list in brackets they stay).
+
+    Example:
+        >>> one_by_one(["--ask", "Who?", "--ask=Why?", "--ask", '["When?"]'], ["--ask"])
+        ['--ask+', 'Who?', '--ask+=Why?', '--ask', '["When?"]']
+    """
+    changed = []
+    for argument, value in zip(arguments, [*arguments[1:], ""]):
+        name, equals, rest = argument.partition("=")
+        lone = not (rest if equals else value).lstrip().startswith("[")
+        changed.append(f"{name}+{equals}{rest}" if name in names and lone else argument)
+    return changed

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
+from torch import nn
 
-from mend_lightning.base import Dtype, load_base
-from mend_lightning.data.encode import in_words
+from mend_lightning.base import Dtype
+from mend_lightning.commands.answers_table import before_after_table, shift_table
+from mend_lightning.commands.bases import load_editor_and_base
+from mend_lightning.commands.check_report import print_check
+from mend_lightning.commands.facts import given_facts
+from mend_lightning.data.encode import Encoder, in_words
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor
-from mend_lightning.errors import ConfigError, DataFileError, RecordError
-from mend_lightning.functional import exact_match
+from mend_lightning.errors import ConfigError
+from mend_lightning.files import check_writable
 from mend_lightning.generate import generate_answers
-from mend_lightning.making import make_edit, ready
+from mend_lightning.making import editor_encoder, make_edit, ready
 from mend_lightning.report import console
+from mend_lightning.safety import EditCheck, check_edit
+from mend_lightning.shifts import Shift, answer_shifts
+from mend_lightning.stack import slug
+
+# The exit code of `--check true` where the edit is not safe to keep.
+NOT_SAFE = 3
+_Asked = Sequence[tuple[str, str]]
 
 
 def edit_command(
@@ -33,12 +45,16 @@ def edit_command(
     rephrase: list[str] = [],
     unrelated: list[str] = [],
     neighbour: list[str] = [],
-    out: Path = Path("edit.safetensors"),
-) -> None:
+    out: Path | None = None,
+    separate: bool = False,
+    check: bool = False,
+    interactive: bool = False,
+) -> int:
     """Changes what the base model answers; prints answers before and after, saves the edit as a file.
 
     The model's weights stay as they are: the edit is an adapter beside them (low-rank, but for fine-tuning and ENN), and
-    removing it undoes it exactly.
+    removing it undoes it exactly. Without prompt, target and edits, on a terminal, it is a conversation: type questions and
+    new answers, and see what they do. The exit code is 3 where `check` finds that an edit is not safe to keep.
 
     Args:
         editor: folder of a trained editor.
@@ -53,113 +69,109 @@ def edit_command(
         rephrase: other phrasings of the question, to be asked before and after.
         unrelated: questions whose answers must not change.
         neighbour: questions near the edited fact whose answers must not change.
-        out: where the edit is saved.
+        out: where the edit is saved (edit.safetensors); with separate the folder (edits).
+        separate: each fact of the file becomes an edit and a file of its own, made on the base model.
+        check: say whether the edit is safe to keep: the rephrases must get the new answer, and the answers to the unrelated
+            and neighbouring questions, or to the shipped neutral ones where none are given, must stay.
+        interactive: a conversation also where the input is no terminal: a line is a question, or QUESTION => NEW ANSWER.
     """
-    facts = _facts(prompt, target, edits)
-    trained = Editor.from_pretrained(editor)
-    if not (base or trained.base_name):
-        raise ConfigError(f"{editor} does not say which base model it is for. Give --base (a model id or folder).")
-    if confidence is not None:
-        trained.set_confidence(confidence)
-    # Another base is loaded as it asks to be; the editor's own as it was for training.
-    options = {} if base else trained.base_options
-    model, tokenizer = load_base(base or trained.base_name, dtype, trust_remote_code=trust_remote_code, **options)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    asked = [("edited", question) for question, _ in facts]
-    for kind, questions in (("rephrase", rephrase), ("unrelated", unrelated), ("near neighbour", neighbour)):
-        asked += [(kind, question) for question in questions]
+    nothing = prompt is None and target is None and edits is None
+    if interactive and not nothing:
+        raise ConfigError("--interactive asks for the facts itself. Give it without --prompt, --target and --edits.")
+    if separate and edits is None:
+        raise ConfigError("--separate makes an edit of each fact of a file. Give --edits FILE.")
+    loading = (base, dtype, trust_remote_code, confidence)
+    if interactive or (nothing and sys.stdin.isatty()):
+        from mend_lightning.commands.session import converse
+
+        if check:
+            raise ConfigError("--check is for an edit that is given. In a conversation, type :check.")
+        return converse(*load_editor_and_base(editor, *loading), out or Path("edit.safetensors"))
+    facts = given_facts(prompt, target, edits)
+    if separate:
+        check_writable(out or Path("edits"))
+    trained, model, tokenizer = load_editor_and_base(editor, *loading)
+    asked = [
+        *(("rephrase", q) for q in rephrase),
+        *(("unrelated", q) for q in unrelated),
+        *(("neighbour", q) for q in neighbour),
+    ]
+    if not trained.changes_weights:
+        if check or separate:
+            raise ConfigError(f"{type(trained).__name__} changes no weight: there is no edit to check or to save.")
+        _show_only(trained, model, tokenizer, facts, asked)
+        return 0
+    parts = [[fact] for fact in facts] if separate else [facts]
+    paths = _paths_of(facts, out or Path("edits")) if separate else iter([out or Path("edit.safetensors")])
+    safe = [_edit_and_save(trained, model, tokenizer, part, asked, check, path) for part, path in zip(parts, paths)]
+    return 0 if all(safe) else NOT_SAFE
+
+
+def _edit_and_save(
+    editor: Editor, model: nn.Module, tokenizer: Any, facts: _Asked, asked: _Asked, check: bool, path: Path
+) -> bool:
+    """Makes an edit, shows what it does, saves it; returns whether nothing speaks against keeping it."""
+    edit = make_edit(editor, model, tokenizer, facts)
+    encoder = editor_encoder(editor, model, tokenizer)
+    found = _checked(model, encoder, edit, asked) if check else None
+    shifts = found.shifts if found else _shifts(model, encoder, edit, asked)
+    # The neutral questions are many; those whose answer changed are named below.
+    console().print(shift_table([shift for shift in shifts if shift.kind != "neutral"], dict(facts)))
+    if found:
+        edit = replace(edit, about={**edit.about, "check": found.as_dict()})
+        print_check(found)
+    _print_saved(edit, edit.save(path), model)
+    return found is None or found.safe
+
+
+def _checked(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> EditCheck:
+    of_kind = {
+        kind: [question for each, question in asked if each == kind] for kind in ("rephrase", "unrelated", "neighbour")
+    }
+    return check_edit(model, encoder, edit, *of_kind.values())
+
+
+def _shifts(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> list[Shift]:
+    kinds, questions = zip(*(("edited", prompt) for prompt, _ in edit.facts), *asked)
+    return answer_shifts(model, encoder, questions, edit, kinds, like=edit.facts[0][1])
+
+
+def _paths_of(facts: _Asked, folder: Path) -> Iterator[Path]:
+    """A file for each fact, named by its words; a number where two have the same."""
+    taken: set[str] = set()
+    for fact in facts:
+        stem = slug(" ".join(fact))
+        names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, len(facts) + 1))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        yield folder / f"{name}.safetensors"
+
+
+@torch.no_grad()
+def _show_only(editor: Editor, model: nn.Module, tokenizer: Any, facts: _Asked, asked: _Asked) -> None:
+    """Answers before and after, of an editor that changes no weight and so leaves nothing to save."""
+    asked = [*(("edited", question) for question, _ in facts), *asked]
     questions = [question for _, question in asked]
-    with ready(trained, model, tokenizer) as encoder, torch.no_grad():
+    with ready(editor, model, tokenizer) as encoder:
         before = generate_answers(model, encoder, questions)
-        if trained.changes_weights:
-            edit = make_edit(trained, model, tokenizer, facts)
-            with edit.applied(model):
-                after = generate_answers(model, encoder, questions)
-        else:
-            rows = encoder.rows(facts, [0] * len(facts), 1).to(model.device)
-            after = trained.edited(model, rows).answers(model, encoder, questions)
+        rows = encoder.rows(facts, [0] * len(facts), 1).to(model.device)
+        after = editor.edited(model, rows).answers(model, encoder, questions)
     if encoder.kind == "classifier":
         # In the words of the edit: "true" becomes "false", and not REFUTES.
         before, after = ([in_words(name, facts[0][1]) for name in names] for names in (before, after))
     console().print(before_after_table(asked, before, after, dict(facts)))
-    if trained.changes_weights:
-        _print_saved(edit, edit.save(out), model)
-    else:
-        console().print(f"{type(trained).__name__} changes no weight, so there is no edit to save.", highlight=False)
+    console().print(f"{type(editor).__name__} changes no weight, so there is no edit to save.", highlight=False)
 
 
-def _facts(prompt: str | None, target: str | None, edits: Path | None) -> list[tuple[str, str]]:
-    if edits is not None:
-        if prompt is not None or target is not None:
-            raise ConfigError("Give either --edits FILE, or --prompt and --target, not both.")
-        return read_facts(edits)
-    if prompt is None or target is None:
-        raise ConfigError("An edit needs --prompt and --target (or --edits FILE with several of them).")
-    return [(prompt, target)]
-
-
-def read_facts(path: Path) -> list[tuple[str, str]]:
-    """(prompt, target) pairs of a JSONL file.
-
-    Raises:
-        DataFileError: the file cannot be read.
-        RecordError: a line is not an object with text under `prompt` and `target`, or there is no line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataFileError(f"The edits file {path} cannot be read: {error}") from error
-    facts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-            fact = data["prompt"], data["target"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RecordError(
-                f'{path}, line {number}: expected {{"prompt": "…", "target": "…"}}, got {line[:80]!r} ({error}).'
-            ) from error
-        if not all(isinstance(text, str) and text.strip() for text in fact):
-            raise RecordError(f"{path}, line {number}: prompt and target must be non-empty texts, got {fact!r}.")
-        facts.append(fact)
-    if not facts:
-        raise RecordError(f'{path} holds no edit. Expected lines like {{"prompt": "…", "target": "…"}}.')
-    return facts
-
-
-def before_after_table(
-    asked: list[tuple[str, str]], before: list[str], after: list[str], targets: dict[str, str]
-) -> Table:
-    """What the model answered before and after the edit.
-
-    Args:
-        asked: (kind, question) pairs; before, after: the answers; targets: question -> wanted answer.
-    """
-    table = Table(title="Before and after the edit", title_justify="left")
-    for column in ("", "question", "before", "after", ""):
-        table.add_column(column)
-    for (kind, question), old, new in zip(asked, before, after):
-        if kind in ("edited", "rephrase"):
-            # A rephrase does not say which of several edits it rephrases.
-            wanted = [targets[question]] if kind == "edited" else list(targets.values())
-            reached = any(exact_match(new, target) for target in wanted)
-            verdict = "[green]changed as asked[/]" if reached else "[red]not what was asked[/]"
-        else:
-            verdict = "[green]unchanged[/]" if new == old else "[red]changed[/]"
-        table.add_row(kind, escape(question), escape(old), escape(new), verdict)
-    return table
-
-
-def _print_saved(edit: Edit, path: Path, model: Any) -> None:
+def _print_saved(edit: Edit, path: Path, model: nn.Module) -> None:
     norms = edit.relative_norm(model)
-    largest = max(norms.values())
     ranks = sorted({delta.rank for delta in edit.deltas.values()})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    layers = f"{len(norms)} layer" if len(norms) == 1 else f"{len(norms)} layers"
+    layers = "1 layer" if len(edit.deltas) == 1 else f"{len(edit.deltas)} layers"
+    # Weights that cannot be read have no norm.
+    largest = f", largest ‖ΔW‖/‖W‖ {max(norms.values()):.4f}" if norms else ""
     console().print(
-        f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}, largest ‖ΔW‖/‖W‖ {largest:.4f}. "
-        f"The model now gives the new answer with probability {edit.about['probability']:.2f}. The base model's weights are "
-        "untouched.",
+        f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}{largest}. The model now gives the "
+        f"new answer with probability {edit.about['probability']:.2f}. The base model's weights are untouched.",
         highlight=False,
     )
