@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.markup import escape
 from rich.table import Table
@@ -22,7 +22,7 @@ def before_after_table(
     Args:
         asked: (kind, question) pairs; before, after: the answers; targets: question -> wanted answer.
     """
-    table = _table("before", "after")
+    table = _table("Before and after the edit", (question for _, question in asked), "before", "after")
     for (kind, question), old, new in zip(asked, before, after):
         table.add_row(
             _KINDS.get(kind, kind), *map(escape, (question, old, new)), verdict(kind, question, old, new, targets)
@@ -31,16 +31,22 @@ def before_after_table(
 
 
 def shift_table(shifts: Sequence[Shift], targets: Mapping[str, str] | None = None) -> Table:
-    """Answers before and after, and how their probabilities moved.
+    """Answers before and after, and how the probability of each of the two moved.
 
     Args:
         shifts: of every question.
         targets: edited question -> wanted answer; None where nothing is wanted, but only looked at.
     """
-    table = _table("before", "after", "P(old answer)", "P(new answer)")
+    columns = (
+        ("before", "after", "P(before)", "P(after)")
+        if targets is not None
+        else ("base", "edited", "P(base)", "P(edited)")
+    )
+    title = "Before and after the edit" if targets is not None else "Base and edited model"
+    table = _table(title, (shift.question for shift in shifts), *columns)
     for shift in shifts:
         old, new = (shift.p_old_before, shift.p_old_after), (shift.p_new_before, shift.p_new_after)
-        moves = (f"{before:.2f} → {after:.2f}" for before, after in (old, new))
+        moves = (f"{before:.2f}→{after:.2f}" for before, after in (old, new))
         said = verdict(shift.kind, shift.question, shift.old, shift.new, targets)
         table.add_row(
             _KINDS.get(shift.kind, shift.kind), *map(escape, (shift.question, shift.old, shift.new)), *moves, said
@@ -60,8 +66,13 @@ def verdict(kind: str, question: str, old: str, new: str, targets: Mapping[str, 
     return "[green]changed as asked[/]" if reached else "[red]not what was asked[/]"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(title="Before and after the edit", title_justify="left")
-    for column in ("", "question", *columns, ""):
-        table.add_column(column)
+def _table(title: str, questions: Iterable[str], *columns: str) -> Table:
+    width = max((len(question) for question in questions), default=0)
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    # What was asked shall be read at a glance; the answers give way.
+    table.add_column("question", min_width=min(width, 34))
+    for column in columns:
+        table.add_column(column, no_wrap=column.startswith("P("))
+    table.add_column("", min_width=9)
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,9 @@ def converse(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: 
     """
     if not editor.changes_weights:
         raise ConfigError(f"{type(editor).__name__} changes no weight, so its edits do not build on each other.")
-    if sys.stdin.isatty():
-        # Arrow keys and history.
-        import readline  # noqa: F401
+    if sys.stdin.isatty() and find_spec("readline") is not None:
+        # Arrow keys and history, where the system has them.
+        import_module("readline")
     with EditStack(model) as stack:
         session = Session(editor, model, tokenizer, stack)
         _say(HELP, markup=False)
@@ -116,7 +118,10 @@ class Session:
         like = targets[question] if targets else (self._last_target() or None)
         with without(self.stack) as edits:
             shifts = answer_shifts(self.model, self.encoder, [question], edits, [kind], like)
-        console().print(shift_table(shifts, targets))
+        if any(each.enabled for each in self.stack):
+            console().print(shift_table(shifts, targets))
+        else:
+            _say(f"{escape(shifts[0].old)} (probability {shifts[0].p_old_before:.2f})")
 
     def _edit(self, question: str, target: str) -> None:
         if not question or not target:

@@ -88,8 +88,9 @@ def _pairs(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not found["facts"]:
         yield "changes", "(the file does not say)"
     revision = (found["base_options"] or {}).get("revision")
-    named = f"{found['base'] or '(the file does not say)'}{f', revision {revision}' if revision else ''}"
-    yield "base model", f"{named}{f', weights {found["base_fingerprint"]}' if found['base_fingerprint'] else ''}"
+    named = [found["base"] or "(the file does not say)", *([f"revision {revision}"] if revision else [])]
+    weights = [f"weights {found['base_fingerprint']}"] if found["base_fingerprint"] else []
+    yield "base model", ", ".join(named + weights)
     for name, key in (("editor", "editor"), ("made", "date"), ("id", "id")):
         if found[key]:
             yield name, found[key]
