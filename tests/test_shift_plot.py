@@ -14,12 +14,12 @@ def shift(kind: str, size: float, question: str = "Who?", new: str = "b") -> Shi
     return Shift(question, kind, "a", new, 0.5, 0.5 - size, 0.5, 0.5, 0.0)
 
 
-SHIFTS = [shift("neutral", 0.125), shift("own kind", 0.25), shift("edited", 0.125), shift("neutral", 0.5), shift("neutral", 0.25)]
-    shift("neutral", 0.1),
-    shift("own kind", 0.2),
-    shift("edited", 0.1),
-    shift("neutral", 0.4),
-    shift("neutral", 0.3),
+SHIFTS = [
+    shift("neutral", 0.125),
+    shift("own kind", 0.25),
+    shift("edited", 0.125),
+    shift("neutral", 0.5),
+    shift("neutral", 0.25),
 ]
 
 
