@@ -11,9 +11,8 @@ import pytest
 import torch
 from bases import state_copy
 from commandline import assert_says, call
-from edited import CLAIM, FACT, dense_copy, tiny_edit
+from edited import CLAIM, FACT, Plainly, dense_copy, tiny_edit
 from matplotlib.image import imread
-from test_shifts import Plainly
 
 from mend_lightning import Edit
 from mend_lightning.commands import session as session_module
@@ -78,11 +77,12 @@ def test_check_of_an_edit_that_is_safe(tiny, shipped, tmp_path):
     asked = ["--prompt", QUESTION, "--target", "Asia", "--out", out, "--check", "true"]
     result = edit(tiny, *asked, editor="weak")
     assert (result.code, result.err) == (0, "")
+    assert "Asking 178 neutral questions" in result.out
     assert "Safe to keep." in result.out and "shipped neutral questions" in result.out and "No rephrase" in result.out
     assert Edit.load(out).about["check"]["safe"] is True
     result = edit(tiny, *asked, "--neighbour", OTHER, "--unrelated+", "Who?", editor="weak")
     check = Edit.load(out).about["check"]
-    assert result.code == 0 and check["others"] == "given"
+    assert result.code == 0 and check["others"] == "given" and "Asking" not in result.out
     assert check["questions"] == {"edited": 1, "unrelated": 1, "neighbour": 1}
     assert "near neighbour" in result.out and OTHER in result.out
 
@@ -140,6 +140,15 @@ def test_what_edit_refuses(arguments, text, tiny, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_unsafe_edit_of_several(tiny, tmp_path):
+    """The first gets the answer that the base gives anyway."""
+    lines = [{"prompt": QUESTION, "target": "Asia"}, {"prompt": QUESTION, "target": "Africa"}]
+    for name, some, code in (("both", lines, NOT_SAFE), ("first", lines[:1], 0)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, some)))
+        asked = ["--edits", tmp_path / name, "--separate", "true", "--out", tmp_path / "edits", "--check", "true"]
+        assert edit(tiny, *asked, "--unrelated", OTHER, editor="weak").code == code
+
+
 def test_separate_edits_where_nothing_can_be_written(tiny, tmp_path):
     (tmp_path / "facts.jsonl").write_text(json.dumps({"prompt": "a", "target": "b"}))
     (tmp_path / "file").touch()
@@ -149,6 +158,7 @@ def test_separate_edits_where_nothing_can_be_written(tiny, tmp_path):
 
 def test_a_conversation(tiny, tmp_path, monkeypatch):
     """Piped: two edits, the second on top of the first, one undone, the other saved."""
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "edit.safetensors"
     typed(
         monkeypatch, ":list", QUESTION, f"=> {TARGET}", ":undo", ":undo", f"{OTHER} => Cuba", f"{QUESTION} => Africa", OTHER,

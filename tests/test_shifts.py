@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
-import math
 from itertools import count
 
 import pytest
 import torch
-from bases import FORMATS
-from edited import FACT, dense_copy, tiny_edit
+from edited import FACT, Plainly, dense_copy, tiny_edit
 from models import KINDS
 
 from mend_lightning.answer_rows import answer_nll, answer_rows
 from mend_lightning.errors import ConfigError, TokenizerError
 from mend_lightning.forward import logits_at, row_of
-from mend_lightning.generate import MAX_NEW_TOKENS
 from mend_lightning.shifts import Shift, answer_shifts, next_token_shifts, token_shifts
 
 pytest_plugins = ["bases"]
@@ -30,62 +26,6 @@ def questions(facts, kind: str) -> list[str]:
     prefix = "claims_" if kind == "classifier" else ""
     lines = (facts / f"{prefix}test.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["input"] for line in lines]
-
-
-class Plainly:
-    """A model asked one question at a time, in the plainest way."""
-
-    def __init__(self, family: str, model, tokenizer) -> None:
-        self.kind, self.model, self.tokenizer = KINDS[family], copy.deepcopy(model).double(), tokenizer
-        self.format = FORMATS[self.kind]
-
-    def distribution(self, question: str, answer_ids: list[int]) -> torch.Tensor:
-        """Probabilities of the token behind those of an answer so far."""
-        ids = self.tokenizer(self.format.question(question))["input_ids"]
-        with torch.no_grad():
-            if self.kind == "causal":
-                logits = self.model(input_ids=torch.tensor([ids + answer_ids])).logits[0, -1]
-            elif self.kind == "encoder_decoder":
-                start = [self.model.config.decoder_start_token_id]
-                output = self.model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([start + answer_ids]))
-                logits = output.logits[0, -1]
-            else:
-                true = self.model(input_ids=torch.tensor([ids])).logits[0, 0].sigmoid()
-                return torch.stack([1 - true, true])
-        return logits.softmax(-1)
-
-    def stops(self, token: int) -> bool:
-        text = self.tokenizer.decode([token])
-        return token == self.tokenizer.eos_token_id or bool(self.format.stop) and self.format.stop in text
-
-    def answer(self, question: str) -> str:
-        if self.kind == "classifier":
-            return ["REFUTES", "SUPPORTS"][int(self.distribution(question, []).argmax())]
-        ids: list[int] = []
-        for _ in range(MAX_NEW_TOKENS):
-            ids.append(int(self.distribution(question, ids).argmax()))
-            if self.stops(ids[-1]):
-                break
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return (text.split(self.format.stop)[0] if self.format.stop else text).strip()
-
-    def answer_ids(self, question: str, answer: str) -> list[int]:
-        if self.kind == "classifier":
-            return [int(answer == "SUPPORTS")]
-        if self.kind == "encoder_decoder":
-            return self.tokenizer(answer)["input_ids"]
-        prompt = self.tokenizer(f"Q: {question}\nA:")["input_ids"]
-        return self.tokenizer(f"Q: {question}\nA: {answer}\n")["input_ids"][len(prompt) :]
-
-    def token_probabilities(self, question: str, answer: str) -> list[float]:
-        ids = self.answer_ids(question, answer)
-        return [float(self.distribution(question, ids[:i])[id]) for i, id in enumerate(ids)]
-
-    def probability(self, question: str, answer: str) -> float:
-        if not answer:
-            stops = [i for i in range(len(self.tokenizer)) if self.stops(i)]
-            return float(self.distribution(question, [])[stops].sum())
-        return math.prod(self.token_probabilities(question, answer))
 
 
 def close(actual, expected) -> bool:

@@ -50,6 +50,12 @@ _HOME = {
     "import_peft": "peft_import",
     "merge": "merging",
     "read_records": "data.records",
+    "answer_shifts": "shifts",
+    "next_token_shifts": "shifts",
+    "token_shifts": "shifts",
+    "plot_shifts": "shift_plot",
+    "check_edit": "safety",
+    "neutral_questions": "neutral",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -23,6 +23,7 @@ from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_writable
 from mend_lightning.generate import generate_answers
 from mend_lightning.making import editor_encoder, make_edit, ready
+from mend_lightning.neutral import neutral_questions
 from mend_lightning.report import console
 from mend_lightning.safety import EditCheck, check_edit
 from mend_lightning.shifts import Shift, answer_shifts
@@ -125,6 +126,12 @@ def _edit_and_save(
 
 
 def _checked(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> EditCheck:
+    if all(kind == "rephrase" for kind, _ in asked):
+        console().print(
+            f"Asking {len(neutral_questions())} neutral questions before and after the edit, which takes a while. Where "
+            "--unrelated or --neighbour is given, those are asked instead.",
+            highlight=False,
+        )
     of_kind = {
         kind: [question for each, question in asked if each == kind] for kind in ("rephrase", "unrelated", "neighbour")
     }
