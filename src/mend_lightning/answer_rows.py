@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mend_lightning.data.encode import Encoder, class_name
-from mend_lightning.forward import label_mask
+from mend_lightning.forward import label_mask, logits_at, row_of
+from mend_lightning.functional import rows_all_true, rows_sum
 from mend_lightning.generate import stop_ids
-from mend_lightning.losses import token_nll
+from mend_lightning.losses import is_correct, mean_by_task, token_kl, token_nll
 from mend_lightning.types import IGNORED_LABEL, Rows
 
 
@@ -57,3 +58,29 @@ def first_labels(labels: Tensor) -> Tensor:
 def any_answer(encoder: Encoder) -> str:
     """An answer for rows of which only the first position counts: what is answered there does not matter."""
     return class_name(True) if encoder.kind == "classifier" else "a"
+
+
+class AskedAnswers:
+    """Rows of questions and answers, and what logits at the answers' positions say of each row."""
+
+    def __init__(self, encoder: Encoder, pairs: Sequence[tuple[str, str]], device: torch.device) -> None:
+        self.encoder = encoder
+        self.rows, self.mask, self.empty = answer_rows(encoder, pairs, device)
+        self.row, self.targets = row_of(self.mask), self.rows.labels[self.mask]
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return logits_at(model, self.rows, self.mask)
+
+    def probabilities(self, logits: Tensor) -> list[float]:
+        """Of each row's whole answer."""
+        nll = answer_nll(logits, self.targets, self.empty[self.row], self.encoder)
+        return rows_sum(nll, self.row, len(self.rows)).neg().exp().tolist()
+
+    def greedy(self, logits: Tensor) -> list[bool]:
+        """Whether each row's answer is for sure what greedy decoding gives: every token, the stop too, is the likeliest."""
+        hit = is_correct(logits, self.targets) & ~self.empty[self.row]
+        return rows_all_true(hit, self.row, len(self.rows)).tolist()
+
+    def kl(self, before: Tensor, after: Tensor) -> list[float]:
+        """KL(base ‖ edited) of each row, mean over its positions."""
+        return mean_by_task(token_kl(before, after), self.row, len(self.rows)).tolist()

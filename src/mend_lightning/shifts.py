@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.answer_rows import answer_nll, answer_rows, any_answer, first_labels
+from mend_lightning.answer_rows import AskedAnswers, any_answer, first_labels
+from mend_lightning.applying import Edits, applying
+from mend_lightning.applying import without as without
 from mend_lightning.data.encode import Encoder, class_name, in_words
-from mend_lightning.edit import Edit
 from mend_lightning.errors import ConfigError
-from mend_lightning.forward import label_mask, logits_at, row_of
-from mend_lightning.functional import rows_all_true, rows_sum
+from mend_lightning.forward import label_mask, logits_at
 from mend_lightning.generate import generate_answers
-from mend_lightning.losses import is_correct, mean_by_task, token_kl
-
-if TYPE_CHECKING:
-    from mend_lightning.stack import EditStack
-
-# What can be put on a model for a while: an edit, several on top of each other, or `function(model)` that gives a context
-# manager, such as `edit.applied`.
-Edits = Edit | Callable[[nn.Module], AbstractContextManager[Any]] | Sequence["Edits"]
 
 
 @dataclass(frozen=True)
@@ -181,49 +172,16 @@ def token_shifts(model: nn.Module, encoder: Encoder, question: str, answer: str,
     )
 
 
-@contextmanager
-def applying(edits: Edits, model: nn.Module) -> Iterator[None]:
-    """The model under `edits` (see `answer_shifts`) while the block runs."""
-    with ExitStack() as stack:
-        for edit in edits if isinstance(edits, Sequence) else [edits]:
-            stack.enter_context(edit.applied(model) if isinstance(edit, Edit) else edit(model))
-        yield
-
-
-@contextmanager
-def without(stack: EditStack) -> Iterator[Edits]:
-    """The model without the edits that are on it, while the block runs.
-
-    Gives what puts them back for a while, to be compared with the base: `with without(stack) as edits:
-    answer_shifts(model, encoder, questions, edits)`.
-    """
-    names = [each.name for each in stack if each.enabled]
-
-    @contextmanager
-    def back(model: nn.Module) -> Iterator[None]:
-        stack.enable(*names)
-        try:
-            yield
-        finally:
-            stack.disable(*names)
-
-    stack.disable(*names)
-    try:
-        yield back
-    finally:
-        stack.enable(*names)
-
-
 def _shifts(
     model: nn.Module, encoder: Encoder, questions: Sequence[str], kinds: Sequence[str], edits: Edits, like: str | None
 ) -> list[Shift]:
     old = generate_answers(model, encoder, questions)
-    asked = _Asked(encoder, list(zip(questions, old)), _device(model))
+    asked = AskedAnswers(encoder, list(zip(questions, old)), _device(model))
     with applying(edits, model):
         after = asked.logits(model)
         new = _new_answers(model, encoder, questions, old, asked.greedy(after))
         changed = [i for i in range(len(questions)) if new[i] != old[i]]
-        others = _Asked(encoder, [(questions[i], new[i]) for i in changed], _device(model)) if changed else None
+        others = AskedAnswers(encoder, [(questions[i], new[i]) for i in changed], _device(model)) if changed else None
         p_new_after = others.probabilities(others.logits(model)) if others else []
     before = asked.logits(model)
     p_new_before = others.probabilities(others.logits(model)) if others else []
@@ -251,32 +209,6 @@ def _new_answers(
     for i, answer in zip(moved, generate_answers(model, encoder, [questions[i] for i in moved]) if moved else []):
         new[i] = answer
     return new
-
-
-class _Asked:
-    """Rows of questions and answers, and what logits at the answers' positions say of each row."""
-
-    def __init__(self, encoder: Encoder, pairs: Sequence[tuple[str, str]], device: torch.device) -> None:
-        self.encoder = encoder
-        self.rows, self.mask, self.empty = answer_rows(encoder, pairs, device)
-        self.row, self.targets = row_of(self.mask), self.rows.labels[self.mask]
-
-    def logits(self, model: nn.Module) -> Tensor:
-        return logits_at(model, self.rows, self.mask)
-
-    def probabilities(self, logits: Tensor) -> list[float]:
-        """Of each row's whole answer."""
-        nll = answer_nll(logits, self.targets, self.empty[self.row], self.encoder)
-        return rows_sum(nll, self.row, len(self.rows)).neg().exp().tolist()
-
-    def greedy(self, logits: Tensor) -> list[bool]:
-        """Whether each row's answer is for sure what greedy decoding gives: every token, the stop too, is the likeliest."""
-        hit = is_correct(logits, self.targets) & ~self.empty[self.row]
-        return rows_all_true(hit, self.row, len(self.rows)).tolist()
-
-    def kl(self, before: Tensor, after: Tensor) -> list[float]:
-        """KL(base ‖ edited) of each row, mean over its positions."""
-        return mean_by_task(token_kl(before, after), self.row, len(self.rows)).tolist()
 
 
 def _distribution(logits: Tensor) -> Tensor:

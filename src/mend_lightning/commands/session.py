@@ -12,6 +12,7 @@ from typing import Any
 from rich.markup import escape
 from torch import nn
 
+from mend_lightning.applying import without
 from mend_lightning.commands.answers_table import shift_table
 from mend_lightning.commands.check_report import print_check
 from mend_lightning.editors.editor import Editor
@@ -19,7 +20,7 @@ from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.making import editor_encoder, make_edit
 from mend_lightning.report import console
 from mend_lightning.safety import check_edit
-from mend_lightning.shifts import answer_shifts, without
+from mend_lightning.shifts import answer_shifts
 from mend_lightning.stack import EditStack
 
 PROMPT = "> "
