@@ -84,6 +84,10 @@ class MissingPackageError(MendError, ImportError):
     """An optional package that is needed is not installed."""
 
 
+class StoppedError(MendError, RuntimeError):
+    """Work was stopped before its end by whoever asked for it."""
+
+
 class NoEffectWarning(UserWarning):
     """An operation ran but changed nothing."""
 
