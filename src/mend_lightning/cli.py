@@ -28,6 +28,7 @@ COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a file; --check says if it is safe",
     "apply": "ask the edited model questions, beside the base model's answers",
     "show": "what an edit changes, how large it is, and on which base",
+    "ui": "a local page: edit facts, see before and after, and what else moved (needs the extra `ui`)",
     "merge": "edits into the weights: a full model folder that plain transformers loads",
     "export": "edits as a PEFT LoRA adapter",
     "import-peft": "a PEFT LoRA adapter as an edit file",

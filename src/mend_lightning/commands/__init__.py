@@ -11,6 +11,7 @@ _COMMANDS = {
     "edit": ("edit", "edit_command"),
     "apply": ("apply", "apply_command"),
     "show": ("show", "show_command"),
+    "ui": ("ui", "ui_command"),
     "compare": ("compare", "compare_command"),
     "sequential": ("sequential", "sequential_command"),
     "check-data": ("check_data", "check_data_command"),
