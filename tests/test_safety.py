@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ TARGETS = {"q": "new"}
 def shift(
     kind: str, old: str = "old", new: str = "old", p: float = 0.8, kl: float = 0.01, question: str = "q"
 ) -> Shift:
-    return Shift(question, kind, old, new, p, p / 2, 0.0, 0.5, kl)
+    after = p if new == old else p / 4
+    return Shift(question, kind, old, new, p, after, 0.0, 0.5, kl)
 
 
 EDITED, REPHRASED, STAYS = shift("edited", new="new"), shift("rephrase", new=" new"), shift("unrelated")
@@ -64,6 +66,16 @@ def test_only_answers_that_the_base_is_sure_of_count_as_kept():
     assert check.kept == pytest.approx(1 / 6)
 
 
+def test_a_near_tie_is_not_lost():
+    """Another answer came out, and the old one is nearly as probable as before; a halved one is lost, whatever came out."""
+    tie = replace(shift("neutral", new="x"), p_old_after=0.41)
+    assert judged([EDITED, REPHRASED, tie], TARGETS, Limits()).kept == 1.0
+    assert judged([EDITED, REPHRASED, replace(tie, p_old_after=0.39)], TARGETS, Limits()).kept == 0.0
+    assert judged([EDITED, REPHRASED, tie], TARGETS, Limits(falls=0.9)).kept == 0.0
+    assert judged([EDITED, REPHRASED, replace(tie, p_old_after=math.nan)], TARGETS, Limits()).kept == 0.0
+    assert judged([EDITED, REPHRASED, replace(tie, new="old", p_old_after=0.1)], TARGETS, Limits()).kept == 1.0
+
+
 def test_remarks():
     check = judged([EDITED, shift("neutral", p=0.1)], TARGETS, Limits())
     assert check.safe and check.sure == 1
@@ -74,7 +86,7 @@ def test_limits_are_arguments():
     shifts = [EDITED, shift("rephrase", new="x"), STAYS, shift("neutral", new="x", kl=0.2)]
     assert len(judged(shifts, TARGETS, Limits()).reasons) == 3
     assert judged(shifts, TARGETS, Limits(min_success=0.5, min_kept=0.5, max_kl=0.2)).safe
-    for wrong in ({"min_success": 1.1}, {"min_kept": -0.1}, {"sure": 2.0}, {"max_kl": -1.0}, {"max_kl": math.nan}):
+    for wrong in ({"min_success": 1.1}, {"min_kept": -0.1}, {"sure": 2.0}, {"falls": 2.0}, {"max_kl": -1.0}, {"max_kl": math.nan}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Limits(**wrong)
 
@@ -86,7 +98,7 @@ def test_what_goes_into_the_file():
     assert (said["safe"], said["success"], said["kept"], said["kept_of"]) == (False, 0.5, 0.0, 1)
     assert said["failed"] == ["r"] and said["changed"] == [{"question": "q", "old": "old", "new": "y"}]
     assert said["questions"] == {"edited": 1, "rephrase": 1, "neutral": 1}
-    assert said["limits"] == {"min_success": 0.9, "min_kept": 0.95, "max_kl": 0.05, "sure": 0.2}
+    assert said["limits"] == {"min_success": 0.9, "min_kept": 0.95, "max_kl": 0.05, "sure": 0.2, "falls": 0.5}
 
 
 def test_a_check_of_given_questions(base_folder):

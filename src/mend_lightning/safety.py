@@ -25,19 +25,22 @@ class Limits:
 
     Attributes:
         min_success: share of edited questions and rephrases that get the new answer.
-        min_kept: share of the other questions whose answer stays, of those that the base model is sure of.
+        min_kept: share of the other questions whose answer is not lost, of those that the base model is sure of.
         max_kl: KL(base ‖ edited) on the other questions, mean, in nats. Edits of the quickstart's editor cost about 0.01.
         sure: probability from which on the base model counts as sure of its own answer. One that it gives with less is
             hardly a belief, and changes at the slightest touch.
+        falls: a changed answer counts as lost if its probability fell below this share of what it was. Where two answers are
+            nearly as probable, the other one comes out at the slightest touch, rounding included.
     """
 
     min_success: float = 0.9
     min_kept: float = 0.95
     max_kl: float = 0.05
     sure: float = 0.2
+    falls: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("min_success", "min_kept", "sure"):
+        for name in ("min_success", "min_kept", "sure", "falls"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share or a probability, 0 to 1; it is {getattr(self, name)}.")
         if not self.max_kl >= 0:
@@ -50,7 +53,7 @@ class EditCheck:
 
     Attributes:
         success: share of edited questions and rephrases that the edited model answers with the target (greedy, exact).
-        kept: share of the other questions, of those the base is sure of, whose greedy answer stays.
+        kept: share of the other questions, of those the base is sure of, whose answer is not lost.
         sure: number of questions that `kept` is a share of.
         kl_mean, kl_max: KL(base ‖ edited) of all other questions.
         others: "given", or "neutral" for the shipped questions.
@@ -171,11 +174,24 @@ def judged(
     remarks = tuple(_remarks(wanted, sure))
     sure = sure or elsewhere
     success = 1 - len(failed) / len(wanted)
-    kept = sum(not shift.changed for shift in sure) / len(sure)
+    kept = sum(not lost(shift, limits.falls) for shift in sure) / len(sure)
     kl = [shift.kl for shift in elsewhere]
     mean = sum(kl) / len(kl)
     reasons = tuple(_reasons(success, kept, mean, len(wanted), len(sure), limits))
     return EditCheck(success, kept, len(sure), mean, max(kl), others, reasons, remarks, limits, tuple(shifts), failed)
+
+
+def lost(shift: Shift, falls: float) -> bool:
+    """Whether another answer is given, and the old one is no longer nearly as probable as it was.
+
+    Example:
+        >>> near_tie = Shift("5 times 5?", "neutral", "25", "15", 0.25, 0.21, 0.13, 0.16, 0.01)
+        >>> damage = Shift("End of World War II?", "neutral", "1945", "1939", 0.65, 0.28, 0.0, 0.3, 0.1)
+        >>> lost(near_tie, 0.5), lost(damage, 0.5)
+        (False, True)
+    """
+    # `not >=`: a NaN is a loss.
+    return shift.changed and not shift.p_old_after >= falls * shift.p_old_before
 
 
 def reached(shift: Shift, targets: dict[str, str]) -> bool:

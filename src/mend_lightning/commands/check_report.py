@@ -26,7 +26,7 @@ def check_lines(check: EditCheck) -> Iterator[str]:
     others = "shipped neutral questions" if check.others == "neutral" else "other questions"
     yield (
         f"Success {check.success:.2f} on what must change. Of {check.sure} {others} that the base answers with probability "
-        f"{check.limits.sure:g} or more, {check.kept:.3f} keep their answer; KL {check.kl_mean:.3g} nats on average, "
+        f"{check.limits.sure:g} or more, {check.kept:.3f} keep it (or it is nearly as probable as before); KL {check.kl_mean:.3g} nats on average, "
         f"{check.kl_max:.3g} at most."
     )
     yield from (escape(remark) for remark in check.remarks)
