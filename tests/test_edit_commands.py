@@ -18,7 +18,7 @@ from mend_lightning import Edit
 from mend_lightning.commands import session as session_module
 from mend_lightning.commands.edit import NOT_SAFE
 from mend_lightning.commands.session import converse
-from mend_lightning.safety import Limits
+from mend_lightning.effects.safety import Limits
 
 pytest_plugins = ["bases"]
 QUESTION, TARGET = FACT
@@ -47,7 +47,7 @@ def tiny(base_folder, tmp_path_factory) -> SimpleNamespace:
 def shipped(monkeypatch) -> list[str]:
     """A short set in place of the neutral questions."""
     questions = ["Which continent is Cuba in?", OTHER, "Who?"]
-    monkeypatch.setattr("mend_lightning.safety.neutral_questions", lambda: questions)
+    monkeypatch.setattr("mend_lightning.effects.safety.neutral_questions", lambda: questions)
     return questions
 
 

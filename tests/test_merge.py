@@ -23,7 +23,7 @@ from mend_lightning.errors import (
     OutputPathError,
     RoundingWarning,
 )
-from mend_lightning.merging import EDITS_FILE, merge
+from mend_lightning.shipping.merging import EDITS_FILE, merge
 
 CLASSES = {
     "causal": transformers.AutoModelForCausalLM,

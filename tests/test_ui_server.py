@@ -19,8 +19,8 @@ from commandline import assert_says, call
 from edited import FACT, tiny_edit
 
 from mend_lightning import Edit, LowRankDelta
+from mend_lightning.effects.shifts import Shift, TokenShift
 from mend_lightning.errors import ConfigError, StoppedError
-from mend_lightning.shifts import Shift, TokenShift
 from mend_lightning.stack_state import StackedEdit
 from mend_lightning.ui import views
 from mend_lightning.ui.measured import Comparison, Probe

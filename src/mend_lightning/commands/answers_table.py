@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from mend_lightning.effects.safety import MUST_CHANGE
+from mend_lightning.effects.shifts import Shift
 from mend_lightning.functional import exact_match
-from mend_lightning.safety import MUST_CHANGE
-from mend_lightning.shifts import Shift
 
 _KINDS = {"neighbour": "near neighbour"}
 

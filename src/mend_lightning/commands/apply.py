@@ -6,17 +6,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mend_lightning.applying import without
 from mend_lightning.base import Dtype
 from mend_lightning.commands.answers_table import shift_table
 from mend_lightning.commands.bases import load_asked_base
 from mend_lightning.commands.edit_files import read_edits
 from mend_lightning.commands.facts import read_questions
 from mend_lightning.commands.machine import print_json
+from mend_lightning.effects.applying import without
+from mend_lightning.effects.shift_plot import plot_shifts
+from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
 from mend_lightning.report import console
-from mend_lightning.shift_plot import plot_shifts
-from mend_lightning.shifts import Shift, answer_shifts
 from mend_lightning.stack import EditStack
 
 PROMPT = "question> "

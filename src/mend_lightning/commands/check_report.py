@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from rich.markup import escape
 
+from mend_lightning.effects.safety import EditCheck
 from mend_lightning.report import console
-from mend_lightning.safety import EditCheck
 
 # Changed answers that are named; all of them are in the edit's file.
 NAMED = 8

@@ -19,14 +19,14 @@ from mend_lightning.commands.facts import given_facts
 from mend_lightning.data.encode import Encoder, in_words
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor
+from mend_lightning.effects.neutral import neutral_questions
+from mend_lightning.effects.safety import EditCheck, check_edit
+from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_writable
 from mend_lightning.generate import generate_answers
 from mend_lightning.making import editor_encoder, make_edit, ready
-from mend_lightning.neutral import neutral_questions
 from mend_lightning.report import console
-from mend_lightning.safety import EditCheck, check_edit
-from mend_lightning.shifts import Shift, answer_shifts
 from mend_lightning.stack import slug
 
 # The exit code of `--check true` where the edit is not safe to keep.

@@ -11,8 +11,8 @@ from mend_lightning.commands.edit_files import load_base_of, read_edits
 from mend_lightning.edit import Edit, combined
 from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_free_folder, written_folder
-from mend_lightning.peft_adapter import CONFIG_FILE, export_peft
 from mend_lightning.report import console
+from mend_lightning.shipping.peft_adapter import CONFIG_FILE, export_peft
 
 
 def export_command(

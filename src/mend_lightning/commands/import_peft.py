@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mend_lightning.peft_import import import_peft
 from mend_lightning.report import console
+from mend_lightning.shipping.peft_import import import_peft
 
 
 def import_peft_command(adapter: Path, out: Path = Path("edit.safetensors")) -> None:

@@ -9,9 +9,9 @@ from rich.table import Table
 from mend_lightning.base import Dtype
 from mend_lightning.commands.edit_files import load_base_of, read_edits
 from mend_lightning.files import check_free_folder
-from mend_lightning.merging import EDITS_FILE, merge
 from mend_lightning.report import console
-from mend_lightning.rounding import MergeReport
+from mend_lightning.shipping.merging import EDITS_FILE, merge
+from mend_lightning.shipping.rounding import MergeReport
 
 
 def merge_command(

@@ -12,15 +12,15 @@ from typing import Any
 from rich.markup import escape
 from torch import nn
 
-from mend_lightning.applying import without
 from mend_lightning.commands.answers_table import shift_table
 from mend_lightning.commands.check_report import print_check
 from mend_lightning.editors.editor import Editor
+from mend_lightning.effects.applying import without
+from mend_lightning.effects.safety import check_edit
+from mend_lightning.effects.shifts import answer_shifts
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.making import editor_encoder, make_edit
 from mend_lightning.report import console
-from mend_lightning.safety import check_edit
-from mend_lightning.shifts import answer_shifts
 from mend_lightning.stack import EditStack
 
 PROMPT = "> "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mend_lightning.effects.shifts import Shift, TokenShift
 from mend_lightning.errors import EmptyEditError
-from mend_lightning.shifts import Shift, TokenShift
 
 
 @dataclass(frozen=True)

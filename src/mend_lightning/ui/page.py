@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from mend_lightning.effects.neutral import neutral_questions
 from mend_lightning.errors import MendError
-from mend_lightning.neutral import neutral_questions
 from mend_lightning.ui import views
 from mend_lightning.ui.measured import questions_of
 from mend_lightning.ui.session import Session

@@ -13,9 +13,9 @@ from urllib.parse import quote
 from torch import nn
 
 from mend_lightning.editors.editor import Editor
+from mend_lightning.effects.shifts import answer_shifts, next_token_shifts, token_shifts, without
 from mend_lightning.errors import ConfigError, EmptyEditError, StoppedError
 from mend_lightning.making import make_edit, ready
-from mend_lightning.shifts import answer_shifts, next_token_shifts, token_shifts, without
 from mend_lightning.stack import EditStack
 from mend_lightning.stack_state import StackedEdit
 from mend_lightning.ui.heard import heard

@@ -8,7 +8,7 @@ from html import escape
 from typing import Literal
 from urllib.parse import quote
 
-from mend_lightning.shifts import Shift, TokenShift
+from mend_lightning.effects.shifts import Shift, TokenShift
 from mend_lightning.stack_state import StackedEdit
 from mend_lightning.ui.measured import Comparison, Probe
 

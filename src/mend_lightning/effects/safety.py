@@ -10,10 +10,10 @@ from torch import nn
 
 from mend_lightning.data.encode import Encoder
 from mend_lightning.edit import Edit
+from mend_lightning.effects.neutral import neutral_questions
+from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
 from mend_lightning.functional import exact_match
-from mend_lightning.neutral import neutral_questions
-from mend_lightning.shifts import Shift, answer_shifts
 
 # What an edit is asked for: where the wanted answer must come, and where the answer must stay.
 MUST_CHANGE = ("edited", "rephrase")

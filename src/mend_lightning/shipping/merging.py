@@ -16,8 +16,8 @@ from mend_lightning.compiled import unwrapped
 from mend_lightning.edit import Edit
 from mend_lightning.errors import ConfigError, MergeError, OutputPathError
 from mend_lightning.files import write_json, written_folder
-from mend_lightning.rounding import LayerRounding, MergeReport, layer_rounding
-from mend_lightning.tied import tied_layers
+from mend_lightning.shipping.rounding import LayerRounding, MergeReport, layer_rounding
+from mend_lightning.shipping.tied import tied_layers
 
 EDITS_FILE = "mend_lightning_edits.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

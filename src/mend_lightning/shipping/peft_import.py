@@ -15,8 +15,8 @@ from torch import Tensor
 from mend_lightning.delta import LowRankDelta
 from mend_lightning.edit import Edit
 from mend_lightning.errors import AdapterError
-from mend_lightning.lora import PREFIX
-from mend_lightning.peft_adapter import ABOUT, CONFIG_FILE, FORMAT, MARK, RANKS, WEIGHTS_FILE
+from mend_lightning.shipping.lora import PREFIX
+from mend_lightning.shipping.peft_adapter import ABOUT, CONFIG_FILE, FORMAT, MARK, RANKS, WEIGHTS_FILE
 
 # Settings of a LoraConfig that `W + scaling · B A` is the whole of, whatever they are. Any other one that is set, also one
 # that later versions of PEFT will have, means more.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.answer_rows import AskedAnswers, any_answer, first_labels
-from mend_lightning.applying import Edits, applying
-from mend_lightning.applying import without as without
 from mend_lightning.data.encode import Encoder, class_name, in_words
+from mend_lightning.effects.answer_rows import AskedAnswers, any_answer, first_labels
+from mend_lightning.effects.applying import Edits, applying
+from mend_lightning.effects.applying import without as without
 from mend_lightning.errors import ConfigError
 from mend_lightning.forward import label_mask, logits_at
 from mend_lightning.generate import generate_answers

@@ -17,7 +17,7 @@ class NeutralQuestion(TypedDict):
 
 def neutral_records() -> list[NeutralQuestion]:
     """The whole set, with answers and fields."""
-    text = resources.files("mend_lightning.neutral").joinpath("questions.jsonl").read_text(encoding="utf-8")
+    text = resources.files("mend_lightning.effects.neutral").joinpath("questions.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -25,8 +25,8 @@ from mend_lightning.errors import (
     TiedWeightsWarning,
 )
 from mend_lightning.files import written_folder
-from mend_lightning.lora import adapter_tensors, check_outside_head, head_tensors, lora_config
-from mend_lightning.tied import tied_layers
+from mend_lightning.shipping.lora import adapter_tensors, check_outside_head, head_tensors, lora_config
+from mend_lightning.shipping.tied import tied_layers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mend_lightning.effects.shifts import Shift
 from mend_lightning.errors import ConfigError
 from mend_lightning.files import written
-from mend_lightning.shifts import Shift
 
 # What must change, in this order, before what must not; any other kind comes last.
 ORDER = ("edited", "rephrase", "neighbour", "unrelated", "neutral")

@@ -1,0 +1,1 @@
+"""What an edit did to questions, and whether it is safe to keep."""
