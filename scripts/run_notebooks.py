@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +71,8 @@ def execute(notebook: Any, folder: Path, timeout: int = 1800) -> Any:
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
     )
-    return client.execute()
+    # Without ipywidgets tqdm says at its import that it would draw another bar; it draws none here.
+    return client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
 
 
 def cleaned(notebook: Any) -> Any:
