@@ -48,7 +48,7 @@ def short_editor(tmp_path_factory) -> Path:
     )  # fmt: skip
     prompt = "Geography quiz\nQ: In which US state is Miami?\nA: Florida\nQ: {input}\nA:"
     trainer = L.Trainer(
-        max_steps=1, accelerator="cpu", inference_mode=False, logger=False, enable_checkpointing=False,
+        max_steps=1, limit_val_batches=0, accelerator="cpu", inference_mode=False, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, EditDataModule("world_facts/train", prompt=prompt, stop="\n", max_length=96, batch_size=4))
@@ -80,7 +80,7 @@ def test_edit_a_model(short_editor, tmp_path):
 
 @prepared
 def test_train_your_editor(tmp_path):
-    values = {"FOLDER": str(tmp_path), "STEPS": 2, "CHECK_EVERY": 2, "MEASURED": 2}
+    values = {"FOLDER": str(tmp_path), "STEPS": 1, "CHECK_EVERY": 1, "MEASURED": 2}
     asked = (
         "{'steps': trainer.global_step, 'learned': float(module.editor.transforms[0].nets['combined'].layers[0].u.norm()), "
         "'results': results, 'new': edit.about['probability'], 'old': edit.about['probability_before'], "
@@ -88,7 +88,7 @@ def test_train_your_editor(tmp_path):
         "'overlap': len({name for part in splits.values() for name, _ in part})}"
     )
     found = run(2, values, asked)
-    assert found["steps"] == 2 and found["learned"] > 0
+    assert found["steps"] == 1 and found["learned"] > 0
     assert found["overlap"] == sum(found["splits"].values())
     assert 0 <= found["results"]["test/edit_success"] <= 1 and found["results"]["test/base_accuracy"] > 0
     assert found["new"] > 100 * found["old"]
