@@ -18,8 +18,8 @@ from mend_lightning.smollm2 import find_smollm2
 
 NEEDS = "the notebooks need the extra `notebooks`: pip install 'mend-lightning[notebooks]'"
 nbformat = pytest.importorskip("nbformat", reason=NEEDS)
-for package in ("nbclient", "ipykernel"):
-    pytest.importorskip(package, reason=NEEDS)
+pytest.importorskip("ipykernel", reason=NEEDS)
+CellExecutionError = pytest.importorskip("nbclient.exceptions", reason=NEEDS).CellExecutionError
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -129,6 +129,14 @@ def test_many_edits(short_editor):
     assert found["left"] == 0 and found["known"] == 1.0
     assert found["categories"].count("CollidingEditWarning") == 2
     assert "DependentEditWarning" in found["categories"]
+
+
+def test_a_missing_editor_says_what_to_do(tmp_path):
+    says = "Run `make quickstart` first"
+    assert all(says in NOTEBOOKS[number - 1].read_text(encoding="utf-8") for number in (1, 3, 4))
+    notebook = runner.with_parameters(nbformat.read(NOTEBOOKS[0], 4), {"EDITOR": str(tmp_path / "editor")})
+    with pytest.raises(CellExecutionError, match=says):
+        runner.execute(notebook, NOTEBOOKS[0].parent, timeout=120)
 
 
 def test_there_are_four():
