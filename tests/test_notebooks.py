@@ -80,7 +80,7 @@ def test_edit_a_model(short_editor, tmp_path):
 
 @prepared
 def test_train_your_editor(tmp_path):
-    values = {"FOLDER": str(tmp_path), "STEPS": 1, "CHECK_EVERY": 1, "MEASURED": 2}
+    values = {"FOLDER": str(tmp_path), "STEPS": 1, "CHECK_EVERY": 1, "ASKED": 8, "MEASURED": 2}
     asked = (
         "{'steps': trainer.global_step, 'learned': float(module.editor.transforms[0].nets['combined'].layers[0].u.norm()), "
         "'results': results, 'new': edit.about['probability'], 'old': edit.about['probability_before'], "
