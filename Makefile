@@ -1,10 +1,10 @@
-# The two commands of the README: `make quickstart` and `make test`.
+# The two commands of the README: `make quickstart` and `make test`; and `make notebooks`, which runs and saves the notebooks.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: install quickstart test
+.PHONY: install quickstart test notebooks
 
 install: $(VENV)/installed
 
@@ -28,3 +28,7 @@ quickstart: install
 test: install
 	$(BIN)/mend-lightning get-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# With the editor of the quickstart.
+notebooks: install
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_notebooks.py notebooks/*.ipynb

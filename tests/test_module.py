@@ -62,6 +62,14 @@ def test_it_learns_and_touches_the_editor_alone(family, mend, edit_data, trainer
     assert not unmoved
 
 
+def test_a_module_that_was_configured_by_hand_learns_the_prompt_format_of_its_data(mend, edit_data, trainer):
+    module, data = mend("llama"), edit_data()
+    module.configure_model()
+    assert module.editor.prompt_format == {} and module.editor.encoder is None
+    trainer(max_steps=1).fit(module, data)
+    assert module.editor.prompt_format == vars(data.format) and module.editor.encoder.format == data.format
+
+
 def test_one_adam_with_two_groups(mend, edit_data, trainer):
     module = mend("llama", lr=1e-3, edit_rate_lr=1e-4)
     batch = first_batches(module, edit_data(), 1)[0]

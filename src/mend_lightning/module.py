@@ -126,8 +126,15 @@ class MendModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Loads the base and builds the editor, once; Lightning calls this before every stage."""
-        if self.base_model is not None:
-            return
+        if self.base_model is None:
+            self._load()
+        # Of a call without a Trainer the data's prompt format is not known yet.
+        self.editor.encoder = self._encoder()
+        given = asdict(self.editor.encoder.format) if self.editor.encoder else None
+        check_prompt_format(self.editor.prompt_format, given)
+        self.editor.bind(self.base_model, self.base.name, given, self.base.options())
+
+    def _load(self) -> None:
         self.base_model, self.tokenizer = self.base.load()
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
@@ -139,10 +146,6 @@ class MendModule(L.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
             check_single_process(self.editor, self._trainer.world_size)
         check_checkpointing(self.base_model)
-        self.editor.encoder = self._encoder()
-        given = asdict(self.editor.encoder.format) if self.editor.encoder else None
-        check_prompt_format(self.editor.prompt_format, given)
-        self.editor.bind(self.base_model, self.base.name, given, self.base.options())
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
