@@ -171,6 +171,8 @@ def _adder(delta: Delta, task_of_row: Tensor | None):
     def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return added(output, args[0], delta, task_of_row)
 
+    # Says whether rows differ in their edit: then no row can stand for the others (`shared_prompt`).
+    add.tasks = delta.tasks
     return add
 
 

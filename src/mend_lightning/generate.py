@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.delta import Delta, applied
 from mend_lightning.forward import run_model
+from mend_lightning.shared_prompt import beginning_cache, one_task, padded, shared_beginning
 
 # Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
 MAX_NEW_TOKENS = 24
@@ -32,7 +33,8 @@ def generate_answers(
     """Greedy answers to `prompts`, up to the stop text, the end-of-sequence token or `max_new_tokens`.
 
     Where the format has no stop (running text), nothing ends an answer, the end-of-sequence token neither: it has
-    `max_new_tokens` tokens, or as many as `lengths` says.
+    `max_new_tokens` tokens, or as many as `lengths` says. What prompts begin with in common (the format's worked
+    examples) runs once where all rows are asked under the same edit and the model can go on from there.
 
     Args:
         model: a causal model or an encoder-decoder; a binary classifier answers with the name of a class.
@@ -50,13 +52,20 @@ def generate_answers(
     running = encoder.format.stop is None
     if running and lengths is not None:
         max_new_tokens = max(lengths)
-    ids, mask = padded_prompts(encoder, prompts)
+    rows = [encoder.prompt_ids(prompt) for prompt in prompts]
+    same_edit = one_task(deltas, task_of_row)
+    beginning = 0 if same_edit is None else shared_beginning(model, rows, max_new_tokens)
+    if beginning:
+        deltas, task_of_row = same_edit, None
     device = next(model.parameters()).device
+    ids, mask = (tensor.to(device) for tensor in padded(rows, encoder.kind == "causal", beginning))
     edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
     with edit:
+        cache = beginning_cache(model, ids[:1, :beginning], len(rows)) if beginning else None
         output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids,
+            attention_mask=mask,
+            **({} if cache is None else {"past_key_values": cache}),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -92,13 +101,7 @@ def _classes(
 
 def padded_prompts(encoder: Encoder, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Ids and mask, padded on the left for causal models: what is generated must follow the prompt."""
-    rows = [encoder.prompt_ids(prompt) for prompt in prompts]
-    length = max(len(row) for row in rows)
-    left = encoder.kind == "causal"
-    pad = [[0] * (length - len(row)) for row in rows]
-    ids = [[*p, *row] if left else [*row, *p] for p, row in zip(pad, rows)]
-    mask = [[*p, *[1] * len(row)] if left else [*[1] * len(row), *p] for p, row in zip(pad, rows)]
-    return torch.tensor(ids), torch.tensor(mask)
+    return padded([encoder.prompt_ids(prompt) for prompt in prompts], left=encoder.kind == "causal")
 
 
 def pad_id(tokenizer: Any) -> int:

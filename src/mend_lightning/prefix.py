@@ -65,6 +65,11 @@ def common_prefix(rows: Rows) -> int:
     ids, mask = rows.inputs.get("input_ids"), rows.inputs.get("attention_mask")
     if ids is None or mask is None or set(rows.inputs) != {"input_ids", "attention_mask"}:
         return 0
+    return leading_tokens(ids, mask)
+
+
+def leading_tokens(ids: Tensor, mask: Tensor) -> int:
+    """The same of ids and mask `[rows, length]`, padded on the right."""
     same = ((ids == ids[:1]) & mask.bool()).all(0).long().cumprod(0)
     return min(int(same.sum()), int(mask.sum(1).min()) - 1)
 
