@@ -312,3 +312,18 @@ def test_a_model_that_fills_no_cache(tiny):
     handle.remove()
     assert shapes[1:] == shapes_of(encoder, shared=False)
     assert answers == greedy(model, encoder, PROMPTS, [1] * 3)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_head_gets_no_slice(name, shared, tiny):
+    """Of a slice torch makes a product for each row, with a copy of the head for each."""
+    model, encoder = tiny(name)
+    if not shared:
+        encoder = Encoder.for_model(model, encoder.tokenizer, PromptFormat("Q: {input}\nA:", stop="\n"))
+    head, contiguous = model.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda _, args, __: contiguous.append(args[0].is_contiguous()))
+    generate_answers(model, encoder, PROMPTS, max_new_tokens=TOKENS)
+    handle.remove()
+    assert contiguous and all(contiguous)
+    assert not head._forward_pre_hooks

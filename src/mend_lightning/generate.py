@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.delta import Delta, applied
-from mend_lightning.forward import run_model
+from mend_lightning.forward import contiguous_head, run_model
 from mend_lightning.shared_prompt import beginning_cache, one_task, padded, shared_beginning
 
 # Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
@@ -60,7 +60,7 @@ def generate_answers(
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in padded(rows, encoder.kind == "causal", beginning))
     edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
-    with edit:
+    with edit, contiguous_head(model):
         cache = beginning_cache(model, ids[:1, :beginning], len(rows)) if beginning else None
         output = model.generate(
             input_ids=ids,

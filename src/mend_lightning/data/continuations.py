@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mend_lightning.data.encode import Encoder
+from mend_lightning.forward import contiguous_head
 from mend_lightning.generate import pad_id, padded_prompts
 
 
@@ -32,7 +33,7 @@ def sample_continuations(
     """
     ids, mask = padded_prompts(encoder, prompts)
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), contiguous_head(model):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=tokens, do_sample=True,
