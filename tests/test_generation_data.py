@@ -122,6 +122,16 @@ def test_sampling_leaves_the_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_head_gets_no_slice():
+    """Of a slice torch makes a product for each row, with a copy of the head for each."""
+    tokenizer = small_tokenizer()
+    model = tiny_base("gpt2", tokenizer)
+    head, contiguous = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, args, __: contiguous.append(args[0].is_contiguous()))
+    sample_continuations(model, Encoder(tokenizer, RUNNING), ["Q: Where", "Q: Who was it"], 3)
+    assert contiguous == [True] * 3 and not head._forward_pre_hooks
+
+
 def test_the_set(make, text, tmp_path):
     said = make("out")
     assert said.code == 0, said.err
