@@ -13,13 +13,13 @@ from bases import small_tokenizer
 from random_edits import dense_edit, random_edit, with_dense_weights
 from torch import nn
 
-from mend_lightning import Edit, EditStack
+from mend_lightning import Edit, EditStack, shared_prompt
 from mend_lightning.base import load_base
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.prompts import RUNNING_TEXT, PromptFormat
 from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.generate import generate_answers, stop_ids
-from mend_lightning.shared_prompt import SHORTEST_BEGINNING, beginning_cache, can_share, one_task, shared_beginning
+from mend_lightning.shared_prompt import beginning_cache, can_share, one_task, shared_beginning
 
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.kind == "causal"]
 EXAMPLES = "Q: What is the capital of France?\nA: Paris\nQ: Who wrote Hamlet?\nA: Shakespeare\n"
@@ -27,6 +27,12 @@ FORMAT = PromptFormat(EXAMPLES + "Q: {input}\nA:", stop="\n")
 # Of different lengths; padded, a short one has more padding than tokens of its own.
 PROMPTS = ["Which city?", "Where does the river that crosses Spain from east to west end?", "x"]
 TOKENS = 6
+
+
+@pytest.fixture(autouse=True)
+def _short_beginnings(monkeypatch):
+    """These prompts' worked examples are shorter than what pays."""
+    monkeypatch.setattr(shared_prompt, "SHORTEST_BEGINNING", 16)
 
 
 @pytest.fixture(scope="session")
@@ -218,8 +224,8 @@ def test_nothing_to_share(prompts, format, tiny):
 
 def test_the_shortest_beginning(tiny):
     model, _ = tiny("llama")
-    start = list(range(2, 2 + SHORTEST_BEGINNING))
-    assert shared_beginning(model, [[*start, 40, 41], [*start, 50]], 4) == SHORTEST_BEGINNING
+    start = list(range(2, 2 + shared_prompt.SHORTEST_BEGINNING))
+    assert shared_beginning(model, [[*start, 40, 41], [*start, 50]], 4) == shared_prompt.SHORTEST_BEGINNING
     assert shared_beginning(model, [[*start, 40, 41], start], 4) == 0
     assert shared_beginning(model, [start[1:] + [40], start[1:] + [50]], 4) == 0
 

@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from mend_lightning.delta import Delta
 from mend_lightning.prefix import leading_tokens, shares_prefixes
 
-# Below this the second forward call costs more than it saves.
-SHORTEST_BEGINNING = 16
+# Below this sharing gains next to nothing (20 of 36 tokens: 1.05 times faster on SmolLM2; 79 of 95: 1.5 times).
+SHORTEST_BEGINNING = 48
 # What configs call the number of tokens beyond which a model treats tokens by their places, or rotates them otherwise.
 LIMITS = (
     "sliding_window", "window_size", "attention_window", "attention_window_size", "attention_chunk_size",
