@@ -23,6 +23,7 @@ from mend_lightning.errors import (
     OutputPathError,
     RoundingWarning,
 )
+from mend_lightning.files import written_folder
 from mend_lightning.shipping.merging import EDITS_FILE, merge
 
 CLASSES = {
@@ -299,6 +300,16 @@ class FailingTokenizer:
     def save_pretrained(self, folder):
         assert os.path.getsize(folder / "model.safetensors")
         raise self.error
+
+
+def test_a_folder_that_came_meanwhile_is_kept(tmp_path):
+    """Two processes write to one folder: the one that ends later replaces nothing."""
+    with pytest.raises(OutputPathError, match="is there already and not empty"):
+        with written_folder(tmp_path / "merged") as later:
+            (later / "a.txt").write_text("later")
+            with written_folder(tmp_path / "merged") as first:
+                (first / "a.txt").write_text("first")
+    assert (tmp_path / "merged" / "a.txt").read_text() == "first" and os.listdir(tmp_path) == ["merged"]
 
 
 @pytest.mark.parametrize(

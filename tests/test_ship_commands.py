@@ -118,6 +118,29 @@ def test_export_each(shipped):
     assert_says(result.err, "Two edit files are called korea")
 
 
+def test_export_each_overwrites_nothing_but_exports(shipped):
+    """A folder that also holds something else, though an adapter lies in it."""
+    out = shipped.folder / "results"
+    assert call("export", shipped.files[0], "--out", out / "adapter").code == 0
+    (out / "trained").mkdir()
+    (out / "trained" / "notes.txt").write_text("a week's work")
+    again = ["export", shipped.files[0], "--out", out, "--separate", "true", "--overwrite", "true"]
+    result = call(*again)
+    assert result.code == 1
+    assert_says(result.err, "not overwritten.*Give another folder")
+    assert (out / "trained" / "notes.txt").read_text() == "a week's work"
+    # A LoRA that was trained: PEFT's, without our mark.
+    peft.get_peft_model(load_base(shipped.base, "float32")[0], peft.LoraConfig(target_modules=["up_proj"])).save_pretrained(
+        out / "trained"
+    )
+    trained = (out / "trained" / "adapter_model.safetensors").read_bytes()
+    for arguments in (again, ["export", shipped.files[0], "--out", out / "trained", "--overwrite", "true"]):
+        result = call(*arguments)
+        assert result.code == 1
+        assert_says(result.err, "trained is not overwritten: it holds an adapter that .* did not write")
+    assert (out / "trained" / "adapter_model.safetensors").read_bytes() == trained
+
+
 @pytest.mark.parametrize("options", [["--rank", "3"], ["--energy", "0.5"]])
 def test_export_of_a_dense_edit(options, shipped):
     out = shipped.folder / "adapter"

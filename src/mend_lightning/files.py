@@ -54,8 +54,9 @@ def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Pa
 
     Args:
         path: a folder that is not there yet, or an empty one.
-        replaces: pattern of a file that marks a folder of an earlier result: such a folder is replaced, as a whole. No
-            other one is, whatever the pattern: what else lies there is not ours.
+        replaces: name of a file that marks a folder of an earlier result: such a folder is replaced, as a whole. With "*/"
+            before the name everything in `path` must be such a folder. No other one is replaced: what else lies there is
+            not ours.
 
     Raises:
         OutputPathError: something is at `path` that must not be replaced, or the folder beside it cannot be written to.
@@ -81,6 +82,8 @@ def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Pa
         new.mkdir()
         yield new
         _make_ordinary(new)
+        # Once more: another process may have finished its own meanwhile.
+        check_free_folder(path, replaces)
         _exchange(path, new, scratch / "old")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -97,11 +100,16 @@ def check_free_folder(path: str | Path, replaces: str | None = None) -> None:
         raise OutputPathError(
             f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True (--overwrite true)."
         )
-    if not any(path.glob(replaces)):
+    if not _is_earlier_result(path, replaces):
         raise OutputPathError(
             f"{path} is not overwritten: it holds no {replaces}, so it is not an earlier result of this command. "
             "Give another folder, or empty it yourself."
         )
+
+
+def _is_earlier_result(path: Path, replaces: str) -> bool:
+    of_each, _, mark = replaces.rpartition("/")
+    return all((folder / mark).is_file() for folder in (path.iterdir() if of_each else [path]))
 
 
 def _make_ordinary(folder: Path) -> None:

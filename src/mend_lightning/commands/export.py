@@ -12,7 +12,7 @@ from mend_lightning.edit import Edit, combined
 from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_free_folder, written_folder
 from mend_lightning.report import console
-from mend_lightning.shipping.peft_adapter import CONFIG_FILE, export_peft
+from mend_lightning.shipping.peft_adapter import CONFIG_FILE, check_own_adapter, export_peft
 
 
 def export_command(
@@ -51,6 +51,9 @@ def export_command(
         _check_names(edits)
     replaces = (f"*/{CONFIG_FILE}" if separate else CONFIG_FILE) if overwrite else None
     check_free_folder(out, replaces)
+    if overwrite and out.is_dir():
+        for folder in out.iterdir() if separate else [out]:
+            check_own_adapter(folder)
     model, _ = load_base_of(loaded, base, dtype, trust_remote_code)
     if rank is not None or energy is not None:
         loaded = [_compressed(edit, rank, energy) for edit in (loaded if separate else [combined(loaded)])]

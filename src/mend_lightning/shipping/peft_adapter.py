@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def export_peft(
         model: the base; may be quantised.
         folder: a new folder.
         dtype: of the factors in the file; edits are small, and float32 keeps them exact.
-        overwrite: replace a folder that holds an adapter.
+        overwrite: replace a folder that an earlier export wrote; no adapter of somebody else.
         force: write it for other weights than the edits were made for, as long as layers and shapes are the same.
 
     Raises:
@@ -81,6 +81,8 @@ def export_peft(
     if not layers:
         raise ConfigError("The edits change no layer, so there is nothing to export.")
     _warn_of_tied(model, layers)
+    if overwrite:
+        check_own_adapter(folder)
     edit = Edit(_side_by_side(edits), _about(edits, force))
     check_outside_head(edit, model)
     config, head = lora_config(edit, model, layers), head_tensors(model)
@@ -96,6 +98,23 @@ def export_peft(
             f"The adapter could not be written to {folder}: {error}. Nothing is left there."
         ) from error
     return Path(folder)
+
+
+def check_own_adapter(folder: str | Path) -> None:
+    """Raises OutputPathError where the folder holds an adapter that was not exported from here: it may have been trained."""
+    path = Path(folder, WEIGHTS_FILE)
+    if not Path(folder, CONFIG_FILE).is_file():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            ours = MARK in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        ours = False
+    if not ours:
+        raise OutputPathError(
+            f"{folder} is not overwritten: it holds an adapter that `mend-lightning export` did not write. Give another "
+            "folder, or empty it yourself."
+        )
 
 
 def _side_by_side(edits: Sequence[Edit]) -> dict[str, LowRankDelta]:
