@@ -166,6 +166,26 @@ def test_threads(llama):
     assert hooks(llama) == 0 and not len(stack) and torch.equal(logits(llama, rows), before)
 
 
+@pytest.mark.parametrize("count", [2, 30])
+@pytest.mark.parametrize("first", ["inference mode", "autocast"])
+def test_the_first_pass_decides_nothing(llama, first, count):
+    """What the edits of a layer add up to is kept from the first pass on, in whatever mode that ran."""
+    rows, stack = make_rows("llama", [0, 0], 1), EditStack(llama)
+    edits = [random_edit(llama, seed, layers=3) for seed in range(count)]
+    for edit in edits:
+        stack.add(edit)
+    with torch.inference_mode() if first == "inference mode" else torch.autocast("cpu", torch.bfloat16):
+        llama(**rows.inputs)
+    expected = changed(tiny_model("llama"), *edits)
+    assert relative_error(logits(llama, rows), logits(expected, rows)) < 1e-5
+    gradients = []
+    for model in (llama, expected):
+        embedded = model.get_input_embeddings()(rows.inputs["input_ids"]).requires_grad_()
+        model(inputs_embeds=embedded).logits.square().sum().backward()
+        gradients.append(embedded.grad)
+    assert relative_error(*gradients) < 1e-5
+
+
 def test_the_stack_belongs_to_the_model(llama):
     rows = make_rows("llama", [0], 1)
     before, edit = logits(llama, rows), random_edit(llama, 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,12 @@ class StackState:
 
     def _summed(self, layer: str, device: torch.device) -> Delta | None:
         active = [each.edit for each in self.entries.values() if each.enabled and layer in each.edit.deltas]
-        # The model may have been moved since the edits came.
-        return sum_of([edit.deltas[layer] for edit in active]).to(device) if active else None
+        if not active:
+            return None
+        # It is kept for later passes: neither autocast's rounding nor inference tensors, which no gradient can go through.
+        with nullcontext() if torch.compiler.is_compiling() else _plainly(device):
+            # The model may have been moved since the edits came.
+            return sum_of([edit.deltas[layer] for edit in active]).to(device)
 
     def _hook(self, edit: Edit, model: nn.Module) -> None:
         new = [layer for layer in edit.deltas if layer not in self._hooked]
@@ -147,6 +151,17 @@ class _LayerHook:
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         total = self.state.total(self.layer, output.device)
         return None if total is None else added(output, args[0], total)
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Neither under autocast nor in inference mode."""
+    with torch.autocast(device.type, enabled=False):
+        if not torch.is_inference_mode_enabled():
+            yield
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            yield
 
 
 def question_key(prompt: str) -> str:
