@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bases import FORMATS, REMARKS, assert_same_state, first_batches, given, state_copy
-from models import KINDS, relative_error, spread_parameters
+from models import KINDS, relative_error, spread_parameters, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -226,6 +226,13 @@ def test_a_base_in_bfloat16_is_the_same_base(edited):
     made = edited("llama")
     with made.edit.applied(copy.deepcopy(made.model).bfloat16()) as model:
         assert logits(model, made.rows).isfinite().all()
+
+
+def test_a_layer_that_is_no_matrix():
+    model = tiny_model("llama")
+    edit = Edit({"model.norm": LowRankDelta(torch.ones(1, 1, 16), torch.ones(1, 1, 16))})
+    with pytest.raises(BaseModelMismatchError, match="changes a layer 'model.norm'.*does not have"):
+        edit.layers_in(model)
 
 
 def test_another_base(edited):

@@ -186,6 +186,23 @@ def test_the_first_pass_decides_nothing(llama, first, count):
     assert relative_error(*gradients) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
+def test_layers_that_peft_wraps_meanwhile(llama):
+    peft = pytest.importorskip("peft")
+    rows, edit = make_rows("llama", [0, 0], 1), random_edit(llama, 0)
+    before, stack = logits(llama, rows), EditStack(llama)
+    stack.add(edit)
+    edited = logits(llama, rows)
+    peft.get_peft_model(llama, peft.LoraConfig(target_modules=list(edit.deltas), r=2))
+    assert relative_error(logits(llama, rows), edited) < 1e-6, "a new LoRA is zero"
+    stack.clear()
+    assert torch.equal(logits(llama, rows), before) and hooks(llama) == 0
+    stack.add(edit)
+    assert relative_error(logits(llama, rows), edited) < 1e-6, "once, not twice"
+    stack.clear()
+    assert hooks(llama) == 0
+
+
 def test_the_stack_belongs_to_the_model(llama):
     rows = make_rows("llama", [0], 1)
     before, edit = logits(llama, rows), random_edit(llama, 1)

@@ -22,7 +22,7 @@ from mend_lightning.dense_delta import DenseDelta
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.files import written
 from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints, readable_weight, same_base
-from mend_lightning.layers import layer_device, layer_shape
+from mend_lightning.layers import is_editable, layer_device, layer_shape
 
 FORMAT = "1"
 
@@ -91,7 +91,8 @@ class Edit:
         """
         modules = dict(unwrapped(model).named_modules())
         for name, delta in self.deltas.items():
-            if name not in modules or layer_shape(modules[name]) != delta.shape:
+            found = modules.get(name)
+            if found is None or not is_editable(found) or layer_shape(found) != delta.shape:
                 raise BaseModelMismatchError(
                     f"The edit changes a layer {name!r} of shape {delta.shape}, which {type(unwrapped(model)).__name__} does "
                     f"not have. It was made for {self.about.get('base') or 'another model'}."

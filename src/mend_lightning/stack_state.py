@@ -114,12 +114,14 @@ class StackState:
             modules[layer].register_forward_hook(_LayerHook(self, layer))
 
     def _unhook(self, layers: Sequence[str], model: nn.Module) -> None:
-        modules = dict(unwrapped(model).named_modules()) if layers else {}
-        for layer in layers:
-            # By what they are and not by their handles, which a copy of the model does not have.
-            hooks = modules[layer]._forward_hooks
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerHook)]:
+        gone = set(layers)
+        for module in unwrapped(model).modules() if layers else ():
+            # By what they are and not by their handles, which a copy of the model does not have; and in every module, for
+            # PEFT puts a layer inside of another one, which has its name then.
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _LayerHook) and hook.layer in gone]:
                 del hooks[key]
+        for layer in layers:
             self._hooked.pop(layer, None)
 
     def _forget(self, entry: StackedEdit, model: nn.Module) -> None:
