@@ -184,6 +184,14 @@ def test_target_that_does_not_fit():
         encoder.pair("Where?", "San Francisco, Paris")
 
 
+@pytest.mark.parametrize("pair", [("Where is \udcff?", "Oslo"), ("Where?", "Os\udcfflo")])
+def test_text_that_was_no_utf8(tokenizer, pair):
+    """Bytes of a pipe or a command line in another encoding arrive as lone surrogates."""
+    encoder = Encoder(tokenizer, PromptFormat(stop="\n"), "causal")
+    with pytest.raises(TokenizerError, match=r"udcff.* not valid Unicode \(was it UTF-8\?\)"):
+        encoder.rows([pair], [0], 1)
+
+
 @pytest.mark.parametrize("kind", ["causal", "encoder_decoder"])
 @pytest.mark.parametrize("target", ["", "  ", "\n"])
 def test_empty_target(kind, target):

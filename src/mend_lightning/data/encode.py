@@ -114,7 +114,7 @@ class Encoder:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Ids of the question as the model gets it."""
-        text = self.format.question(prompt)
+        text = _sound(self.format.question(prompt))
         ids = self.tokenizer(text)["input_ids"]
         if not ids:
             raise TokenizerError(f"The prompt {text!r} has no token.")
@@ -145,6 +145,7 @@ class Encoder:
         """Ids of the answer with its stop, if there is one: what the model must predict."""
         if not target.strip():
             raise TokenizerError(f"The target of {prompt!r} is empty; it must hold at least one token.")
+        _sound(target)
         ids = self._continuation(prompt, target) if self.kind == "causal" else self._decoder_target(target)
         if self.format.stop == "" and ids[-1] != self.tokenizer.eos_token_id:
             ids = [*ids, self.tokenizer.eos_token_id]
@@ -236,6 +237,19 @@ def in_words(name: str, like: str) -> str:
     """
     found = class_name(name == class_name(True), like)
     return found.lower() if like.strip().islower() else found
+
+
+def _sound(text: str) -> str:
+    """The text, which no tokenizer reads if it holds what bytes that are no UTF-8 became on their way in.
+
+    Raises:
+        TokenizerError: it does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"The text {ascii(text)[:80]} is not valid Unicode (was it UTF-8?): {error.reason}.") from error
+    return text
 
 
 def _is_grouped(task: Sequence[int], tasks: int) -> bool:
