@@ -64,7 +64,9 @@ def converse(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: 
             _obey_all(session, read)
         except (EOFError, KeyboardInterrupt):
             _say("")
-        session.leave(out)
+        finally:
+            # After an error too, of whatever kind: the edits took their time.
+            session.leave(out)
     return 0
 
 
@@ -164,7 +166,8 @@ class Session:
     def _save(self, path: str) -> None:
         if not path:
             raise ConfigError("Give the path of a file: :save PATH.")
-        self._enabled().save(path)
+        # No shell has done it here.
+        self._enabled().save(Path(path).expanduser())
         self.saved = True
         _say(f"Saved to {escape(path)}.")
 
