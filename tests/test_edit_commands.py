@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from matplotlib.image import imread
 from mend_lightning import Edit
 from mend_lightning.commands import session as session_module
 from mend_lightning.commands.edit import NOT_SAFE
+from mend_lightning.commands.facts import read_facts, read_questions
 from mend_lightning.commands.session import converse
 from mend_lightning.effects.safety import Limits
 
@@ -127,7 +129,10 @@ def test_separate_edits(tiny, tmp_path, shipped):
         (["--separate", "true", "--prompt", "a", "--target", "b"], "Give --edits FILE"),
         (["--interactive", "true", "--prompt", "a"], "asks for the facts itself"),
         (["--interactive", "true", "--check", "true"], "In a conversation, type :check"),
-        (["--prompt", "a", "--target", " "], "The target of 'a' is empty"),
+        (["--prompt", "a", "--target", " "], "--target is empty"),
+        (["--prompt", "", "--target", "b"], "--prompt is empty"),
+        (["--prompt", "a", "--target", "b", "--out", "/"], "it is a folder"),
+        (["--prompt", "a", "--target", "b", "--out", "/dev/null/edit"], "Cannot write to the folder"),
         ([], "needs --prompt and --target"),
     ],
 )
@@ -138,6 +143,37 @@ def test_what_edit_refuses(arguments, text, tiny, tmp_path, monkeypatch):
     assert result.code == 1
     assert_says(result.err, text)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_an_edit_cannot_be_written_shows_at_once(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+
+    def load(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("mend_lightning.commands.edit.load_editor_and_base", load)
+    monkeypatch.setattr("mend_lightning.commands.apply.load_asked_base", load)
+    result = edit(tiny, "--prompt", "a", "--target", "b", "--out", tmp_path / "file" / "edit")
+    assert_says(result.err, "Cannot write to the folder")
+    result = call("apply", tiny.path, "--ask", "a", "--plot", tmp_path / "file" / "plot")
+    assert_says(result.err, "Cannot write to the folder")
+
+
+def test_switches_without_a_value(tiny, shipped, tmp_path):
+    """`--check` and `--json` as in other programs."""
+    made = edit(tiny, "--prompt", QUESTION, "--target", "Africa", "--check", "--out", tmp_path / "edit")
+    assert "check" in Edit.load(tmp_path / "edit").about and made.code in (0, NOT_SAFE)
+    assert json.loads(call("show", tmp_path / "edit", "--json").out)["check"]
+
+
+def test_lines_end_where_json_says(tmp_path):
+    """Windows line ends, and separators that are letters to JSON and line ends to str.splitlines."""
+    lines = [{"prompt": "Where is\u2028Lyon?", "target": "Italy"}, {"prompt": "Where\x85?", "target": "Spain"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines)
+    (tmp_path / "facts").write_bytes(text.encode())
+    expected = [(line["prompt"], line["target"]) for line in lines]
+    assert read_facts(tmp_path / "facts") == expected
+    assert read_questions(tmp_path / "facts") == [prompt for prompt, _ in expected]
 
 
 def test_one_unsafe_edit_of_several(tiny, tmp_path):
@@ -212,6 +248,23 @@ def test_nothing_is_lost_when_a_conversation_ends(end, tiny, tmp_path):
     assert Edit.load(kept).facts == [FACT] and out.read_text() == "somebody's file"
     assert not any(module._forward_hooks for module in tiny.model.modules()), "the model is the base again"
     assert all(torch.equal(value, base[name]) for name, value in tiny.model.state_dict().items())
+
+
+def test_a_line_that_is_no_text_and_an_error_of_another_kind(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "edit.safetensors"
+    said = talk(tiny, out, [f"{QUESTION} => {TARGET}", "Where is \udcff?", ":discard"])
+    assert "not valid Unicode" in said and not out.exists()
+    with pytest.raises(OSError, match="the terminal is gone"):
+        talk(tiny, out, [f"{QUESTION} => {TARGET}"], OSError("the terminal is gone"))
+    assert Edit.load(out).facts == [FACT], "what was made before the error is kept"
+
+
+def test_save_finds_the_home_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    talk(tiny, tmp_path / "edit.safetensors", [f"{QUESTION} => {TARGET}", ":save ~/kept.safetensors"])
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert Edit.load(tmp_path / "home" / "kept.safetensors").facts == [FACT]
 
 
 def test_an_interrupt_while_the_model_works(tiny, tmp_path, monkeypatch):
@@ -360,6 +413,14 @@ def test_bad_edit_files(command, tiny, tmp_path):
         assert_says(call(command, tmp_path / name).err, f"{name} cannot be read as a saved edit")
     assert_says(call(command).err, "Name at least one edit file")
     assert_says(call(command, tiny.path, tiny.path).err, "is named twice")
+
+
+def test_questions_that_begin_with_a_bracket(tiny):
+    asked = ["[France] capital?", "[b]Who?[/b]", "[sic] Who? [1]"]
+    options = [option for question in asked for option in ("--ask", question)]
+    result = call("apply", tiny.path, *FLOAT, *options, "--json", "true")
+    assert (result.code, result.err) == (0, "")
+    assert re.findall(r'"question": "(.*?)"', result.out) == asked
 
 
 def test_apply_refuses(tiny):

@@ -146,6 +146,14 @@ def check_writable(folder: str | Path) -> None:
         raise OutputPathError(f"Cannot write to the folder {folder}: {error}. Give one that you may write to.") from error
 
 
+def check_writable_file(path: str | Path) -> None:
+    """Raises OutputPathError where `written` could not write: before the work starts."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputPathError(f"Cannot write {path}: it is a folder. Give the path of a file.")
+    check_writable(path.parent)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

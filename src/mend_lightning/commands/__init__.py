@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
+from inspect import signature
 
 # Command -> (file, function). Imported when it runs: `--help` and the small commands need not load what a large one does.
 _COMMANDS = {
@@ -38,6 +39,7 @@ def run(command: str, arguments: list[str]) -> int:
         arguments = ["--name", *arguments]
     if command in ("apply", "show", "merge", "export"):
         arguments = files_first(arguments)
+    arguments = with_true(arguments, _switches(called))
     arguments = one_by_one(arguments, _REPEATABLE.get(command, ()))
     if command in ("compare", "sequential"):
         # `--config NAME`, as for fit: jsonargparse keeps that option for files of a command's own arguments.
@@ -67,6 +69,32 @@ def one_by_one(arguments: list[str], names: Sequence[str]) -> list[str]:
     changed = []
     for argument, value in zip(arguments, [*arguments[1:], ""]):
         name, equals, rest = argument.partition("=")
-        lone = not (rest if equals else value).lstrip().startswith("[")
+        lone = not _is_list(rest if equals else value)
         changed.append(f"{name}+{equals}{rest}" if name in names and lone else argument)
     return changed
+
+
+def _is_list(value: str) -> bool:
+    """Whether this is a list in brackets, and not a text that begins with one: "[sic] Who?", "[b]Who?[/b]"."""
+    value = value.strip()
+    try:
+        return isinstance(json.loads(value), list)
+    except ValueError:
+        return value.startswith("[") and value.endswith("]") and value.count("[") == 1
+
+
+def with_true(arguments: list[str], flags: Collection[str]) -> list[str]:
+    """Switches that are given without a value, as `--check true`.
+
+    Example:
+        >>> with_true(["--check", "--out", "a", "--force"], ["--check", "--force"])
+        ['--check', 'true', '--out', 'a', '--force', 'true']
+    """
+    changed = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        changed += [argument, "true"] if argument in flags and following.startswith("-") else [argument]
+    return changed
+
+
+def _switches(function: Callable) -> list[str]:
+    return [f"--{name}" for name, parameter in signature(function).parameters.items() if parameter.annotation == "bool"]

@@ -16,6 +16,7 @@ from mend_lightning.effects.applying import without
 from mend_lightning.effects.shift_plot import plot_shifts
 from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
+from mend_lightning.files import check_writable_file
 from mend_lightning.report import console
 from mend_lightning.stack import EditStack
 
@@ -52,6 +53,8 @@ def apply_command(
     given = [*ask, *(read_questions(questions) if questions is not None else [])]
     if any(not question.strip() for question in given):
         raise ConfigError("A question is empty. Give some text with --ask.")
+    if plot is not None:
+        check_writable_file(plot)
     model, encoder = load_asked_base(loaded, base, dtype, trust_remote_code)
     shifts: list[Shift] = []
     with EditStack(model) as stack:

@@ -23,7 +23,7 @@ from mend_lightning.effects.neutral import neutral_questions
 from mend_lightning.effects.safety import EditCheck, check_edit
 from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
-from mend_lightning.files import check_writable
+from mend_lightning.files import check_writable, check_writable_file
 from mend_lightning.generate import generate_answers
 from mend_lightning.making import editor_encoder, make_edit, ready
 from mend_lightning.report import console
@@ -91,6 +91,8 @@ def edit_command(
     facts = given_facts(prompt, target, edits)
     if separate:
         check_writable(out or Path("edits"))
+    else:
+        check_writable_file(out or Path("edit.safetensors"))
     trained, model, tokenizer = load_editor_and_base(editor, *loading)
     asked = [
         *(("rephrase", q) for q in rephrase),

@@ -13,7 +13,7 @@ def given_facts(prompt: str | None, target: str | None, edits: Path | None) -> l
     """(prompt, target) pairs: of the command line, or of a file.
 
     Raises:
-        ConfigError: neither or both are given.
+        ConfigError: neither or both are given, or one of the texts is empty.
     """
     if edits is not None:
         if prompt is not None or target is not None:
@@ -21,6 +21,9 @@ def given_facts(prompt: str | None, target: str | None, edits: Path | None) -> l
         return read_facts(edits)
     if prompt is None or target is None:
         raise ConfigError("An edit needs --prompt and --target (or --edits FILE with several of them).")
+    for option, text in (("--prompt", prompt), ("--target", target)):
+        if not text.strip():
+            raise ConfigError(f"{option} is empty. An edit needs a question and a new answer.")
     return [(prompt, target)]
 
 
@@ -77,7 +80,8 @@ def _question(line: str, where: str) -> str:
 def _lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
     """Number and text of every line that is not blank."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: a JSON text may hold other separators of lines (U+2028, U+0085).
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataFileError(f"The {what} file {path} cannot be read: {error}") from error
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
