@@ -164,7 +164,7 @@ class Edit:
             raise StateDictError(f"{path} is a safetensors file, but not an edit saved by mend-lightning.")
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         try:
-            return cls({name: _delta_of(tensors, name) for name in names}, json.loads(metadata["about"]))
+            return cls({name: _delta_of(tensors, name) for name in names}, _about_of(metadata["about"]))
         except (KeyError, ValueError) as error:
             raise StateDictError(f"{path} is a saved edit with a part missing or broken: {error}") from error
 
@@ -207,6 +207,20 @@ def relative_norms(deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module])
         for name, weight in weights.items()
         if weight is not None
     }
+
+
+def _about_of(text: str) -> dict[str, Any]:
+    about = json.loads(text)
+    if not isinstance(about, dict):
+        raise ValueError(f"about is a {type(about).__name__} in place of an object")
+    kinds = {"edits": list, "combined": list, "on_top_of": list, "relative_norm": dict, "weights": dict}
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key, kind()), kind):
+            raise ValueError(f"{key} is {about[key]!r} in place of a {kind.__name__}")
+    for fact in about.get("edits", []):
+        if not (isinstance(fact, dict) and all(isinstance(fact.get(key), str) for key in ("prompt", "target"))):
+            raise ValueError(f"edits holds {fact!r} in place of a prompt and a target")
+    return about
 
 
 def _delta_of(tensors: Mapping[str, Tensor], name: str) -> Delta:
