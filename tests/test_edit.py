@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -16,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, EditStack, EnnEditor, LowRankDelta, MendEditor, load_base, make_edit
-from mend_lightning.errors import BaseModelMismatchError, ConfigError, OutputPathError, StateDictError, TokenizerError
+from mend_lightning.errors import (
+    BaseModelMismatchError,
+    CollidingEditWarning,
+    ConfigError,
+    OutputPathError,
+    StateDictError,
+    TokenizerError,
+)
 from mend_lightning.fingerprint import base_fingerprint
 from mend_lightning.generate import generate_answers
 from mend_lightning.making import editor_encoder
@@ -125,6 +133,15 @@ def test_several_facts_are_one_edit(edited):
     name = next(iter(deltas))
     assert made.edit.deltas[name].rank > single.deltas[name].rank
     assert torch.equal(lone.deltas[name].dense(), single.deltas[name].dense()), "a list of one, or the pair itself"
+
+
+def test_facts_that_contradict_each_other(edited):
+    made = edited("llama")
+    prompt, target = FACT
+    with pytest.warns(CollidingEditWarning, match=rf"'{re.escape(prompt)}' -> '{target}' and .* -> 'Cuba'"):
+        make_edit(made.editor, made.model, made.tokenizer, [FACT, (prompt.lower(), "Cuba")])
+    # Said twice is no contradiction.
+    make_edit(made.editor, made.model, made.tokenizer, [FACT, FACT])
 
 
 def test_no_padding_ranks(edited):
@@ -315,6 +332,24 @@ def test_files_with_something_wrong_inside(change, text, tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=about)
     with pytest.raises(StateDictError, match=text):
         Edit.load(path)
+
+
+@pytest.mark.parametrize(
+    "about, text",
+    [
+        ("[]", "about is a list in place of an object"),
+        ("null", "about is a NoneType in place of an object"),
+        ('{"edits": null}', "edits is None in place of a list"),
+        ('{"edits": [{"prompt": "a"}]}', "holds {'prompt': 'a'} in place of a prompt and a target"),
+        ('{"on_top_of": 3}', "on_top_of is 3 in place of a list"),
+        ('{"relative_norm": "x"}', "relative_norm is 'x' in place of a dict"),
+    ],
+)
+def test_files_that_say_nonsense_about_themselves(about, text, tmp_path):
+    tensors = {"fc.down": torch.ones(1, 3), "fc.up": torch.ones(1, 5)}
+    save_file(tensors, tmp_path / "edit", metadata={"mend_lightning_edit": "1", "about": about})
+    with pytest.raises(StateDictError, match=text):
+        Edit.load(tmp_path / "edit")
 
 
 def test_a_file_of_the_first_version(edited, tmp_path):

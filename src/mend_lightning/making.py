@@ -19,9 +19,9 @@ from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.delta import Delta, applied
 from mend_lightning.edit import Edit, relative_norms
 from mend_lightning.editors.editor import Editor, Made
-from mend_lightning.errors import ConfigError, LowConfidenceWarning, NoEffectWarning
+from mend_lightning.errors import CollidingEditWarning, ConfigError, LowConfidenceWarning, NoEffectWarning
 from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
-from mend_lightning.stack_state import active_ids
+from mend_lightning.stack_state import active_ids, question_key
 from mend_lightning.types import Rows
 
 
@@ -44,6 +44,9 @@ def make_edit(
     Raises:
         BaseModelMismatchError: the editor is for another base.
         ConfigError: there is no fact, the model is in training mode, or the editor changes no weight.
+
+    Warns:
+        CollidingEditWarning: two of the facts give the same question different answers.
     """
     facts = [tuple(facts)] if facts and isinstance(facts[0], str) else list(facts)
     if not facts:
@@ -57,6 +60,7 @@ def make_edit(
             f"{type(editor).__name__} changes no weight, so it makes no Edit that could be saved or merged. "
             "`mend-lightning edit` shows what it does; in Python use editor.edited(model, rows)."
         )
+    _warn_of_contradictions(facts)
     made, before, probability = _made(model, editor, tokenizer, facts)
     parts = {name: delta.of_task(0) for name, delta in made.deltas.items()}
     if not any(bool(delta.norm() > 0) for delta in parts.values()):
@@ -77,6 +81,19 @@ def make_edit(
         )
     measured = {"probability_before": _rounded(before), "probability": _rounded(probability)}
     return Edit(parts, {**_about(editor, model, facts, parts), **measured})
+
+
+def _warn_of_contradictions(facts: Sequence[tuple[str, str]]) -> None:
+    first: dict[str, tuple[str, str]] = {}
+    for fact in facts:
+        other = first.setdefault(question_key(fact[0]), fact)
+        if other[1].strip() != fact[1].strip():
+            warnings.warn(
+                f"Two facts of one edit give the same question different answers: {other[0]!r} -> {other[1]!r} and "
+                f"{fact[0]!r} -> {fact[1]!r}. Keep one of them.",
+                CollidingEditWarning,
+                stacklevel=3,
+            )
 
 
 def _made(
