@@ -259,6 +259,14 @@ def test_a_line_that_is_no_text_and_an_error_of_another_kind(tiny, tmp_path, mon
     assert Edit.load(out).facts == [FACT], "what was made before the error is kept"
 
 
+def test_brackets_in_paths(tiny, tmp_path):
+    path = tmp_path / "[red]x"
+    out = edit(tiny, "--prompt", QUESTION, "--target", TARGET, "--out", path).out
+    assert "[red]x" in out.replace(" ", "")
+    assert "[red]p" in call("apply", path, *FLOAT, "--ask", OTHER, "--plot", tmp_path / "[red]p").out.replace(" ", "")
+    assert "[red]x-2" in talk(tiny, path, [f"{QUESTION} => {TARGET}"]).replace("\\", "")
+
+
 def test_save_finds_the_home_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

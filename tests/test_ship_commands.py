@@ -156,6 +156,18 @@ def test_export_of_a_dense_edit(options, shipped):
     assert relative_error(logits(loaded, shipped.rows), expected) < 1e-5
 
 
+def test_brackets_in_paths(shipped):
+    """Rich would take them for colours, or fail at one that ends none."""
+    for command, name, given in (
+        ("merge", "m[/red]", shipped.files[0]),
+        ("export", "e[/red]", shipped.files[0]),
+        ("import-peft", "i[red]", shipped.folder / "e[" / "red]"),
+    ):
+        result = call(command, given, "--out", shipped.folder / name)
+        assert (result.code, result.err) == (0, "")
+        assert name in result.out.replace(" ", "")
+
+
 def test_what_is_refused(shipped):
     out, (first, _) = shipped.folder / "out", shipped.files
     nameless = Edit(shipped.edits[0].deltas).save(shipped.folder / "nameless.safetensors")

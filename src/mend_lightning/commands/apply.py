@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.markup import escape
+
 from mend_lightning.base import Dtype
 from mend_lightning.commands.answers_table import shift_table
 from mend_lightning.commands.bases import load_asked_base
@@ -74,7 +76,7 @@ def apply_command(
     if plot is not None:
         plot_shifts(shifts, plot)
         if not json:
-            console().print(f"Written: {plot}", highlight=False)
+            console().print(f"Written: {escape(str(plot))}", highlight=False)
 
 
 def _name(path: str, stack: EditStack) -> str:

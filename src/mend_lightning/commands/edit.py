@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import nn
 
 from mend_lightning.base import Dtype
@@ -180,7 +181,7 @@ def _print_saved(edit: Edit, path: Path, model: nn.Module) -> None:
     # Weights that cannot be read have no norm.
     largest = f", largest ‖ΔW‖/‖W‖ {max(norms.values()):.4f}" if norms else ""
     console().print(
-        f"Edit saved to {path}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}{largest}. The model now gives the "
+        f"Edit saved to {escape(str(path))}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}{largest}. The model now gives the "
         f"new answer with probability {edit.about['probability']:.2f}. The base model's weights are untouched.",
         highlight=False,
     )

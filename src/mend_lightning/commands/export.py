@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
+
 from mend_lightning.base import Dtype
 from mend_lightning.commands.edit_files import load_base_of, read_edits
 from mend_lightning.edit import Edit, combined
@@ -59,12 +61,12 @@ def export_command(
         loaded = [_compressed(edit, rank, energy) for edit in (loaded if separate else [combined(loaded)])]
     if not separate:
         export_peft(loaded, model, out, overwrite=overwrite, force=force)
-        console().print(f"LoRA adapter of {_count(edits)} written to {out}.", highlight=False)
+        console().print(f"LoRA adapter of {_count(edits)} written to {escape(str(out))}.", highlight=False)
         return
     with written_folder(out, replaces) as folder:
         for path, edit in zip(edits, loaded):
             export_peft(edit, model, folder / Path(path).stem, force=force)
-    console().print(f"A LoRA adapter of each of {_count(edits)} written to folders in {out}.", highlight=False)
+    console().print(f"A LoRA adapter of each of {_count(edits)} written to folders in {escape(str(out))}.", highlight=False)
 
 
 def _compressed(edit: Edit, rank: int | None, energy: float | None) -> Edit:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.markup import escape
+
 from mend_lightning.report import console
 from mend_lightning.shipping.peft_import import import_peft
 
@@ -23,4 +25,4 @@ def import_peft_command(adapter: Path, out: Path = Path("edit.safetensors")) -> 
     layers = "1 layer" if len(edit.deltas) == 1 else f"{len(edit.deltas)} layers"
     known = edit.about.get("weights") or edit.about.get("base_fingerprint")
     doubt = "" if known else " It does not say which weights it was made for."
-    console().print(f"Edit of {layers} saved to {path}.{doubt}", highlight=False)
+    console().print(f"Edit of {layers} saved to {escape(str(path))}.{doubt}", highlight=False)

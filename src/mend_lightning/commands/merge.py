@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from mend_lightning.base import Dtype
@@ -44,7 +45,7 @@ def merge_command(
     console().print(rounding_table(report))
     count = "1 edit" if len(loaded) == 1 else f"{len(loaded)} edits"
     console().print(
-        f"Model with {count} written to {out} ({report.dtype}); {100 * report.lost:.1f} % of the changed entries are stored "
+        f"Model with {count} written to {escape(str(out))} ({report.dtype}); {100 * report.lost:.1f} % of the changed entries are stored "
         "as they were. It loads with transformers alone.",
         highlight=False,
     )

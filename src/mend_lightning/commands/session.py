@@ -108,7 +108,7 @@ class Session:
             return
         path = free_path(out)
         self._enabled_or_all().save(path)
-        _say(f"Not saved until now: {_listed(self.stack)}. Saved to {path}.")
+        _say(f"Not saved until now: {_listed(self.stack)}. Saved to {escape(str(path))}.")
 
     def _command(self, line: str) -> None:
         name, _, argument = line[1:].partition(" ")
