@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -48,6 +49,15 @@ def imported_lightning(names: list[str], folder: Path) -> list[str]:
     result = python("\n".join(lines), folder)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
+
+
+def test_what_the_documents_import_is_there():
+    documents = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    lines = re.findall(r"^from mend_lightning import ([\w, ]+)$", text, re.M)
+    names = {name.strip() for line in lines for name in line.split(",")}
+    assert {"EditStack", "make_edit", "MendModule"} <= names
+    assert [name for name in sorted(names) if not hasattr(mend_lightning, name)] == []
 
 
 def test_the_core_does_not_import_lightning(tmp_path):

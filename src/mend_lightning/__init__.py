@@ -33,6 +33,7 @@ _HOME = {
     "FineTuning": "editors",
     "Rows": "types",
     "EditDataModule": "data.module",
+    "Editor": "editors",
     "EnnEditor": "editors",
     "InContext": "editors",
     "KnowledgeEditor": "editors",
