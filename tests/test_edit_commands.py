@@ -17,6 +17,7 @@ from matplotlib.image import imread
 
 from mend_lightning import Edit
 from mend_lightning.commands import session as session_module
+from mend_lightning.commands.answers_table import verdict
 from mend_lightning.commands.edit import NOT_SAFE
 from mend_lightning.commands.facts import read_facts, read_questions
 from mend_lightning.commands.session import converse
@@ -174,6 +175,20 @@ def test_lines_end_where_json_says(tmp_path):
     expected = [(line["prompt"], line["target"]) for line in lines]
     assert read_facts(tmp_path / "facts") == expected
     assert read_questions(tmp_path / "facts") == [prompt for prompt, _ in expected]
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("Asia", "Cuba", "changed as asked"),
+        ("Cuba", "Cuba", "as asked, as before"),
+        ("Asia", "Asia", "not what was asked"),
+    ],
+)
+def test_verdicts(old, new, said):
+    """An edit to what the base says anyway changes nothing, and must not look as if it did."""
+    for kind in ("edited", "rephrase"):
+        assert said in verdict(kind, OTHER, old, new, {OTHER: "Cuba"})
 
 
 def test_one_unsafe_edit_of_several(tiny, tmp_path):

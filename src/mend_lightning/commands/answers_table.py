@@ -63,6 +63,9 @@ def verdict(kind: str, question: str, old: str, new: str, targets: Mapping[str, 
     # A rephrase does not say which of several edits it rephrases.
     wanted = [targets[question]] if kind == "edited" else list(targets.values())
     reached = any(exact_match(new, target) for target in wanted)
+    if reached and old == new:
+        # Nothing wrong with it, and nothing gained.
+        return "[yellow]as asked, as before[/]"
     return "[green]changed as asked[/]" if reached else "[red]not what was asked[/]"
 
 
