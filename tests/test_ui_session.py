@@ -151,6 +151,10 @@ def test_a_file_goes_out_and_in(opened, tmp_path):
     made.session.edits.remove("again")
     odd = made.session.edits.add(Edit.load(copy), "../up and\\down")
     assert made.session.save(odd).parent == path.parent
+    # A question in Japanese: three bytes a letter, and nine in a URL.
+    made.session.edits.remove(odd)
+    long = made.session.edits.add(Edit.load(copy), "日" * 60)
+    assert Edit.load(made.session.save(long)).facts == [FACT] and made.session.save(long) != path
     made.session.close()
     assert not path.exists(), "the session's files end with it"
 

@@ -6,9 +6,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import quote
 
 from torch import nn
 
@@ -110,8 +110,9 @@ class Session:
 
     def save(self, name: str) -> Path:
         """Writes an edit to a file that lives as long as the session; returns its path."""
-        # Quoted: a name may hold what a file's may not.
-        return self.edits[name].edit.save(Path(self.folder.name, f"{quote(name, safe=' ')}.safetensors"))
+        # By its hash: a name may hold what a file's may not, and be longer. The browser is told the name itself.
+        mark = sha256(name.encode()).hexdigest()[:16]
+        return self.edits[name].edit.save(Path(self.folder.name, f"{mark}.safetensors"))
 
     def compare(self, question: str, wanted: str = "") -> Comparison:
         """One question before and after, down to the tokens.
