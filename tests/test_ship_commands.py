@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -190,3 +191,21 @@ def test_what_is_refused(shipped):
     result = call("import-peft", shipped.folder, "--out", out)
     assert_says(result.err, "expected a folder that PEFT saved an adapter to")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_merge_that_is_killed_while_it_writes(shipped, monkeypatch, sent):
+    """Nothing of it is left, and the process has its own way with the signal again."""
+    before = signal.getsignal(signal.SIGTERM)
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def killed(model, folder, **settings):
+        save(model, folder, **settings)
+        signal.raise_signal(sent)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", killed)
+    files = set(os.listdir(shipped.folder))
+    result = call("merge", *shipped.files, "--out", shipped.folder / "merged")
+    assert (result.code, result.err) == (130, "interrupted")
+    assert set(os.listdir(shipped.folder)) == files
+    assert signal.getsignal(signal.SIGTERM) == before

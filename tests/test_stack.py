@@ -14,7 +14,7 @@ from edits import changed, hooks, logits, random_edit
 from models import KINDS, make_rows, relative_error, spread_parameters, tiny_model
 from torch import nn
 
-from mend_lightning import CollidingEditWarning, EditStack, MendEditor
+from mend_lightning import CollidingEditWarning, EditStack, MendEditor, combined, merge
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, DependentEditWarning, EditNameError
 from mend_lightning.stack import slug
 from mend_lightning.stack_state import active_ids
@@ -336,3 +336,53 @@ def test_edits_move_with_the_model(llama):
         assert relative_error(logits(llama, rows).double(), expected) < 1e-4
         with torch.autocast("cpu", torch.bfloat16):
             assert relative_error(logits(llama, rows).double(), expected) < 0.1
+
+
+def test_a_block_takes_off_what_was_added_in_it(llama):
+    rows, stack = make_rows("llama", [0], 1), EditStack(llama)
+    stack.add(random_edit(llama, 1), "before")
+    expected = logits(llama, rows)
+    with EditStack(llama) as inner:
+        inner.add(random_edit(llama, 2), "outer")
+        with inner:
+            inner.add(random_edit(llama, 3), "innermost")
+        assert inner.names == ["before", "outer"]
+    assert stack.names == ["before"] and torch.equal(logits(llama, rows), expected)
+
+
+def test_a_part_of_an_edited_model_is_another_model(llama):
+    EditStack(llama).add(random_edit(llama, 1), "whole")
+    assert not len(EditStack(llama.model)) and EditStack(llama).names == ["whole"]
+
+
+def test_combined_edits_stand_for_their_parts(llama):
+    first, second = random_edit(llama, 1), random_edit(llama, 2)
+    with EditStack(llama) as stack:
+        stack.add(combined([first, second]), "both")
+        assert active_ids(llama) == ["id1", "id2"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stack.add(random_edit(llama, 3, on_top_of=["id2"]), "later")
+        with pytest.warns(DependentEditWarning, match="later: made on top of 'both'"):
+            stack.remove("both")
+
+
+def test_edits_that_must_not_be_added_up(llama):
+    enn = [random_edit(llama, seed, editor="EnnEditor", holds_resting=True) for seed in (1, 2)]
+    for add_up in (combined, lambda edits: merge(edits, llama)):
+        with pytest.raises(ConfigError, match="2 of the edits hold what EnnEditor's training adds to the base model"):
+            add_up(enn)
+    assert combined([enn[0], random_edit(llama, 3)]).about["holds_resting"] is True
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_wrapped_model(llama):
+    edit = random_edit(llama, 1)
+    with pytest.raises(BaseModelMismatchError, match="Give the model inside: its .module"):
+        EditStack(nn.DataParallel(llama)).add(edit)
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(BaseModelMismatchError, match="This is a PEFT model: give its get_base_model"):
+        EditStack(wrapped).add(edit)
+    with EditStack(wrapped.get_base_model()) as stack:
+        stack.add(edit)

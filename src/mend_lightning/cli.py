@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,7 +90,8 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     elif command in COMMANDS:
         from mend_lightning import commands
 
-        return commands.run(command, arguments[1:])
+        with _terminated_like_interrupted():
+            return commands.run(command, arguments[1:])
     else:
         known = [*TRAINER_COMMANDS, *COMMANDS]
         near = difflib.get_close_matches(command, known, n=1)
@@ -95,6 +99,23 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         sys.stderr.write(f"error: unknown command {command!r}.{hint} Commands: {', '.join(known)}.\n")
         return 2
     return 0
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM is Ctrl-C while the block runs, so that half-written files are cleared away. A Trainer has its own way."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:

@@ -95,7 +95,7 @@ class Edit:
             if found is None or not is_editable(found) or layer_shape(found) != delta.shape:
                 raise BaseModelMismatchError(
                     f"The edit changes a layer {name!r} of shape {delta.shape}, which {type(unwrapped(model)).__name__} does "
-                    f"not have. It was made for {self.about.get('base') or 'another model'}."
+                    f"not have. It was made for {self.about.get('base') or 'another model'}.{_inner_hint(model)}"
                 )
         layers = {name: modules[name] for name in self.deltas}
         if not force:
@@ -108,9 +108,9 @@ class Edit:
         found = layer_fingerprints(ordered) if self.about.get("weights") else base_fingerprint(ordered)
         if not same_base(wanted, found, "edit"):
             raise BaseModelMismatchError(
-                f"The edit was made for {self.about.get('base')} (weights {wanted}); the given model has the same shapes and "
-                f"other weights ({found}). Load the base model the edit was made for; or apply it all the same with "
-                "force=True (--force true), and look at what the model answers."
+                f"The edit was made for {self.about.get('base')}; the given model has the same shapes and other weights "
+                f"({_difference(wanted, found)}). Load the base model the edit was made for; or apply it all the same with "
+                "force=True (--force), and look at what the model answers."
             )
 
     def size(self) -> int:
@@ -169,6 +169,21 @@ class Edit:
             raise StateDictError(f"{path} is a saved edit with a part missing or broken: {error}") from error
 
 
+def _difference(wanted: str | Mapping[str, str], found: str | Mapping[str, str]) -> str:
+    """Which fingerprints differ, of layers that can be many: the first one, and how many."""
+    if isinstance(wanted, str):
+        return f"{found}, not {wanted}"
+    layers = [name for name in found if name in wanted and found[name] != wanted[name]]
+    return f"{layers[0]}: {found[layers[0]]}, not {wanted[layers[0]]}; {len(layers)} of {len(found)} layers differ"
+
+
+def _inner_hint(model: nn.Module) -> str:
+    """What to give in place of a model that another library wrapped: its layers have other names."""
+    if hasattr(model, "get_base_model"):
+        return " This is a PEFT model: give its get_base_model()."
+    return " Give the model inside: its .module." if isinstance(getattr(model, "module", None), nn.Module) else ""
+
+
 def combined(edits: Sequence[Edit]) -> Edit:
     """Several edits as one: the sum of their deltas, layer by layer, exact to float32.
 
@@ -183,6 +198,7 @@ def combined(edits: Sequence[Edit]) -> Edit:
         raise ConfigError("There is no edit to combine. Give at least one.")
     if len(edits) == 1:
         return edits[0]
+    check_summable(edits)
     weights: dict[str, str] = {}
     for edit in edits:
         clash = [name for name, mark in edit.about.get("weights", {}).items() if weights.setdefault(name, mark) != mark]
@@ -196,7 +212,24 @@ def combined(edits: Sequence[Edit]) -> Edit:
     deltas = {name: sum_of([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
     kept = {key: edits[0].about[key] for key in ("base", "base_options", "prompt_format") if key in edits[0].about}
     facts = [fact for edit in edits for fact in edit.about.get("edits", [])]
-    return Edit(deltas, {**kept, "edits": facts, "weights": weights, "combined": [edit.about for edit in edits]})
+    resting = {"holds_resting": True} if any(edit.about.get("holds_resting") for edit in edits) else {}
+    return Edit(deltas, {**kept, **resting, "edits": facts, "weights": weights, "combined": [edit.about for edit in edits]})
+
+
+def check_summable(edits: Sequence[Edit]) -> None:
+    """Raises ConfigError where edits must not be added up: two of them hold what training added to the base (ENN)."""
+    holding = [edit for edit in edits if edit.about.get("holds_resting")]
+    if len(holding) > 1:
+        raise ConfigError(
+            f"{len(holding)} of the edits hold what {holding[0].about.get('editor')}'s training adds to the base model, which "
+            "would be added as often. Make their facts one edit (--edits FILE), or leave out all but one."
+        )
+
+
+def ids_of(edit: Edit) -> list[str]:
+    """The ids of an edit, or of the edits that it was combined from."""
+    abouts = [edit.about, *edit.about.get("combined", [])]
+    return [about["id"] for about in abouts if "id" in about]
 
 
 def relative_norms(deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]) -> dict[str, float]:

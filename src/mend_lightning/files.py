@@ -98,7 +98,7 @@ def check_free_folder(path: str | Path, replaces: str | None = None) -> None:
         return
     if replaces is None:
         raise OutputPathError(
-            f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True (--overwrite true)."
+            f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True (--overwrite)."
         )
     if not _is_earlier_result(path, replaces):
         raise OutputPathError(

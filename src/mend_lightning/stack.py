@@ -12,7 +12,7 @@ from typing import Any, Self
 from torch import nn
 
 from mend_lightning.compiled import unwrapped
-from mend_lightning.edit import Edit, combined
+from mend_lightning.edit import Edit, combined, ids_of
 from mend_lightning.errors import CollidingEditWarning, ConfigError, DependentEditWarning, EditNameError
 from mend_lightning.stack_state import StackedEdit, question_key, state_of
 
@@ -21,7 +21,7 @@ class EditStack:
     """The edits of a model: hooks beside its layers, the weights stay as they are.
 
     A model has one stack: `EditStack(model)` a second time shows the same edits. They stay when the stack object goes out
-    of scope, and are gone, bit for bit, after `clear()` or at the end of a `with` block. Everything that runs the
+    of scope, and are gone, bit for bit, after `clear()`; a `with` block takes off at its end what was added in it. Everything that runs the
     model (generate, a Trainer, other threads) sees the enabled ones. Adding and removing takes the same time however
     many there are: the edits of a layer become one delta at its next forward pass, not at each.
 
@@ -46,6 +46,8 @@ class EditStack:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._state = state_of(unwrapped(model))
+        # Names of what was there when each open `with` block began.
+        self._outside: list[set[str]] = []
 
     def add(self, edit: Edit | str | Path, name: str | None = None, force: bool = False) -> str:
         """Puts an edit on the model; returns its name.
@@ -145,10 +147,15 @@ class EditStack:
         return len(self._state.entries)
 
     def __enter__(self) -> Self:
+        self._outside.append(set(self.names))
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.clear()
+        outside = self._outside.pop()
+        with self._state.lock:
+            for name in reversed(self.names):
+                if name not in outside:
+                    self._state.drop(name, self.model)
 
     def __repr__(self) -> str:
         edits = ", ".join(f"{each.name}{'' if each.enabled else ' (off)'}" for each in self)
@@ -203,10 +210,10 @@ class EditStack:
             )
 
     def _warn_of_dependents(self, entry: StackedEdit) -> None:
-        made_on_it = self._state.names_of(f"needs {entry.edit.about.get('id')}")
+        made_on_it = [name for each in ids_of(entry.edit) for name in self._state.names_of(f"needs {each}")]
         if made_on_it:
             warnings.warn(
-                f"{', '.join(made_on_it)}: made on top of {entry.name!r}, which is removed now. Look at the answers, or make "
+                f"{', '.join(dict.fromkeys(made_on_it))}: made on top of {entry.name!r}, which is removed now. Look at the answers, or make "
                 "those edits anew.",
                 DependentEditWarning,
                 stacklevel=3,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mend_lightning.combine import sum_of
 from mend_lightning.compiled import forget_compiled, unwrapped
 from mend_lightning.delta import Delta, added
-from mend_lightning.edit import Edit
+from mend_lightning.edit import Edit, ids_of
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,7 @@ def _changes(layer: str) -> str:
 def _keys(edit: Edit) -> set[str]:
     keys = {_changes(layer) for layer in edit.deltas} | {question_key(prompt) for prompt, _ in edit.facts}
     keys |= {f"needs {each}" for each in edit.about.get("on_top_of", [])}
-    if "id" in edit.about:
-        keys.add(f"is {edit.about['id']}")
+    keys |= {f"is {each}" for each in ids_of(edit)}
     return keys | ({"resting"} if edit.about.get("holds_resting") else set())
 
 
@@ -196,14 +195,21 @@ def state_of(model: nn.Module) -> StackState:
     """The state of a model, made at the first call; that of a copied model is the one its hooks came with."""
     with _STATES_LOCK:
         if model not in _STATES:
-            hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-            copied = (hook.state for hook in hooks if isinstance(hook, _LayerHook))
-            _STATES[model] = next(copied, None) or StackState()
+            _STATES[model] = _copied_state(model) or StackState()
         return _STATES[model]
+
+
+def _copied_state(model: nn.Module) -> StackState | None:
+    """The state that the hooks of a copied model hold. Of a part of an edited model the layers have other names."""
+    for name, module in model.named_modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, _LayerHook) and hook.layer == name:
+                return hook.state
+    return None
 
 
 def active_ids(model: nn.Module) -> list[str]:
     """Ids of the enabled edits on a model."""
     state = _STATES.get(unwrapped(model))
     entries = state.entries.values() if state else ()
-    return [each.edit.about["id"] for each in entries if each.enabled and "id" in each.edit.about]
+    return [each_id for each in entries if each.enabled for each_id in ids_of(each.edit)]

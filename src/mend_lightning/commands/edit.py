@@ -30,7 +30,7 @@ from mend_lightning.making import editor_encoder, make_edit, ready
 from mend_lightning.report import console
 from mend_lightning.stack import slug
 
-# The exit code of `--check true` where the edit is not safe to keep.
+# The exit code of `--check` where the edit is not safe to keep.
 NOT_SAFE = 3
 _Asked = Sequence[tuple[str, str]]
 
@@ -124,6 +124,8 @@ def _edit_and_save(
     if found:
         edit = replace(edit, about={**edit.about, "check": found.as_dict()})
         print_check(found)
+    if path.exists():
+        console().print(f"{escape(str(path))} was there and is replaced.", highlight=False)
     _print_saved(edit, edit.save(path), model)
     return found is None or found.safe
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning.compiled import unwrapped
-from mend_lightning.edit import Edit
+from mend_lightning.edit import Edit, check_summable
 from mend_lightning.errors import ConfigError, MergeError, OutputPathError
 from mend_lightning.files import write_json, written_folder
 from mend_lightning.shipping.rounding import LayerRounding, MergeReport, layer_rounding
@@ -68,6 +68,7 @@ def merge(
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     if not edits:
         raise ConfigError("There is no edit to merge. Give at least one.")
+    check_summable(edits)
     model = unwrapped(model)
     _check_model(model)
     layers = {name: layer for edit in edits for name, layer in edit.layers_in(model, force).items()}
