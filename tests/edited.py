@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import torch
 from bases import FORMATS
+from edits import changed
 from models import KINDS, spread_parameters
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
 from mend_lightning.generate import MAX_NEW_TOKENS
@@ -36,12 +36,7 @@ def tiny_edit(folder, family: str, size: float = 1.0, seed: int = 0, facts=None)
 
 def dense_copy(model: nn.Module, edit: Edit) -> nn.Module:
     """A float64 copy of the model with W + ΔW in place of W."""
-    changed = copy.deepcopy(model).double()
-    modules = dict(changed.named_modules())
-    for name, delta in edit.deltas.items():
-        change = delta.dense()[0].double()
-        modules[name].weight.data += change.T if isinstance(modules[name], Conv1D) else change
-    return changed
+    return changed(copy.deepcopy(model).double(), edit)
 
 
 class Plainly:

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, LowRankDelta
 from mend_lightning.dense_delta import DenseDelta
-from mend_lightning.fingerprint import layer_fingerprints
-from mend_lightning.layers import default_layers, layer_shape
+from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
+from mend_lightning.layers import default_layers, layer_shape, select_layers
 
 
 def random_edit(model: nn.Module, seed: int, layers: int = 3, prompt: str = "", dense: bool = False, **about) -> Edit:
@@ -27,6 +27,30 @@ def random_edit(model: nn.Module, seed: int, layers: int = 3, prompt: str = "", 
     weights = layer_fingerprints({name: modules[name] for name in names})
     facts = [{"prompt": prompt or f"question {seed}", "target": f"answer {seed}"}]
     return Edit(deltas, {"id": f"id{seed}", "edits": facts, "base": "tiny", "weights": weights, **about})
+
+
+def ragged_edit(model: nn.Module, seed: int = 0, patterns: list[str] | None = None, size: float = 0.1) -> Edit:
+    """An edit of the model's usual layers; the rank differs from layer to layer, and the first layer's is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, deltas = select_layers(model, patterns), {}
+    for rank, (name, layer) in enumerate(layers.items()):
+        factors = [size * torch.randn(1, rank, width, generator=generator) for width in layer_shape(layer)]
+        deltas[name] = LowRankDelta(*factors)
+    return Edit(deltas, {**_about(layers), "edits": [{"prompt": f"Where is {seed}?", "target": "Oceania"}]})
+
+
+def dense_edit(model: nn.Module) -> Edit:
+    """An edit as fine-tuning makes it."""
+    layers = select_layers(model)
+    shapes = {name: layer_shape(layer) for name, layer in layers.items()}
+    deltas = {name: DenseDelta(0.1 * torch.randn(1, d_out, d_in)) for name, (d_in, d_out) in shapes.items()}
+    return Edit(deltas, {**_about(layers), "editor": "FineTuning"})
+
+
+def _about(layers: dict[str, nn.Module]) -> dict:
+    ordered = {name: layers[name] for name in sorted(layers)}
+    marks = {"base_fingerprint": base_fingerprint(ordered), "weights": layer_fingerprints(ordered)}
+    return {"base": "some/base", "base_options": {"revision": "abc", "kind": None}, **marks}
 
 
 def changed(model: nn.Module, *edits: Edit) -> nn.Module:

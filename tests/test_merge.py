@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from bases import assert_same_state, small_tokenizer, state_copy
+from edits import changed, dense_edit, logits, ragged_edit
 from models import KINDS, make_rows, relative_error, tiny_model
-from random_edits import dense_edit, logits, random_edit, with_dense_weights
 
 from mend_lightning import Edit, LowRankDelta
 from mend_lightning.errors import (
@@ -48,13 +48,13 @@ def test_the_folder_holds_the_edited_model(family, kind, tmp_path):
     edits = (
         [dense_edit(model)]
         if kind == "dense"
-        else [random_edit(model, seed) for seed in range(1 + (kind == "several"))]
+        else [ragged_edit(model, seed) for seed in range(1 + (kind == "several"))]
     )
     base, before = state_copy(model), logits(model, rows)
     report = merge(edits, model, tmp_path / "merged")
     assert_same_state(state_copy(model), base)
     assert torch.equal(logits(model, rows), before)
-    expected = logits(with_dense_weights(model, edits), rows)
+    expected = logits(changed(model, *edits), rows)
     assert relative_error(before, expected) > 1e-2, "the edits do something"
     merged = load(family, tmp_path / "merged")
     assert type(merged) is type(model)
@@ -68,7 +68,7 @@ def test_the_folder_holds_the_edited_model(family, kind, tmp_path):
 def test_what_lies_beside_the_weights(tmp_path):
     model = tiny_model("gpt2", torch.float32)
     model.generation_config.max_new_tokens = 7
-    merge(random_edit(model), model, tmp_path / "deep" / "merged", small_tokenizer())
+    merge(ragged_edit(model), model, tmp_path / "deep" / "merged", small_tokenizer())
     folder = tmp_path / "deep" / "merged"
     assert load("gpt2", folder).generation_config.max_new_tokens == 7
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -84,7 +84,7 @@ def test_what_lies_beside_the_weights(tmp_path):
 def test_rounding_is_that_of_float32_arithmetic(dtype, tmp_path):
     """Every stored entry is W + ΔW of float32, rounded once: against a loop over the entries."""
     model = tiny_model("llama", dtype)
-    edits = [random_edit(model, seed, size=0.03) for seed in range(2)]
+    edits = [ragged_edit(model, seed, size=0.03) for seed in range(2)]
     report = merge(edits, model, tmp_path / "merged")
     merged = dict(load("llama", tmp_path / "merged", dtype="auto").named_modules())
     assert merged["model.layers.3.mlp.up_proj"].weight.dtype == dtype
@@ -113,16 +113,16 @@ def test_rounding_is_that_of_float32_arithmetic(dtype, tmp_path):
 def test_an_edit_that_rounding_takes_away():
     model = tiny_model("llama", torch.bfloat16)
     with pytest.warns(RoundingWarning, match="Much of the edit is lost in bfloat16.*float32 keeps the edit"):
-        report = merge(random_edit(model, size=1e-3), model)
+        report = merge(ragged_edit(model, size=1e-3), model)
     assert report.lost > 0.9 and report.folder is None
-    report = merge(random_edit(model.float(), size=1e-3), model)
+    report = merge(ragged_edit(model.float(), size=1e-3), model)
     assert report.lost < 0.01 and max(layer.relative_error for layer in report.layers.values()) < 0.1
 
 
 def test_edits_of_different_layers_and_a_layer_left_alone():
     model = tiny_model("t5", torch.float32)
     first, second = "encoder.block.1.layer.1.DenseReluDense.wo", "decoder.block.2.layer.2.DenseReluDense.wi"
-    edits = [random_edit(model, patterns=[first]), random_edit(model, patterns=[first, second])]
+    edits = [ragged_edit(model, patterns=[first]), ragged_edit(model, patterns=[first, second])]
     report = merge(edits, model)
     assert list(report.layers) == [first, second]
     assert (report.layers[first].changed, report.layers[first].relative_error) == (0, 0.0), "both have rank 0 there"
@@ -149,7 +149,7 @@ def test_a_module_that_runs_several_times(tmp_path):
 
 def test_a_sum_that_does_not_fit(tmp_path):
     model = tiny_model("llama", torch.float16)
-    edit = random_edit(model, patterns=["model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj"], size=1e3)
+    edit = ragged_edit(model, patterns=["model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj"], size=1e3)
     with pytest.raises(MergeError, match="W . ΔW of model.layers.3.mlp.up_proj holds values that float16 cannot"):
         merge(edit, model, tmp_path / "merged")
     merge(edit, model.bfloat16(), tmp_path / "merged")
@@ -161,12 +161,12 @@ def test_edits_of_nothing(tmp_path):
         merge(Edit({}), model, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
     with pytest.warns(NoEffectWarning, match="every ΔW is zero"):
-        merge(random_edit(model, patterns=["model.layers.2.mlp.up_proj"]), model, tmp_path / "merged")
+        merge(ragged_edit(model, patterns=["model.layers.2.mlp.up_proj"]), model, tmp_path / "merged")
 
 
 def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
     model = tiny_model("llama", torch.float32)
-    merge(random_edit(model), model, tmp_path / "merged")
+    merge(ragged_edit(model), model, tmp_path / "merged")
     weights = (tmp_path / "merged" / "model.safetensors").read_bytes()
     rename = Path.rename
 
@@ -177,20 +177,20 @@ def test_a_rename_that_fails_brings_the_old_folder_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OutputPathError, match="Cannot put the finished folder at"):
-        merge(random_edit(model, 1), model, tmp_path / "merged", overwrite=True)
+        merge(ragged_edit(model, 1), model, tmp_path / "merged", overwrite=True)
     assert os.listdir(tmp_path) == ["merged"]
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights
 
 
 def test_tied_weights(tmp_path):
     model = tiny_model("gpt2", torch.float32)
-    edit = random_edit(model, patterns=["transformer.h.3.mlp.c_fc", "lm_head"])
+    edit = ragged_edit(model, patterns=["transformer.h.3.mlp.c_fc", "lm_head"])
     with pytest.raises(MergeError, match="changes lm_head, whose weight is transformer.wte's as well"):
         merge(edit, model, tmp_path / "merged")
     shared = tiny_model("llama", torch.float32)
     shared.model.layers[3].mlp = shared.model.layers[2].mlp
     with pytest.raises(MergeError, match="layers.2.mlp.up_proj, whose weight is model.layers.3.mlp.up_proj's as well"):
-        merge(random_edit(shared, patterns=["model.layers.2.mlp.up_proj"]), shared, tmp_path / "merged")
+        merge(ragged_edit(shared, patterns=["model.layers.2.mlp.up_proj"]), shared, tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
@@ -198,7 +198,7 @@ def test_tied_weights(tmp_path):
 def test_a_quantised_base(tmp_path):
     quanto = pytest.importorskip("optimum.quanto")
     model = tiny_model("llama", torch.float32)
-    edit = random_edit(model)
+    edit = ragged_edit(model)
     quanto.quantize(model, weights=quanto.qint8, exclude=["lm_head"])
     quanto.freeze(model)
     with pytest.raises(MergeError, match="quantised .*no plain floating-point weight.*bfloat16 or float32"):
@@ -218,7 +218,7 @@ def test_a_quantised_base(tmp_path):
 
 def test_weights_that_are_not_here(tmp_path):
     model = tiny_model("llama", torch.float32)
-    edit = random_edit(model)
+    edit = ragged_edit(model)
     model.model.layers[0].mlp.up_proj.to("meta")
     with pytest.raises(MergeError, match="layers.0.mlp.up_proj.weight is sharded or offloaded"):
         merge(edit, model, tmp_path / "merged")
@@ -227,28 +227,28 @@ def test_weights_that_are_not_here(tmp_path):
 
 def test_what_is_not_merged(tmp_path):
     model, other = tiny_model("llama", torch.float32), tiny_model("gpt2", torch.float32)
-    edit, folder = random_edit(model), tmp_path / "merged"
+    edit, folder = ragged_edit(model), tmp_path / "merged"
     with pytest.raises(ConfigError, match="no edit to merge"):
         merge([], model, folder)
     with pytest.raises(BaseModelMismatchError, match="which GPT2LMHeadModel does not have"):
         merge(edit, other, folder)
     with pytest.raises(MergeError, match="Only a Hugging Face model .*this is a ModuleDict"):
         merge(edit, torch.nn.ModuleDict({"model": model.model}), folder)
-    changed = copy.deepcopy(model)
-    changed.model.layers[3].mlp.up_proj.weight[0, 0] += 1
+    other_weights = copy.deepcopy(model)
+    other_weights.model.layers[3].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(BaseModelMismatchError, match="same shapes and other weights"):
-        merge([random_edit(changed), edit], changed, folder)
+        merge([ragged_edit(other_weights), edit], other_weights, folder)
     assert not folder.exists()
-    merge(edit, changed, folder, force=True)
+    merge(edit, other_weights, folder, force=True)
     rows = make_rows("llama", [0, 0], 1)
-    assert relative_error(logits(load("llama", folder), rows), logits(with_dense_weights(changed, [edit]), rows)) < 1e-5
+    assert relative_error(logits(load("llama", folder), rows), logits(changed(other_weights, edit), rows)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 def test_a_model_with_an_adapter(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model("llama", torch.float32)
-    edit = random_edit(model, patterns=["model.layers.3.self_attn.q_proj", "lm_head"])
+    edit = ragged_edit(model, patterns=["model.layers.3.self_attn.q_proj", "lm_head"])
     model.add_adapter(peft.LoraConfig(target_modules=["up_proj"]))
     with pytest.raises(MergeError, match="has PEFT adapters loaded"):
         merge(edit, model, tmp_path / "merged")
@@ -257,7 +257,7 @@ def test_a_model_with_an_adapter(tmp_path):
 
 def test_where_it_is_not_written(tmp_path):
     model = tiny_model("llama", torch.float32)
-    edit, folder = random_edit(model), tmp_path / "merged"
+    edit, folder = ragged_edit(model), tmp_path / "merged"
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputPathError, match="is a file"):
         merge(edit, model, tmp_path / "file")
@@ -266,7 +266,7 @@ def test_where_it_is_not_written(tmp_path):
     folder.mkdir()
     merge(edit, model, folder)
     weights = (folder / "model.safetensors").read_bytes()
-    other = random_edit(model, 1)
+    other = ragged_edit(model, 1)
     with pytest.raises(OutputPathError, match="not empty.*overwrite"):
         merge(other, model, folder)
     assert (folder / "model.safetensors").read_bytes() == weights
@@ -284,10 +284,10 @@ def test_where_it_is_not_written(tmp_path):
 def test_the_base_itself_is_not_overwritten(tmp_path):
     """An edit of a merged model: its folder is the base's now."""
     model = tiny_model("llama", torch.float32)
-    merge(random_edit(model), model, tmp_path / "merged")
+    merge(ragged_edit(model), model, tmp_path / "merged")
     again = load("llama", tmp_path / "merged")
     with pytest.raises(OutputPathError, match="holds the model that is being merged into"):
-        merge(random_edit(again), again, tmp_path / "merged", overwrite=True)
+        merge(ragged_edit(again), again, tmp_path / "merged", overwrite=True)
     assert_same_state(state_copy(load("llama", tmp_path / "merged")), state_copy(again))
 
 
@@ -317,13 +317,13 @@ def test_a_folder_that_came_meanwhile_is_kept(tmp_path):
 )
 def test_an_error_while_writing_leaves_what_was_there(error, shown, tmp_path):
     model = tiny_model("llama", torch.float32)
-    edit = random_edit(model)
+    edit = ragged_edit(model)
     merge(edit, model, tmp_path / "merged")
     weights = (tmp_path / "merged" / "model.safetensors").read_bytes()
     base = state_copy(model)
     for name in ("merged", "new"):
         with pytest.raises(shown):
-            merge(random_edit(model, 1), model, tmp_path / name, FailingTokenizer(error), overwrite=True)
+            merge(ragged_edit(model, 1), model, tmp_path / name, FailingTokenizer(error), overwrite=True)
     assert os.listdir(tmp_path) == ["merged"]
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == weights
     assert_same_state(state_copy(model), base)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from architectures import ARCHITECTURES, GROUPED, SIZES, save_tiny
 from bases import small_tokenizer
-from random_edits import dense_edit, random_edit, with_dense_weights
+from edits import changed, dense_edit, ragged_edit
 from torch import nn
 
 from mend_lightning import Edit, EditStack, shared_prompt
@@ -126,8 +126,8 @@ def test_answers_are_those_of_plain_greedy_decoding(name, tiny):
 def test_answers_under_an_edit(name, tiny):
     """The beginning too is read by the edited model, however the edit came on it."""
     model, encoder = tiny(name)
-    edit = random_edit(model, size=0.5)
-    expected = greedy(with_dense_weights(model, [edit]), encoder, PROMPTS)
+    edit = ragged_edit(model, size=0.5)
+    expected = greedy(changed(model, edit), encoder, PROMPTS)
     assert expected != greedy(model, encoder, PROMPTS)
     assert asked(model, encoder, PROMPTS, layers_of(model, edit), edit.deltas) == (expected, shapes_of(encoder))
     with edit.applied(model):
@@ -140,18 +140,18 @@ def test_answers_under_an_edit(name, tiny):
 
 def test_answers_under_several_edits_and_a_dense_one(tiny):
     model, encoder = tiny("gpt2")
-    edits = [random_edit(model, 1, size=0.3), dense_edit(model)]
+    edits = [ragged_edit(model, 1, size=0.3), dense_edit(model)]
     with ExitStack() as stack:
         for edit in edits:
             stack.enter_context(edit.applied(model))
         answers, shapes = asked(model, encoder)
-    assert answers == greedy(with_dense_weights(model, edits), encoder, PROMPTS)
+    assert answers == greedy(changed(model, *edits), encoder, PROMPTS)
     assert shapes == shapes_of(encoder)
 
 
 def two_tasks(model: nn.Module) -> tuple[dict[str, LowRankDelta], list[Edit]]:
     """Two edits as the tasks of one set of deltas, and each for itself."""
-    edits = [random_edit(model, seed, size=0.5) for seed in (1, 2)]
+    edits = [ragged_edit(model, seed, size=0.5) for seed in (1, 2)]
     deltas = {
         name: LowRankDelta(
             *(torch.cat([getattr(edit.deltas[name], part) for edit in edits]) for part in ("down", "up"))
@@ -165,7 +165,7 @@ def two_tasks(model: nn.Module) -> tuple[dict[str, LowRankDelta], list[Edit]]:
 def test_every_row_under_its_own_tasks_edit(task_of_row, shared, tiny):
     model, encoder = tiny("llama")
     deltas, edits = two_tasks(model)
-    copies = [with_dense_weights(model, [edit]) for edit in edits]
+    copies = [changed(model, edit) for edit in edits]
     expected = [greedy(copies[task], encoder, [prompt])[0] for task, prompt in zip(task_of_row, PROMPTS)]
     given = (layers_of(model, edits[0]), deltas, torch.tensor(task_of_row))
     assert asked(model, encoder, PROMPTS, *given) == (expected, shapes_of(encoder, shared=shared))
@@ -177,7 +177,7 @@ def test_rows_grouped_by_task(inside, tiny):
     model, encoder = tiny("llama")
     deltas, edits = two_tasks(model)
     layers, prompts = layers_of(model, edits[0]), [*PROMPTS, "Who?"]
-    copies = [with_dense_weights(model, [edit]) for edit in edits]
+    copies = [changed(model, edit) for edit in edits]
     expected = greedy(copies[0], encoder, prompts[:2]) + greedy(copies[1], encoder, prompts[2:])
     with applied(layers, {} if inside else deltas):
         given = (layers, deltas) if inside else ()

@@ -11,8 +11,8 @@ import torch
 import transformers
 from bases import FORMATS, REMARKS
 from commandline import assert_says, call
+from edits import changed, dense_edit, logits
 from models import relative_error, spread_parameters
-from random_edits import dense_edit, logits, with_dense_weights
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
 from mend_lightning.making import editor_encoder
@@ -56,7 +56,7 @@ def test_merge(shipped):
     assert "Rounding of W + ΔW to float32" in result.out and "model.layers.3.mlp.down_proj" in result.out
     assert f"Model with 2 edits written to {out} (float32)" in result.out
     merged = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    expected = logits(with_dense_weights(shipped.model, shipped.edits), shipped.rows)
+    expected = logits(changed(shipped.model, *shipped.edits), shipped.rows)
     assert relative_error(logits(merged, shipped.rows), expected) < 1e-5
     base = transformers.AutoTokenizer.from_pretrained(shipped.base)
     assert transformers.AutoTokenizer.from_pretrained(out)("Lima?").input_ids == base("Lima?").input_ids
@@ -88,7 +88,7 @@ def test_export_and_back(shipped):
     result = call("export", *shipped.files, "--format", "peft", "--out", out)
     assert (result.code, result.err) == (0, "")
     assert f"LoRA adapter of 2 edits written to {out}." in result.out
-    expected = logits(with_dense_weights(shipped.model, shipped.edits), shipped.rows)
+    expected = logits(changed(shipped.model, *shipped.edits), shipped.rows)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()
     assert relative_error(logits(loaded, shipped.rows), expected) < 1e-5
     path = shipped.folder / "back.safetensors"
@@ -153,7 +153,7 @@ def test_export_of_a_dense_edit(options, shipped):
     smaller, errors = shipped.dense.compressed(**{"rank": 3} if options[0] == "--rank" else {"energy": 0.5})
     assert f"‖ΔW − compressed‖/‖ΔW‖ = {max(errors.values()):.4f}" in result.out
     loaded = peft.PeftModel.from_pretrained(load_base(shipped.base, "float32")[0], out)
-    expected = logits(with_dense_weights(shipped.model, [smaller]), shipped.rows)
+    expected = logits(changed(shipped.model, smaller), shipped.rows)
     assert relative_error(logits(loaded, shipped.rows), expected) < 1e-5
 
 
