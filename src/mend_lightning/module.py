@@ -128,9 +128,10 @@ class MendModule(L.LightningModule):
         """Loads the base and builds the editor, once; Lightning calls this before every stage."""
         if self.base_model is None:
             self._load()
-        # Of a call without a Trainer the data's prompt format is not known yet.
-        self.editor.encoder = self._encoder()
-        given = asdict(self.editor.encoder.format) if self.editor.encoder else None
+        # Without a Trainer the data's prompt format is not known yet, and an encoder that was set by hand stays.
+        encoder = self._encoder()
+        self.editor.encoder = encoder or self.editor.encoder
+        given = asdict(encoder.format) if encoder else None
         check_prompt_format(self.editor.prompt_format, given)
         self.editor.bind(self.base_model, self.base.name, given, self.base.options())
 
