@@ -17,7 +17,7 @@ from torch import nn
 from mend_lightning import CollidingEditWarning, EditStack, MendEditor, combined, merge
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, DependentEditWarning, EditNameError
 from mend_lightning.stack import slug
-from mend_lightning.stack_state import active_ids
+from mend_lightning.stack_state import _dtype_beside, active_ids
 from mend_lightning.step import compute_deltas
 
 
@@ -386,3 +386,29 @@ def test_a_wrapped_model(llama):
         EditStack(wrapped).add(edit)
     with EditStack(wrapped.get_base_model()) as stack:
         stack.add(edit)
+
+
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_beside_a_bfloat16_layer(family, count):
+    """Edits are computed in bfloat16, as the layer is: as near to the truth in float64 as weights rounded once to bfloat16."""
+    model, truth, rows = tiny_model(family), tiny_model(family), make_rows(family, [0, 0, 0], 1)
+    edits = [random_edit(model, seed) for seed in range(count)]
+    expected = logits(changed(truth, *edits), rows)
+    rounded = logits(changed(truth, *edits).bfloat16(), rows).double()
+    assert relative_error(expected, logits(truth, rows)) > 0.1
+    model.bfloat16()
+    with EditStack(model) as stack:
+        for edit in edits:
+            stack.add(edit, force=True)
+        assert relative_error(logits(model, rows).double(), expected) < 3 * relative_error(rounded, expected)
+
+
+def test_what_edits_are_computed_in():
+    half, x = torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 2)
+    assert _dtype_beside(half, half) == torch.bfloat16
+    for other in (x, x.half(), x.double()):
+        assert _dtype_beside(other, other) == torch.float32
+    assert _dtype_beside(x, half) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _dtype_beside(half, half) == torch.float32

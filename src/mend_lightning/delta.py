@@ -31,7 +31,7 @@ class Delta(Protocol):
     def norm(self) -> Tensor: ...
     def scaled(self, factor: Tensor | float) -> Delta: ...
     def of_task(self, task: int) -> Delta: ...
-    def to(self, device: torch.device | str) -> Delta: ...
+    def to(self, target: torch.device | torch.dtype | str) -> Delta: ...
     def tensors(self) -> dict[str, Tensor]: ...
     def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor: ...
 
@@ -82,8 +82,9 @@ class LowRankDelta:
         used = (down != 0).any(-1) & (up != 0).any(-1)
         return LowRankDelta(down[used][None].clone(), up[used][None].clone())
 
-    def to(self, device: torch.device | str) -> LowRankDelta:
-        return LowRankDelta(self.down.to(device), self.up.to(device))
+    def to(self, target: torch.device | torch.dtype | str) -> LowRankDelta:
+        """The same delta on a device, or in a dtype."""
+        return LowRankDelta(self.down.to(target), self.up.to(target))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved of a single task's delta: `{"down": [rank, d_in], "up": [rank, d_out]}`."""
@@ -181,6 +182,15 @@ def added(output: Tensor, x: Tensor, delta: Delta, task_of_row: Tensor | None = 
     # Factors are tiny beside the weights: autocast would round them to nothing.
     with torch.autocast(output.device.type, enabled=False):
         return output + delta.output(x, task_of_row).to(output.dtype)
+
+
+def added_at_once(output: Tensor, x: Tensor, delta: Delta) -> Tensor:
+    """`added` of a single task; where all have one dtype, the product is added as it is computed, and rounded once."""
+    same = isinstance(delta, LowRankDelta) and delta.tasks == 1 and delta.up.dtype == x.dtype == output.dtype
+    if not same:
+        return added(output, x, delta)
+    inner = torch.bmm(x.reshape(1, -1, x.shape[-1]), delta.down.mT)
+    return torch.baddbmm(output.reshape(1, -1, output.shape[-1]), inner, delta.up).view_as(output)
 
 
 def descent(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:

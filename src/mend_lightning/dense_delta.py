@@ -58,8 +58,8 @@ class DenseDelta:
         """The delta of one task."""
         return DenseDelta(self.weight[task].detach()[None].clone())
 
-    def to(self, device: torch.device | str) -> DenseDelta:
-        return DenseDelta(self.weight.to(device))
+    def to(self, target: torch.device | torch.dtype | str) -> DenseDelta:
+        return DenseDelta(self.weight.to(target))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved of a single task's delta: `{"weight": [d_out, d_in]}`."""
@@ -122,8 +122,8 @@ class SumDelta:
         """The delta of one task."""
         return DenseDelta(sum(part.of_task(task if part.tasks > 1 else 0).dense() for part in self.parts))
 
-    def to(self, device: torch.device | str) -> SumDelta:
-        return SumDelta(tuple(part.to(device) for part in self.parts))
+    def to(self, target: torch.device | torch.dtype | str) -> SumDelta:
+        return SumDelta(tuple(part.to(target) for part in self.parts))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved of a single task's delta."""

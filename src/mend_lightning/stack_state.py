@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mend_lightning.combine import sum_of
 from mend_lightning.compiled import forget_compiled, unwrapped
-from mend_lightning.delta import Delta, added
+from mend_lightning.delta import Delta, added_at_once
 from mend_lightning.edit import Edit, ids_of
 
 
@@ -42,7 +42,7 @@ class StackState:
         self._index: dict[str, dict[str, None]] = {}
         self._hooked: dict[str, None] = {}
         # Emptied before every change, so that an interrupt leaves nothing stale.
-        self._totals: dict[tuple[str, torch.device], Delta | None] = {}
+        self._totals: dict[tuple[str, torch.device, torch.dtype], Delta | None] = {}
 
     def names_of(self, key: str) -> list[str]:
         """Names of the edits with a key (see `_keys`), in the order in which they came."""
@@ -85,25 +85,25 @@ class StackState:
         self._unhook(list(self._hooked), model)
         forget_compiled(model)
 
-    def total(self, layer: str, device: torch.device) -> Delta | None:
-        """What the enabled edits of a layer add up to; None if there is none."""
-        totals, key = self._totals, (layer, device)
+    def total(self, layer: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Delta | None:
+        """What the enabled edits of a layer add up to, in float32 and then rounded to `dtype`; None if there is none."""
+        totals, key = self._totals, (layer, device, dtype)
         if key in totals:
             return totals[key]
         # torch.compile cannot trace through a lock.
         with nullcontext() if torch.compiler.is_compiling() else self.lock:
             totals = self._totals
-            totals[key] = self._summed(layer, device)
+            totals[key] = self._summed(layer, device, dtype)
             return totals[key]
 
-    def _summed(self, layer: str, device: torch.device) -> Delta | None:
+    def _summed(self, layer: str, device: torch.device, dtype: torch.dtype) -> Delta | None:
         active = [each.edit for each in self.entries.values() if each.enabled and layer in each.edit.deltas]
         if not active:
             return None
         # It is kept for later passes: neither autocast's rounding nor inference tensors, which no gradient can go through.
         with nullcontext() if torch.compiler.is_compiling() else _plainly(device):
             # The model may have been moved since the edits came.
-            return sum_of([edit.deltas[layer] for edit in active]).to(device)
+            return sum_of([edit.deltas[layer] for edit in active]).to(device).to(dtype)
 
     def _hook(self, edit: Edit, model: nn.Module) -> None:
         new = [layer for layer in edit.deltas if layer not in self._hooked]
@@ -151,8 +151,18 @@ class _LayerHook:
         self.state, self.layer = state, layer
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        total = self.state.total(self.layer, output.device)
-        return None if total is None else added(output, args[0], total)
+        total = self.state.total(self.layer, output.device, _dtype_beside(args[0], output))
+        return None if total is None else added_at_once(output, args[0], total)
+
+
+def _dtype_beside(x: Tensor, output: Tensor) -> torch.dtype:
+    """What a layer's edits are computed in: bfloat16 beside a bfloat16 layer, which rounds its own output as much.
+
+    In float32 they would take longer than the layer itself. Under autocast the base has float32's digits, and float16 has
+    too small a range.
+    """
+    plain = not torch.is_autocast_enabled(output.device.type)
+    return torch.bfloat16 if plain and x.dtype == output.dtype == torch.bfloat16 else torch.float32
 
 
 @contextmanager
