@@ -102,7 +102,14 @@ def time_forwards(
 
 
 def run(
-    model: str, dtype: str, layers: Sequence[str] | None, rank: int, tokens: int, changes: int, stacked: Sequence[int], repeats: int
+    model: str,
+    dtype: str,
+    layers: Sequence[str] | None,
+    rank: int,
+    tokens: int,
+    changes: int,
+    stacked: Sequence[int],
+    repeats: int,
 ) -> dict[str, Any]:
     """All of it, as builtins."""
     base = load(model, dtype)

@@ -21,9 +21,9 @@ class EditStack:
     """The edits of a model: hooks beside its layers, the weights stay as they are.
 
     A model has one stack: `EditStack(model)` a second time shows the same edits. They stay when the stack object goes out
-    of scope, and are gone, bit for bit, after `clear()`; a `with` block takes off at its end what was added in it. Everything that runs the
-    model (generate, a Trainer, other threads) sees the enabled ones. Adding and removing takes the same time however
-    many there are: the edits of a layer become one delta at its next forward pass, not at each.
+    of scope, and are gone, bit for bit, after `clear()`; a `with` block takes off at its end what was added in it.
+    Everything that runs the model (generate, a Trainer, other threads) sees the enabled ones. Adding and removing takes
+    the same time however many there are: the edits of a layer become one delta at its next forward pass, not at each.
 
     Args:
         model: the base model; quantised, or compiled by torch.compile, as well.
@@ -213,8 +213,8 @@ class EditStack:
         made_on_it = [name for each in ids_of(entry.edit) for name in self._state.names_of(f"needs {each}")]
         if made_on_it:
             warnings.warn(
-                f"{', '.join(dict.fromkeys(made_on_it))}: made on top of {entry.name!r}, which is removed now. Look at the answers, or make "
-                "those edits anew.",
+                f"{', '.join(dict.fromkeys(made_on_it))}: made on top of {entry.name!r}, which is removed now. Look at the "
+                "answers, or make those edits anew.",
                 DependentEditWarning,
                 stacklevel=3,
             )

@@ -25,17 +25,17 @@ def check_lines(check: EditCheck) -> Iterator[str]:
     yield from (f"  {escape(reason)}" for reason in check.reasons)
     others = "shipped neutral questions" if check.others == "neutral" else "other questions"
     yield (
-        f"Success {check.success:.2f} on what must change (limit {check.limits.min_success:g}). Of {check.sure} {others} that "
-        f"the base answers with probability {check.limits.sure:g} or more, {check.kept:.3f} keep it, or it is nearly as probable "
-        f"as before (limit {check.limits.min_kept:g}). KL {check.kl_mean:.3g} nats on average (limit {check.limits.max_kl:g}), "
-        f"{check.kl_max:.3g} at most."
+        f"Success {check.success:.2f} on what must change (limit {check.limits.min_success:g}). Of {check.sure} {others} "
+        f"that the base answers with probability {check.limits.sure:g} or more, {check.kept:.3f} keep it, or it is nearly as "
+        f"probable as before (limit {check.limits.min_kept:g}). KL {check.kl_mean:.3g} nats on average (limit "
+        f"{check.limits.max_kl:g}), {check.kl_max:.3g} at most."
     )
     yield from (escape(remark) for remark in check.remarks)
     moved = check.moved
     for shift in moved[:NAMED]:
         yield (
-            f"  changed: {escape(shift.question)} {escape(shift.old)} ({shift.p_old_before:.2f}, now {shift.p_old_after:.2f}) → "
-            f"{escape(shift.new)} ({shift.p_new_after:.2f})"
+            f"  changed: {escape(shift.question)} {escape(shift.old)} ({shift.p_old_before:.2f}, now "
+            f"{shift.p_old_after:.2f}) → {escape(shift.new)} ({shift.p_new_after:.2f})"
         )
     if len(moved) > NAMED:
         yield f"  and {len(moved) - NAMED} more (mend-lightning show EDIT --json names all)."

@@ -183,7 +183,7 @@ def _print_saved(edit: Edit, path: Path, model: nn.Module) -> None:
     # Weights that cannot be read have no norm.
     largest = f", largest ‖ΔW‖/‖W‖ {max(norms.values()):.4f}" if norms else ""
     console().print(
-        f"Edit saved to {escape(str(path))}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}{largest}. The model now gives the "
-        f"new answer with probability {edit.about['probability']:.2f}. The base model's weights are untouched.",
+        f"Edit saved to {escape(str(path))}: {path.stat().st_size / 1024:.0f} KB, {layers}, rank {rank}{largest}. The model now "
+        f"gives the new answer with probability {edit.about['probability']:.2f}. The base model's weights are untouched.",
         highlight=False,
     )
