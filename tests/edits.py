@@ -72,3 +72,10 @@ def logits(model: nn.Module, rows) -> torch.Tensor:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def assert_same_deltas(actual: Edit, expected: Edit) -> None:
+    """Bit for bit, in the same order."""
+    assert list(actual.deltas) == list(expected.deltas)
+    for name, delta in expected.deltas.items():
+        assert torch.equal(actual.deltas[name].down, delta.down) and torch.equal(actual.deltas[name].up, delta.up), name

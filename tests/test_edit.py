@@ -13,7 +13,6 @@ import pytest
 import torch
 from bases import FORMATS, REMARKS, assert_same_state, first_batches, given, state_copy
 from models import KINDS, relative_error, spread_parameters, tiny_model
-from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, EditStack, EnnEditor, LowRankDelta, MendEditor, load_base, make_edit
@@ -21,8 +20,6 @@ from mend_lightning.errors import (
     BaseModelMismatchError,
     CollidingEditWarning,
     ConfigError,
-    OutputPathError,
-    StateDictError,
     TokenizerError,
 )
 from mend_lightning.fingerprint import base_fingerprint
@@ -292,66 +289,6 @@ def test_model_in_training_mode(edited):
         make_edit(made.editor, made.model.train(), made.tokenizer, FACT)
 
 
-def truncate(path) -> None:
-    path.write_bytes(path.read_bytes()[:-50])
-
-
-@pytest.mark.parametrize(
-    "damage, text",
-    [
-        (truncate, "cannot be read as a saved edit"),
-        (lambda path: path.write_bytes(b""), "cannot be read as a saved edit"),
-        (lambda path: path.unlink(), "cannot be read as a saved edit: .*[Nn]o such file"),
-        (
-            lambda path: save_file(load_file(path), path),
-            "is a safetensors file, but not an edit saved by mend-lightning",
-        ),
-    ],
-)
-def test_damaged_files(damage, text, tmp_path):
-    path = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))}).save(tmp_path / "fact.safetensors")
-    damage(path)
-    with pytest.raises(StateDictError, match=text):
-        Edit.load(path)
-
-
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        ({"fc.up": torch.ones(2, 5)}, "fc has 1 input and 2 output factors"),
-        ({"fc.down": torch.full((1, 3), float("nan"))}, "fc holds NaN or infinite values"),
-        ({"fc.down": torch.ones(3)}, r"fc holds a torch.float32 tensor of shape \(3,\)"),
-        ({"fc.down": torch.ones(1, 3, dtype=torch.int32)}, "fc holds a torch.int32 tensor"),
-        ({"fc.up": None}, "a part missing or broken: 'fc.up'"),
-    ],
-)
-def test_files_with_something_wrong_inside(change, text, tmp_path):
-    path = tmp_path / "fact.safetensors"
-    tensors = {"fc.down": torch.ones(1, 3), "fc.up": torch.ones(1, 5), **change}
-    about = {"mend_lightning_edit": "1", "about": "{}"}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata=about)
-    with pytest.raises(StateDictError, match=text):
-        Edit.load(path)
-
-
-@pytest.mark.parametrize(
-    "about, text",
-    [
-        ("[]", "about is a list in place of an object"),
-        ("null", "about is a NoneType in place of an object"),
-        ('{"edits": null}', "edits is None in place of a list"),
-        ('{"edits": [{"prompt": "a"}]}', "holds {'prompt': 'a'} in place of a prompt and a target"),
-        ('{"on_top_of": 3}', "on_top_of is 3 in place of a list"),
-        ('{"relative_norm": "x"}', "relative_norm is 'x' in place of a dict"),
-    ],
-)
-def test_files_that_say_nonsense_about_themselves(about, text, tmp_path):
-    tensors = {"fc.down": torch.ones(1, 3), "fc.up": torch.ones(1, 5)}
-    save_file(tensors, tmp_path / "edit", metadata={"mend_lightning_edit": "1", "about": about})
-    with pytest.raises(StateDictError, match=text):
-        Edit.load(tmp_path / "edit")
-
-
 def test_a_file_of_the_first_version(edited, tmp_path):
     """It has one fingerprint of all layers."""
     made = edited("llama")
@@ -363,27 +300,6 @@ def test_a_file_of_the_first_version(edited, tmp_path):
         made.model.get_submodule(LAST).weight[0, 0] += 1
     with pytest.raises(BaseModelMismatchError, match="other weights"):
         old.layers_in(made.model)
-
-
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))})
-    path = edit.save(tmp_path / "fact.safetensors")
-    monkeypatch.setattr("mend_lightning.edit.save_file", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        edit.save(path)
-    assert os.listdir(tmp_path) == ["fact.safetensors"]
-    assert Edit.load(path).deltas.keys() == {"fc"}
-
-
-def test_unwritable_folder(tmp_path):
-    (tmp_path / "file").touch()
-    edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))})
-    with pytest.raises(
-        OutputPathError, match="Cannot write .*fact.safetensors.*Give a path in a folder you may write to"
-    ):
-        edit.save(tmp_path / "file" / "fact.safetensors")
-    with pytest.raises(OutputPathError, match="Cannot write"):
-        MendEditor({"fc": (2, 3)}, rank=2).save_pretrained(tmp_path / "file" / "editor")
 
 
 @pytest.mark.filterwarnings(*REMARKS)
