@@ -63,22 +63,7 @@ def make_edit(
     _warn_of_contradictions(facts)
     made, before, probability = _made(model, editor, tokenizer, facts)
     parts = {name: delta.of_task(0) for name, delta in made.deltas.items()}
-    if not any(bool(delta.norm() > 0) for delta in parts.values()):
-        warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=2)
-    if editor.confidence is not None and probability < 0.9 * editor.confidence:
-        warnings.warn(
-            f"After the edit {facts} the model gives the new answer with probability {probability:.2f}; the editor aims at "
-            f"{editor.confidence}. Look at its answers before you keep it.",
-            LowConfidenceWarning,
-            stacklevel=2,
-        )
-    if made.reached is not None and not bool(made.reached.all()):
-        warnings.warn(
-            f"{type(editor).__name__} came to its end before the model gave the new answer of {facts} (probability "
-            f"{probability:.2f}). Give it more steps or a higher learning rate, or look at its answers before you keep it.",
-            LowConfidenceWarning,
-            stacklevel=2,
-        )
+    _warn_of_doubts(editor, facts, parts, made, probability)
     measured = {"probability_before": _rounded(before), "probability": _rounded(probability)}
     return Edit(parts, {**_about(editor, model, facts, parts), **measured})
 
@@ -94,6 +79,28 @@ def _warn_of_contradictions(facts: Sequence[tuple[str, str]]) -> None:
                 CollidingEditWarning,
                 stacklevel=3,
             )
+
+
+def _warn_of_doubts(
+    editor: Editor, facts: Sequence[tuple[str, str]], parts: Mapping[str, Delta], made: Made, probability: float
+) -> None:
+    """Says what speaks against an edit: it does nothing, or does not make the model as sure as was asked."""
+    if not any(bool(delta.norm() > 0) for delta in parts.values()):
+        warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=3)
+    if editor.confidence is not None and probability < 0.9 * editor.confidence:
+        warnings.warn(
+            f"After the edit {facts} the model gives the new answer with probability {probability:.2f}; the editor aims at "
+            f"{editor.confidence}. Look at its answers before you keep it.",
+            LowConfidenceWarning,
+            stacklevel=3,
+        )
+    if made.reached is not None and not bool(made.reached.all()):
+        warnings.warn(
+            f"{type(editor).__name__} came to its end before the model gave the new answer of {facts} (probability "
+            f"{probability:.2f}). Give it more steps or a higher learning rate, or look at its answers before you keep it.",
+            LowConfidenceWarning,
+            stacklevel=3,
+        )
 
 
 def _made(

@@ -14,6 +14,7 @@ from mend_lightning.effects.neutral import neutral_questions
 from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
 from mend_lightning.functional import exact_match
+from mend_lightning.stack_state import question_key
 
 # What an edit is asked for: where the wanted answer must come, and where the answer must stay.
 MUST_CHANGE = ("edited", "rephrase")
@@ -147,12 +148,8 @@ def check_edit(
 
 def _neutral(targets: dict[str, str], rephrases: Sequence[str]) -> list[tuple[str, str]]:
     """The shipped questions but those that the edit is about."""
-    own = {_words(question) for question in (*targets, *rephrases)}
-    return [("neutral", question) for question in neutral_questions() if _words(question) not in own]
-
-
-def _words(question: str) -> str:
-    return " ".join("".join(letter if letter.isalnum() else " " for letter in question.lower()).split())
+    own = {question_key(question) for question in (*targets, *rephrases)}
+    return [("neutral", question) for question in neutral_questions() if question_key(question) not in own]
 
 
 def judged(
