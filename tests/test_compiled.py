@@ -31,10 +31,10 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
 
 @pytest.mark.parametrize("family, how", [("llama", "whole"), ("llama", "full graph"), ("gpt2", "in place"), ("t5", "whole")])
 def test_compiled_before_the_edit(family, how):
-    plain, rows = tiny_model(family), make_rows(family, [0, 0], 1)
+    plain, rows = tiny_model(family, blocks=2), make_rows(family, [0, 0], 1)
     first, second = random_edit(plain, 1), random_edit(plain, 2)
     one, both = (logits(changed(plain, *edits), rows) for edits in ([first], [first, second]))
-    model = compiled(tiny_model(family), how)
+    model = compiled(tiny_model(family, blocks=2), how)
     before = logits(model, rows)
     assert relative_error(one, before) > 0.1
     with first.applied(model) as edited:
@@ -53,7 +53,7 @@ def test_compiled_before_the_edit(family, how):
 
 def test_the_model_inside_is_edited():
     """Edits go to the module that was compiled, not to what torch.compile returned."""
-    model, rows = tiny_model("llama"), make_rows("llama", [0], 1)
+    model, rows = tiny_model("llama", blocks=2), make_rows("llama", [0], 1)
     edit, wrapped = random_edit(model, 1), torch.compile(model, backend="eager")
     expected, before = logits(changed(model, edit), rows), logits(wrapped, rows)
     assert unwrapped(wrapped) is model and was_compiled(model)
@@ -66,16 +66,16 @@ def test_the_model_inside_is_edited():
 
 def test_more_changes_than_torch_compiles_again():
     """Dynamo gives a function up after eight recompilations."""
-    model, rows = tiny_model("llama"), make_rows("llama", [0], 1)
+    model, rows = tiny_model("llama", blocks=2), make_rows("llama", [0], 1)
     wrapped = torch.compile(model, backend="eager", fullgraph=True)
     before = logits(wrapped, rows)
     edits = [random_edit(model, seed) for seed in range(10)]
     with EditStack(wrapped) as stack:
         for count, edit in enumerate(edits, start=1):
             stack.add(edit)
-            assert relative_error(logits(wrapped, rows), logits(changed(tiny_model("llama"), *edits[:count]), rows)) < 1e-5
+            assert relative_error(logits(wrapped, rows), logits(changed(tiny_model("llama", blocks=2), *edits[:count]), rows)) < 1e-5
     assert torch.equal(logits(wrapped, rows), before)
 
 
 def test_a_model_that_was_not_compiled():
-    assert not was_compiled(tiny_model("llama"))
+    assert not was_compiled(tiny_model("llama", blocks=2))
