@@ -204,10 +204,10 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
+    # Here, for report needs torch, and `--help` does not.
+    from mend_lightning.report import quiet_where_nobody_watches
 
-        disable_progress_bar()
+    quiet_where_nobody_watches()
 
 
 def known_keys(parser: Any) -> list[str]:

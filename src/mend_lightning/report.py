@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ def versions() -> dict[str, str]:
         "lightning": lightning.__version__,
         "python": platform.python_version(),
     }
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "edit"), counted(3, "edit")
+        ('1 edit', '3 edits')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def quiet_where_nobody_watches() -> None:
+    """Has transformers draw no progress bar where there is no terminal (CI, a pipe)."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def console() -> Console:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -169,8 +170,7 @@ class EditStack:
     def _free_name(self, name: str | None, edit: Edit) -> str:
         if name is None:
             stem = slug(" ".join(edit.facts[0]) if edit.facts else "edit")
-            numbered = (stem if number == 1 else f"{stem}-{number}" for number in range(1, len(self) + 2))
-            return next(free for free in numbered if free not in self)
+            return next(free for free in numbered(stem) if free not in self)
         if not name or name in self:
             raise EditNameError(
                 f"There is an edit {name!r} on this model already. Give another name, or remove that one first."
@@ -218,6 +218,18 @@ class EditStack:
                 DependentEditWarning,
                 stacklevel=3,
             )
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """Names to try until one is free.
+
+    Example:
+        >>> names = numbered("edit")
+        >>> next(names), next(names), next(names)
+        ('edit', 'edit-2', 'edit-3')
+    """
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
 
 
 def slug(text: str, longest: int = 60) -> str:

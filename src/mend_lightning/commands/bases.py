@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
+from mend_lightning.report import quiet_where_nobody_watches
 
 
 def load_editor_and_base(
@@ -34,10 +34,7 @@ def load_editor_and_base(
         raise ConfigError(f"{folder} does not say which base model it is for. Give --base (a model id or folder).")
     if confidence is not None:
         editor.set_confidence(confidence)
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    quiet_where_nobody_watches()
     # Another base is loaded as it asks to be; the editor's own as it was for training.
     options = {} if base else editor.base_options
     model, tokenizer = load_base(base or editor.base_name, dtype, trust_remote_code=trust_remote_code, **options)

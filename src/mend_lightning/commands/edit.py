@@ -27,8 +27,8 @@ from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_writable, check_writable_file
 from mend_lightning.generate import generate_answers
 from mend_lightning.making import editor_encoder, make_edit, ready
-from mend_lightning.report import console
-from mend_lightning.stack import slug
+from mend_lightning.report import console, counted
+from mend_lightning.stack import numbered, slug
 
 # The exit code of `--check` where the edit is not safe to keep.
 NOT_SAFE = 3
@@ -153,8 +153,7 @@ def _paths_of(facts: _Asked, folder: Path) -> Iterator[Path]:
     taken: set[str] = set()
     for fact in facts:
         stem = slug(" ".join(fact))
-        names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, len(facts) + 1))
-        name = next(name for name in names if name not in taken)
+        name = next(name for name in numbered(stem) if name not in taken)
         taken.add(name)
         yield folder / f"{name}.safetensors"
 
@@ -179,7 +178,7 @@ def _print_saved(edit: Edit, path: Path, model: nn.Module) -> None:
     norms = edit.relative_norm(model)
     ranks = sorted({delta.rank for delta in edit.deltas.values()})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    layers = "1 layer" if len(edit.deltas) == 1 else f"{len(edit.deltas)} layers"
+    layers = counted(len(edit.deltas), "layer")
     # Weights that cannot be read have no norm.
     largest = f", largest ‖ΔW‖/‖W‖ {max(norms.values()):.4f}" if norms else ""
     console().print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from mend_lightning.base import Dtype, load_base
 from mend_lightning.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError
+from mend_lightning.report import quiet_where_nobody_watches
 
 
 def read_edits(paths: Sequence[str | Path]) -> list[Edit]:
@@ -39,10 +39,7 @@ def load_base_of(
         BaseModelMismatchError: no base is given, and the edits name several.
         ModelLoadError: it cannot be loaded.
     """
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    quiet_where_nobody_watches()
     if base:
         return load_base(base, dtype, trust_remote_code=trust_remote_code)
     names = list(dict.fromkeys(edit.about.get("base") for edit in edits if edit.about.get("base")))

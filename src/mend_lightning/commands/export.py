@@ -13,7 +13,7 @@ from mend_lightning.commands.edit_files import load_base_of, read_edits
 from mend_lightning.edit import Edit, combined
 from mend_lightning.errors import ConfigError
 from mend_lightning.files import check_free_folder, written_folder
-from mend_lightning.report import console
+from mend_lightning.report import console, counted
 from mend_lightning.shipping.peft_adapter import CONFIG_FILE, check_own_adapter, export_peft
 
 
@@ -61,12 +61,12 @@ def export_command(
         loaded = [_compressed(edit, rank, energy) for edit in (loaded if separate else [combined(loaded)])]
     if not separate:
         export_peft(loaded, model, out, overwrite=overwrite, force=force)
-        console().print(f"LoRA adapter of {_count(edits)} written to {escape(str(out))}.", highlight=False)
+        console().print(f"LoRA adapter of {counted(len(edits), 'edit')} written to {escape(str(out))}.", highlight=False)
         return
     with written_folder(out, replaces) as folder:
         for path, edit in zip(edits, loaded):
             export_peft(edit, model, folder / Path(path).stem, force=force)
-    console().print(f"A LoRA adapter of each of {_count(edits)} written to folders in {escape(str(out))}.", highlight=False)
+    console().print(f"A LoRA adapter of each of {counted(len(edits), 'edit')} written to folders in {escape(str(out))}.", highlight=False)
 
 
 def _compressed(edit: Edit, rank: int | None, energy: float | None) -> Edit:
@@ -85,7 +85,3 @@ def _check_names(paths: Sequence[str]) -> None:
     twice = [stem for stem in stems if stems.count(stem) > 1]
     if twice:
         raise ConfigError(f"Two edit files are called {twice[0]}, so their adapters would have one folder. Rename one.")
-
-
-def _count(edits: Sequence[str]) -> str:
-    return "1 edit" if len(edits) == 1 else f"{len(edits)} edits"

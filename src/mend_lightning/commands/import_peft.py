@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from mend_lightning.report import console
+from mend_lightning.report import console, counted
 from mend_lightning.shipping.peft_import import import_peft
 
 
@@ -22,7 +22,6 @@ def import_peft_command(adapter: Path, out: Path = Path("edit.safetensors")) -> 
     """
     edit = import_peft(adapter)
     path = edit.save(out)
-    layers = "1 layer" if len(edit.deltas) == 1 else f"{len(edit.deltas)} layers"
     known = edit.about.get("weights") or edit.about.get("base_fingerprint")
     doubt = "" if known else " It does not say which weights it was made for."
-    console().print(f"Edit of {layers} saved to {escape(str(path))}.{doubt}", highlight=False)
+    console().print(f"Edit of {counted(len(edit.deltas), 'layer')} saved to {escape(str(path))}.{doubt}", highlight=False)

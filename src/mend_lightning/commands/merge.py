@@ -10,7 +10,7 @@ from rich.table import Table
 from mend_lightning.base import Dtype
 from mend_lightning.commands.edit_files import load_base_of, read_edits
 from mend_lightning.files import check_free_folder
-from mend_lightning.report import console
+from mend_lightning.report import console, counted
 from mend_lightning.shipping.merging import EDITS_FILE, merge
 from mend_lightning.shipping.rounding import MergeReport
 
@@ -43,10 +43,9 @@ def merge_command(
     model, tokenizer = load_base_of(loaded, base, dtype, trust_remote_code)
     report = merge(loaded, model, out, tokenizer, overwrite, force)
     console().print(rounding_table(report))
-    count = "1 edit" if len(loaded) == 1 else f"{len(loaded)} edits"
     console().print(
-        f"Model with {count} written to {escape(str(out))} ({report.dtype}); {100 * report.lost:.1f} % of the changed entries are stored "
-        "as they were. It loads with transformers alone.",
+        f"Model with {counted(len(loaded), 'edit')} written to {escape(str(out))} ({report.dtype}); {100 * report.lost:.1f} % of "
+        "the changed entries are stored as they were. It loads with transformers alone.",
         highlight=False,
     )
 

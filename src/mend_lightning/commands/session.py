@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from mend_lightning.effects.shifts import answer_shifts
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.making import editor_encoder, make_edit
 from mend_lightning.report import console
-from mend_lightning.stack import EditStack
+from mend_lightning.stack import EditStack, numbered
 
 PROMPT = "> "
 ARROW = "=>"
@@ -200,15 +200,8 @@ def free_path(path: Path) -> Path:
         >>> free_path(Path("no such file.safetensors")).name
         'no such file.safetensors'
     """
-    return next(each for each in _numbered(path) if not each.exists())
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    yield path
-    number = 2
-    while True:
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
+    paths = (path.with_name(f"{stem}{path.suffix}") for stem in numbered(path.stem))
+    return next(each for each in paths if not each.exists())
 
 
 def _listed(stack: EditStack) -> str:

@@ -16,6 +16,7 @@ from mend_lightning.effects.applying import without as without
 from mend_lightning.errors import ConfigError
 from mend_lightning.forward import label_mask, logits_at
 from mend_lightning.generate import generate_answers
+from mend_lightning.types import Rows
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,7 @@ def next_token_shifts(
         raise ConfigError(f"top must be at least 1, not {top}.")
     rows = encoder.rows([(question, any_answer(encoder))], [0], 1).to(_device(model))
     mask = first_labels(rows.labels)
-    before = logits_at(model, rows, mask)
-    with applying(edits, model):
-        after = logits_at(model, rows, mask)
-    before, after = (_distribution(logits)[0] for logits in (before, after))
+    before, after = (each[0] for each in _distributions(model, rows, mask, edits))
     count = min(top, len(before))
     ids = torch.cat([before.topk(count).indices, after.topk(count).indices]).unique()
     ids = ids[torch.maximum(before, after)[ids].argsort(descending=True)]
@@ -163,13 +161,9 @@ def token_shifts(model: nn.Module, encoder: Encoder, question: str, answer: str,
     """
     rows = encoder.rows([(question, answer)], [0], 1).to(_device(model))
     mask = label_mask(rows)
-    before = logits_at(model, rows, mask)
-    with applying(edits, model):
-        after = logits_at(model, rows, mask)
     ids = rows.labels[mask]
-    return _token_shifts(
-        encoder, ids, *(_distribution(logits).gather(1, ids[:, None])[:, 0] for logits in (before, after))
-    )
+    found = (each.gather(1, ids[:, None])[:, 0] for each in _distributions(model, rows, mask, edits))
+    return _token_shifts(encoder, ids, *found)
 
 
 def _shifts(
@@ -209,6 +203,13 @@ def _new_answers(
     for i, answer in zip(moved, generate_answers(model, encoder, [questions[i] for i in moved]) if moved else []):
         new[i] = answer
     return new
+
+
+def _distributions(model: nn.Module, rows: Rows, mask: Tensor, edits: Edits) -> tuple[Tensor, Tensor]:
+    """Probabilities at the positions of `mask`, before and after the edits: `[n, vocabulary]` each."""
+    before = logits_at(model, rows, mask)
+    with applying(edits, model):
+        return _distribution(before), _distribution(logits_at(model, rows, mask))
 
 
 def _distribution(logits: Tensor) -> Tensor:

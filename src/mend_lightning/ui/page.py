@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CSS = Path(__file__).with_name("page.css")
 # Seconds after which a tab sees what another one did.
 LOOK_AGAIN = 3
-# Rows of "What else moved", and how many neutral questions it asks unless told: more take minutes on a small machine.
+# Rows of "What else moved", and how many neutral questions it asks unless told: all of them take a while.
 MOST_MOVED, NEUTRAL = 20, 48
 HINT = "Type a question and the answer you want, then press Edit. Ask shows what the model says without editing it."
 NO_EDITS = "No edit yet. Edits stay until this program ends; download those that you want to keep."
