@@ -163,6 +163,20 @@ def test_threads(llama):
     assert hooks(llama) == 0 and not len(stack) and torch.equal(logits(llama, rows), before)
 
 
+def test_a_pass_waits_for_a_change_that_is_under_way(llama):
+    """The first pass after a change adds edits up, and must not see half of it."""
+    rows, stack, seen = make_rows("llama", [0], 1), EditStack(llama), []
+    stack.add(random_edit(llama, 1), "one")
+    asking = threading.Thread(target=lambda: seen.append(logits(llama, rows)))
+    with stack._state.lock:
+        asking.start()
+        asking.join(0.5)
+        assert not seen, "it did not wait"
+        stack.remove("one")
+    asking.join()
+    assert torch.equal(seen[0], logits(tiny_model("llama"), rows))
+
+
 @pytest.mark.parametrize("count", [2, 30])
 @pytest.mark.parametrize("first", ["inference mode", "autocast"])
 def test_the_first_pass_decides_nothing(llama, first, count):
