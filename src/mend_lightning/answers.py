@@ -11,6 +11,7 @@ from torch import nn
 from mend_lightning.data.encode import Encoder
 from mend_lightning.evaluate import BatchScores
 from mend_lightning.functional import exact_match, token_f1
+from mend_lightning.parallel.lockstep import anywhere
 from mend_lightning.types import EditBatch
 
 
@@ -38,6 +39,9 @@ def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores:
     right = torch.cat([scores.edit.correct_after, scores.rephrase.correct_after]).tolist()
     answers = list(targets)
     open_rows = [i for i, known in enumerate(right) if not known]
+    if not open_rows and anywhere(bool(open_rows), model):
+        # Other processes have answers to generate, and the model is sharded: this one must run with them.
+        scores.edited.answers(model, encoder, prompts[:1], tasks[:1].to(scores.edit.task.device), [1])
     if open_rows:
         running = encoder.format.stop is None
         lengths = [len(encoder.target_ids(prompts[i], targets[i])) for i in open_rows] if running else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,9 +55,64 @@ class BaseModel:
         """What an editor remembers beside the name, to load this model again. Trust is not passed on by a file."""
         return {"revision": self.revision, "kind": self.kind}
 
+    def architecture(self) -> Architecture:
+        """Everything of the model but its weights; see `read_architecture`."""
+        return read_architecture(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code)
+
     def load(self) -> tuple[nn.Module, Any]:
         """The frozen model in eval mode, and its tokenizer; see `load_base`."""
         return load_base(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model without its weights.
+
+    Attributes:
+        where: folder or hub id.
+        config: its Hugging Face config.
+        tokenizer: its tokenizer.
+        model_class: the class that builds or loads it.
+        dtype: what its weights are loaded in, or "auto": as they are stored.
+        options: of loading (revision, trust).
+    """
+
+    where: str
+    config: Any
+    tokenizer: Any
+    model_class: Any
+    dtype: torch.dtype | str
+    options: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """The model as its class initialises it."""
+        dtype = self.config.dtype or torch.float32 if self.dtype == "auto" else self.dtype
+        trust = self.options["trust_remote_code"]
+        return self.model_class.from_config(self.config, dtype=dtype, trust_remote_code=trust)
+
+
+def read_architecture(
+    name: str = MODEL_NAME,
+    dtype: Dtype = "auto",
+    revision: str | None = None,
+    kind: ModelKind | None = None,
+    trust_remote_code: bool = False,
+) -> Architecture:
+    """Reads a base model's config and tokenizer.
+
+    Args: as in `BaseModel`.
+
+    Raises:
+        ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded.
+    """
+    where = resolve_name(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _said_well(name):
+        config = AutoConfig.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    # transformers says "auto" for the dtype of the files.
+    picked = "auto" if dtype == "stored" else pick_dtype(dtype)
+    return Architecture(where, config, tokenizer, _AUTO_CLASSES[kind or kind_of_config(config)], picked, options)
 
 
 def load_base(
@@ -72,18 +129,18 @@ def load_base(
     Raises:
         ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded.
     """
-    where = resolve_name(name)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    found = read_architecture(name, dtype, revision, kind, trust_remote_code)
+    with _said_well(name):
+        model = found.model_class.from_pretrained(found.where, dtype=found.dtype, **found.options)
+    return model.eval().requires_grad_(False), found.tokenizer
+
+
+@contextmanager
+def _said_well(name: str) -> Iterator[None]:
     try:
-        config = AutoConfig.from_pretrained(where, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model_class = _AUTO_CLASSES[kind or kind_of_config(config)]
-        # transformers says "auto" for the dtype of the files.
-        picked = "auto" if dtype == "stored" else pick_dtype(dtype)
-        model = model_class.from_pretrained(where, dtype=picked, **options)
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelLoadError(_not_loaded(name, error)) from error
-    return model.eval().requires_grad_(False), tokenizer
 
 
 def resolve_name(name: str) -> str:

@@ -18,6 +18,7 @@ from mend_lightning.errors import (
     NonFiniteError,
     StateDictError,
 )
+from mend_lightning.parallel.whole import is_sharded
 from mend_lightning.step import LocalityPositions, edit_step
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
@@ -86,6 +87,16 @@ def check_single_process(editor: Editor, world_size: int) -> None:
         )
 
 
+def check_strategy(strategy: Any) -> None:
+    """Raises ConfigError if the Trainer's strategy shards the model in a way of its own."""
+    kind = type(strategy).__name__
+    if kind in ("ModelParallelStrategy", "DeepSpeedStrategy", "FSDPStrategy"):
+        raise ConfigError(
+            f"{kind} cannot shard this model: the base is loaded and sharded by MendModule. Use --trainer.strategy fsdp2 "
+            "(mend_lightning.parallel.strategy.ShardedStrategy), or ddp where the base fits on each device."
+        )
+
+
 def check_precision(editor: nn.Module) -> None:
     """Raises ConfigError if the trainer's precision cast the editor away from float32."""
     for name, parameter in editor.named_parameters():
@@ -130,9 +141,15 @@ def unreached_parameters(
     editor.eval()
     try:
         loss = edit_step(model, editor, batch, positions).total(1.0)
-        named = list(editor.named_parameters())
-        gradients = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-        return [name for (name, _), gradient in zip(named, gradients) if gradient is None]
+        if is_sharded(editor):
+            # Until then the loss depends on gathered parameters; only `backward` brings the gradient to the sharded ones.
+            loss.backward()
+            missing = [name for name, parameter in editor.named_parameters() if parameter.grad is None]
+            editor.zero_grad()
+            return missing
+        named = dict(editor.named_parameters())
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return [name for name, gradient in zip(named, gradients) if gradient is None]
     finally:
         editor.train(training)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from mend_lightning.errors import BaseModelMismatchError
 from mend_lightning.types import Factors
@@ -105,6 +106,10 @@ class LowRankDelta:
         flat = x.to(down.dtype).reshape(down.shape[0], -1, x.shape[-1])
         product = torch.bmm(torch.bmm(flat, down.mT), up)
         return product.reshape(*x.shape[:-1], up.shape[-1])
+
+
+# FSDP2 looks for tensors in what a module's forward returns: those that bring gradients to the editor's parameters.
+register_dataclass(LowRankDelta)
 
 
 def spread(task_of_row: Tensor, rows: int) -> Tensor:

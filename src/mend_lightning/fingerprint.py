@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import UnverifiedBaseWarning
+from mend_lightning.parallel.whole import whole
 
 # Values a layer contributes; enough to tell any two trained models apart, and read in no time.
 SAMPLE = 4096
@@ -88,14 +89,15 @@ def is_quantised(layer: nn.Module) -> bool:
 def readable_weight(layer: nn.Module) -> Tensor | None:
     """The layer's weight as a matrix of numbers, dequantised where its library offers that; None: it cannot be read.
 
+    Of a sharded layer it is the whole weight, and every process must ask for it.
+
     Returns:
         In the layer's own orientation, detached.
     """
     weight = getattr(layer, "weight", None)
-    # A sharded weight shows its local part alone.
-    if not isinstance(weight, Tensor) or hasattr(weight, "full_tensor"):
+    if not isinstance(weight, Tensor):
         return None
-    weight = weight.detach()
+    weight = whole(weight.detach())
     if type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
         weight = weight.dequantize()
     return weight if weight.is_floating_point() and weight.element_size() > 1 else None
@@ -107,5 +109,4 @@ def _sample(layer: nn.Module) -> Tensor | None:
     if weight is not None:
         return weight.flatten()[:SAMPLE].to(torch.bfloat16)
     raw = getattr(layer, "weight", None)
-    # Of a sharded weight the hash would differ from rank to rank.
-    return None if not isinstance(raw, Tensor) or hasattr(raw, "full_tensor") else raw.detach().flatten()[:SAMPLE]
+    return raw.detach().flatten()[:SAMPLE] if isinstance(raw, Tensor) else None

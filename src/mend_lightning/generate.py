@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.delta import Delta, applied
 from mend_lightning.forward import contiguous_head, run_model
+from mend_lightning.parallel.whole import is_sharded
 from mend_lightning.shared_prompt import beginning_cache, one_task, padded, shared_beginning
 
 # Longest answer in tokens. A constant, never the target's length: that would tell the model when to stop.
@@ -67,6 +68,8 @@ def generate_answers(
             attention_mask=mask,
             **({} if cache is None else {"past_key_values": cache}),
             max_new_tokens=max_new_tokens,
+            # A process whose answers have ended runs on with the others, which need its shards.
+            synced_gpus=is_sharded(model) or None,
             do_sample=False,
             num_beams=1,
             eos_token_id=None if running else list(stop_ids(encoder.tokenizer, encoder.format.stop)) or None,

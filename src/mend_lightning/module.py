@@ -25,9 +25,11 @@ from mend_lightning.checks import (
     check_precision,
     check_prompt_format,
     check_single_process,
+    check_strategy,
 )
 from mend_lightning.data.encode import Encoder, in_words, model_kind
 from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.order import repeated
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.storage import read_description
@@ -37,9 +39,13 @@ from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
+from mend_lightning.parallel.loading import load_base_in_shards
+from mend_lightning.parallel.sharding import shard_editor
+from mend_lightning.parallel.strategy import ShardedStrategy
+from mend_lightning.parallel.whole import whole
 from mend_lightning.precondition import InputMoments
 from mend_lightning.report import console
-from mend_lightning.scoreboard import Scoreboard
+from mend_lightning.scoreboard import Scoreboard, weight_norms
 from mend_lightning.step import LocalityPositions, edit_step
 from mend_lightning.types import EditBatch
 
@@ -136,7 +142,13 @@ class MendModule(L.LightningModule):
         self.editor.bind(self.base_model, self.base.name, given, self.base.options())
 
     def _load(self) -> None:
-        self.base_model, self.tokenizer = self.base.load()
+        strategy = None if self._trainer is None else self._trainer.strategy
+        sharded = strategy if isinstance(strategy, ShardedStrategy) else None
+        check_strategy(strategy)
+        if sharded is None:
+            self.base_model, self.tokenizer = self.base.load()
+        else:
+            self.base_model, self.tokenizer = load_base_in_shards(self.base, sharded.mesh, sharded.root_device)
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
             self.editor = self._editor_class().from_pretrained(self._editor_folder).train()
@@ -146,6 +158,8 @@ class MendModule(L.LightningModule):
             self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
         if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
             check_single_process(self.editor, self._trainer.world_size)
+        if sharded is not None:
+            shard_editor(self.editor.to(sharded.root_device), sharded.mesh)
         check_checkpointing(self.base_model)
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
@@ -250,7 +264,7 @@ class MendModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         # Clipping by an infinite norm would write NaN into every parameter. A loss scaler handles its own.
         if not self._mixed_precision() and not norm.isfinite():
             raise NonFiniteError(
@@ -260,12 +274,13 @@ class MendModule(L.LightningModule):
         self.log("train/grad_norm", norm, prog_bar=True)
         rates = dict(self.editor.named_parameters()).get("edit_rates")
         if rates is not None:
-            rates = rates.detach()
+            rates = whole(rates.detach())
             self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         scores = evaluate_batch(self.base_model, self.editor, batch)
-        self.scoreboard.update(scores, hard_rows(batch))
+        if not repeated(self.trainer.val_dataloaders, batch_idx):
+            self.scoreboard.update(scores, hard_rows(batch))
 
     def on_validation_epoch_end(self) -> None:
         values = self.scoreboard.compute()
@@ -282,11 +297,15 @@ class MendModule(L.LightningModule):
     def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch and asks the edited model; returns one record a task for the report."""
         scores = evaluate_batch(self.base_model, self.editor, batch)
-        self.scoreboard.update(scores, hard_rows(batch))
-        self.scoreboard.update_norms(scores.edited.deltas, self.editor.modules_in(self.base_model))
         answers = None
         if self.base_kind != "classifier":
             answers = edited_answers(self.base_model, self._encoder(), batch, scores)
+        weights = weight_norms({name: self.base_model.get_submodule(name) for name in scores.edited.deltas})
+        if repeated(self.trainer.test_dataloaders, batch_idx):
+            return []
+        self.scoreboard.update(scores, hard_rows(batch))
+        self.scoreboard.update_norms(scores.edited.deltas, weights)
+        if answers is not None:
             self.scoreboard.update_generated(*judge_answers(answers, batch))
         return task_records(batch, scores, answers)
 
@@ -305,6 +324,8 @@ class MendModule(L.LightningModule):
         if self.base_kind == "classifier":
             # In the words of the edit: "true" becomes "false", and not REFUTES.
             before, after = ([in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after))
+        if repeated(self.trainer.predict_dataloaders, batch_idx):
+            return []
         return [
             {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
             for text, old, new in zip(batch.texts, before, after)

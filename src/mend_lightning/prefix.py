@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from mend_lightning.forward import output_head
 from mend_lightning.layers import find_stacks
+from mend_lightning.parallel.lockstep import smallest
 from mend_lightning.trunk import StackOutput, TrunkOutputs, record_trunk
 from mend_lightning.types import Rows
 
@@ -26,7 +27,7 @@ def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> 
     once and the rest attends to them through the key-value cache. Equal to the plain pass up to rounding.
     """
     stacks = find_stacks(model)
-    length = common_prefix(rows) if shares_prefixes(model) and len(stacks) == 1 else 0
+    length = smallest(common_prefix(rows), model) if shares_prefixes(model) and len(stacks) == 1 else 0
     if length < SHORTEST_PREFIX:
         return record_trunk(lambda: model(**rows.inputs), len(rows), stacks, layers)
     cache = DynamicCache(config=model.config)

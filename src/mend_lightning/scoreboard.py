@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mend_lightning.delta import Delta
 from mend_lightning.evaluate import BatchScores, RowScores
 from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
+from mend_lightning.parallel.whole import whole
 
 # name -> (what it says, how it is measured): the results table and results.json quote this.
 PROTOCOL = {
@@ -31,6 +32,17 @@ PROTOCOL = {
     "locality_kl": ("Locality KL (nats)", "KL(base ‖ edited), mean over answer positions of x_out"),
     "delta_norm": ("‖ΔW‖ / ‖W‖", "Frobenius, mean over edited layers"),
 }
+
+
+@torch.no_grad()
+def weight_norms(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """name -> Frobenius norm of each layer's weight. Every process that shares the layers must ask.
+
+    Example:
+        >>> weight_norms({"fc": nn.Linear(4, 4)})["fc"].shape
+        torch.Size([])
+    """
+    return {name: whole(layer.weight.float().norm()) for name, layer in layers.items()}
 
 
 class Scoreboard(nn.Module):
@@ -76,10 +88,10 @@ class Scoreboard(nn.Module):
         metrics["locality_agreement"].update(rows.agreement / rows.tokens, rows.tokens)
         metrics["locality_kl"].update(rows.kl / rows.tokens, rows.tokens)
 
-    def update_norms(self, deltas: Mapping[str, Delta], layers: Mapping[str, nn.Module]) -> None:
-        """Takes in how large the deltas are beside the weights they stand for."""
+    def update_norms(self, deltas: Mapping[str, Delta], weights: Mapping[str, Tensor]) -> None:
+        """Takes in how large the deltas are beside the weights they stand for, whose norms are `weights` (`weight_norms`)."""
         for name, delta in deltas.items():
-            self.metrics["delta_norm"].update(delta.norm() / layers[name].weight.float().norm())
+            self.metrics["delta_norm"].update(delta.norm() / weights[name])
 
     def update_generated(self, matches: Sequence[bool], f1: Sequence[float]) -> None:
         """Takes in the exact match and F1 of generated answers."""

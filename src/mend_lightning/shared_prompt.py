@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mend_lightning.delta import Delta
+from mend_lightning.parallel.whole import is_sharded
 from mend_lightning.prefix import leading_tokens, shares_prefixes
 
 # Below this sharing gains next to nothing (20 of 36 tokens: 1.05 times faster on SmolLM2; 79 of 95: 1.5 times).
@@ -82,8 +83,7 @@ def can_share(model: nn.Module, longest: int) -> bool:
         return False
     if getattr(model, "_auto_class", None) is not None or not _has_ordinary_cache(model, longest):
         return False
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    return not sharded and not any(getattr(hook, "tasks", 1) > 1 for hook in _hooks(model))
+    return not is_sharded(model) and not any(getattr(hook, "tasks", 1) > 1 for hook in _hooks(model))
 
 
 def beginning_cache(model: nn.Module, beginning: Tensor, rows: int) -> DynamicCache | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 class _TrunkDone(Exception):
@@ -106,21 +107,27 @@ def replayed(trunk: TrunkOutputs, rows: Tensor | slice) -> Iterator[None]:
         trunk: from `record_trunk` or `run_trunk`.
         rows: which of the recorded rows the forward passes inside will hold, in order.
     """
-    saved: list[tuple[nn.Module, Any]] = []
+    saved: list[tuple[nn.Module, str, Any]] = []
     try:
         for stack in trunk.stacks.values():
             output = take_rows(stack.output, trunk.rows, rows)
             for block in stack.blocks:
-                # An instance attribute shadows the class's forward; one that was there comes back.
-                saved.append((block, block.__dict__.get("forward")))
-                block.forward = _Returns(output)
+                # An instance attribute shadows the class's; one that was there comes back.
+                name = _shadowed(block)
+                saved.append((block, name, block.__dict__.get(name)))
+                block.__dict__[name] = _Returns(output)
         yield
     finally:
-        for block, forward in saved:
-            if forward is None:
-                block.__dict__.pop("forward", None)
+        for block, name, before in saved:
+            if before is None:
+                block.__dict__.pop(name, None)
             else:
-                block.forward = forward
+                block.__dict__[name] = before
+
+
+def _shadowed(block: nn.Module) -> str:
+    """What stands in for a block: its forward, or of a sharded one the whole call, whose hooks would gather weights in vain."""
+    return "_call_impl" if isinstance(block, FSDPModule) else "forward"
 
 
 @dataclass

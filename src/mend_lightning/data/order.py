@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,8 @@ class TaskOrder(DistributedSampler):
             always of epoch 0 (evaluation).
         seed: of the order.
         rank, world_size: this process among all.
+        even: evaluation gives all processes equally many batches (they share a sharded model, which all must run equally
+            often): a process that would have one less gets a task again, in a batch of its own that `repeats` tells.
 
     Example:
         >>> list(TaskOrder(5, batch_size=2, shuffle=False, rank=1, world_size=2))
@@ -55,26 +58,40 @@ class TaskOrder(DistributedSampler):
     """
 
     def __init__(
-        self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1
+        self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1, even: bool = False
     ) -> None:
         super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.size, self.local_batch = size, batch_size
         self.first_batch = 0
+        self.mine = range(rank, size, world_size)
+        # The first process has at most one task more, so what a process lacks is a batch of one task.
+        batches, most = (math.ceil(len(tasks) / batch_size) for tasks in (self.mine, range(0, size, world_size)))
+        self.repeated = most - batches if even else 0
+
+    def repeats(self, batch_idx: int) -> bool:
+        """Whether a batch holds nothing but a task that was given out before, and must not count."""
+        return not self.shuffle and batch_idx * self.local_batch >= len(self.mine)
 
     def __len__(self) -> int:
         if not self.shuffle:
-            return len(range(self.rank, self.size, self.num_replicas))
+            return len(self.mine) + self.repeated
         return self.size // (self.local_batch * self.num_replicas) * self.local_batch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         if not self.shuffle:
-            return iter([(0, index) for index in range(self.rank, self.size, self.num_replicas)])
+            return iter([(0, index) for index in [*self.mine, *self.mine[: self.repeated]]])
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         whole = self.local_batch * self.num_replicas
         batches = [order[start : start + whole] for start in range(0, self.size - whole + 1, whole)]
         mine = slice(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
         return iter([(self.epoch, index) for batch in batches[self.first_batch :] for index in batch[mine]])
+
+
+def repeated(loader: Any, batch_idx: int) -> bool:
+    """Whether an evaluation batch of `loader` must not count; see `TaskOrder.repeats`."""
+    order = getattr(loader, "sampler", None)
+    return isinstance(order, TaskOrder) and order.repeats(batch_idx)
 
 
 class ResumableLoader(DataLoader):

@@ -131,6 +131,14 @@ class Editor(nn.Module):
         """Deltas of gradient factors; an editor that also reads the edits' text overrides this."""
         return self(factors)
 
+    def shard_units(self) -> list[nn.Module] | None:
+        """The modules that FSDP2 gathers one by one; None: this editor cannot work on a sharded model.
+
+        An editor that has them uses its parameters in their `forward` and its own alone, reads no weight of the base, and
+        runs the base equally often whatever the data: all processes must gather in step.
+        """
+        return None
+
     def resting_deltas(self) -> Mapping[str, Delta] | None:
         """name -> Delta of one task that the model has before any edit; None: edits start from the base as it is.
 

@@ -113,6 +113,9 @@ class MendEditor(Editor):
         """Whether calibration needs pairs of phrasings."""
         return self.settings["rephrase_ridge"] is not None
 
+    def shard_units(self) -> list[nn.Module]:
+        return list(self.transforms)
+
     def calibrate(self, moments: Mapping[str, InputMoments]) -> None:
         """Fixes the preconditioning from moments of the layers' inputs (name -> InputMoments, all processes')."""
         for name, preconditioner in zip(self.layers, self.preconditioners):

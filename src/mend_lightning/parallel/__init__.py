@@ -1,0 +1,1 @@
+"""Several processes: sharded models, checkpoints of any layout, passes in step."""

@@ -1,0 +1,81 @@
+"""FSDP2: a base model sharded by its blocks, an editor by its transforms.
+
+Weights are never touched by an edit, so nothing else of the method has to know: each block is gathered when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from mend_lightning.errors import ConfigError
+from mend_lightning.layers import find_stacks
+from mend_lightning.parallel.whole import is_sharded
+
+if TYPE_CHECKING:
+    from mend_lightning.editors.editor import Editor
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> block of every stack of the model: what is gathered, run and freed as one.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> list(blocks_of(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=32))))
+        ['transformer.h.0', 'transformer.h.1']
+    """
+    stacks = find_stacks(model).items()
+    return {f"{name}.{index}": block for name, stack in stacks for index, block in enumerate(stack)}
+
+
+def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Callable[[str, nn.Module], None] | None = None) -> None:
+    """Shards a model in place: one unit a block, and one of all that is in no block (embeddings, norms, head).
+
+    Args:
+        model: a base model; its parameters may be on the meta device.
+        mesh: the processes that share it, one dimension.
+        fill: called with (name, module) of each unit right before it is sharded, "" and the model for the last one: where
+            parameters that are on the meta device get their values. A process so never holds more than its shards and one unit.
+    """
+    for name, module in [*blocks_of(model).items(), ("", model)]:
+        if fill is not None:
+            fill(name, module)
+        fully_shard(module, mesh=mesh)
+
+
+def shard_editor(editor: Editor, mesh: DeviceMesh) -> None:
+    """Shards what an editor learns, its gradient and its optimiser's state.
+
+    Raises:
+        ConfigError: this editor cannot be sharded, or not be used on a sharded model.
+    """
+    units = editor.shard_units()
+    if units is None:
+        raise ConfigError(
+            f"{type(editor).__name__} cannot work on a sharded model (fsdp2): it uses its parameters or the base's outside of "
+            "their modules' forward, or decides from the data how often the model runs. Use --trainer.strategy ddp, or "
+            "MendEditor."
+        )
+    # The editor last: it is gathered when its own forward is called, with what is in no unit (edit rates).
+    for unit in [*units, editor]:
+        fully_shard(unit, mesh=mesh)
+
+
+@torch.no_grad()
+def load_whole_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Loads a state dict of whole tensors into a module that may be sharded; each process takes its part.
+
+    Raises:
+        RuntimeError: as `nn.Module.load_state_dict`, where names or shapes differ.
+    """
+    if not is_sharded(module):
+        module.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True, strict=True))
