@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ import torch
 import yaml
 from bases import REMARKS, SIZES, run_config
 from models import tiny_model
+from safetensors.torch import load_file
 
 from mend_lightning.base import BaseModel
 from mend_lightning.data.module import EditDataModule
@@ -110,7 +112,8 @@ def runs(base_folder, facts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for layout in {*SPREAD, *(layout.alone for layout in SPREAD)}:
         kind = "encoder_decoder" if layout.family == "t5" else "causal"
-        run_config(folder / layout.name, base_folder(layout.family), facts, kind)
+        base = base_folder(layout.family) if layout.family != "gpt2" else old_files(base_folder("gpt2"), folder / "gpt2")
+        run_config(folder / layout.name, base, facts, kind)
     for processes, layouts in LAYOUTS.items():
         launch(folder, processes, layouts)
 
@@ -121,6 +124,15 @@ def runs(base_folder, facts, tmp_path_factory):
         return torch.load(root / "out.pt", weights_only=True), root
 
     return of
+
+
+def old_files(base: Path, target: Path) -> Path:
+    """A copy without safetensors, which under fsdp2 process 0 loads and sends."""
+    if not target.exists():
+        shutil.copytree(base, target)
+        torch.save(load_file(target / "model.safetensors"), target / "pytorch_model.bin")
+        (target / "model.safetensors").unlink()
+    return target
 
 
 def launch(folder: Path, processes: int, layouts: list[Layout]) -> None:

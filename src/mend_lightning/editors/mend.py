@@ -114,7 +114,7 @@ class MendEditor(Editor):
         return self.settings["rephrase_ridge"] is not None
 
     def shard_units(self) -> list[nn.Module]:
-        return list(self.transforms)
+        return [net for transform in self.transforms for net in transform.nets.values()]
 
     def calibrate(self, moments: Mapping[str, InputMoments]) -> None:
         """Fixes the preconditioning from moments of the layers' inputs (name -> InputMoments, all processes')."""
