@@ -70,7 +70,8 @@ class Layout:
 LAYOUTS = {
     2: [
         Layout(2, "ddp"), Layout(2, "fsdp2"), Layout(2, "ddp", accumulate=2), Layout(2, "fsdp2", accumulate=2),
-        Layout(2, "fsdp2", family="t5"), Layout(2, "fsdp2", family="gpt2"),
+        Layout(2, "fsdp2", family="t5"), Layout(2, "fsdp2", family="gpt2"), Layout(2, "fsdp1", family="t5"),
+        Layout(2, "fsdp1", family="gpt2"),
     ],
     4: [Layout(4, "ddp")],
 }  # fmt: skip
@@ -103,6 +104,7 @@ def run(root: Path, layout: Layout) -> None:
     sharded = sum(hasattr(parameter, "full_tensor") for parameter in module.parameters())
     if trainer.is_global_zero:
         out = {"losses": losses.losses, "validations": losses.validations, "states": states, "sharded": sharded}
+        out["fingerprint"] = module.editor.base_fingerprint
         torch.save(out, root / "out.pt")
 
 
@@ -164,7 +166,7 @@ def test_losses(both, layout):
 
 
 def test_weights_and_statistics(both):
-    """Of all processes: the same bits on each, and those of one process up to rounding."""
+    """Of all processes: the same bits on each, and those of one process up to rounding; the base is known again."""
     (spread, _), (alone, _) = both
     expected, states = alone["states"][0], spread["states"]
     for name, value in expected.items():
@@ -172,6 +174,7 @@ def test_weights_and_statistics(both):
         torch.testing.assert_close(
             states[0][name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
+    assert spread["fingerprint"] == alone["fingerprint"]
     counts = [value for name, value in expected.items() if name.endswith("count")]
     assert counts and all(int(count) > 0 for count in counts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.parallel import loading
 from mend_lightning.parallel.loading import known_to_all, load_base_in_shards, parameters_on_meta
-from mend_lightning.parallel.sharding import blocks_of, load_whole_state, shard_editor
+from mend_lightning.parallel.sharding import blocks_of, load_whole_state, shard_editor, shard_model
 from mend_lightning.parallel.weights import FileWeights, RandomWeights, SentWeights, places_of, safetensors_keys
 from mend_lightning.parallel.whole import is_sharded, whole_state
 from mend_lightning.prefix import run_trunk
@@ -39,6 +40,11 @@ def mesh(tmp_path_factory):
     distributed.destroy_process_group()
 
 
+@pytest.fixture
+def shard(mesh):
+    return partial(shard_model, mesh=mesh)
+
+
 def plain(folder: Path) -> nn.Module:
     return BaseModel(str(folder), "float32").load()[0]
 
@@ -50,17 +56,17 @@ def logits(model: nn.Module, family: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "stored"])
-def test_dtypes(dtype, base_folder, mesh):
-    check_loaded(BaseModel(str(base_folder("llama")), dtype), "llama", mesh)
+def test_dtypes(dtype, base_folder, shard):
+    check_loaded(BaseModel(str(base_folder("llama")), dtype), "llama", shard)
 
 
-def test_the_model_is_the_one_that_transformers_loads(family, base_folder, mesh):
-    check_loaded(BaseModel(str(base_folder(family)), "float32"), family, mesh)
+def test_the_model_is_the_one_that_transformers_loads(family, base_folder, shard):
+    check_loaded(BaseModel(str(base_folder(family)), "float32"), family, shard)
 
 
-def check_loaded(base: BaseModel, family: str, mesh) -> None:
+def check_loaded(base: BaseModel, family: str, shard) -> None:
     expected, _ = base.load()
-    model, tokenizer = load_base_in_shards(base, mesh, "cpu")
+    model, tokenizer = load_base_in_shards(base, shard, "cpu")
     assert len(tokenizer) == len(base.load()[1]) and not model.training
     assert all(isinstance(p, DTensor) and not p.requires_grad for p in model.parameters())
     assert_same(whole_state(model), expected.state_dict())
@@ -85,16 +91,16 @@ def renamed(folder: Path, target: Path, change) -> Path:
 @pytest.mark.parametrize(
     "family, prefix", [("gpt2", "transformer."), ("bert", "bert."), ("llama", "model.")]
 )
-def test_files_without_the_base_models_prefix(family, prefix, base_folder, mesh, tmp_path):
+def test_files_without_the_base_models_prefix(family, prefix, base_folder, shard, tmp_path):
     """As GPT-2's on the hub: h.0.attn… for transformer.h.0.attn…"""
     folder = renamed(
         base_folder(family), tmp_path / "bare", lambda state: {k.removeprefix(prefix): v for k, v in state.items()}
     )
-    model, _ = load_base_in_shards(BaseModel(str(folder), "float32"), mesh, "cpu")
+    model, _ = load_base_in_shards(BaseModel(str(folder), "float32"), shard, "cpu")
     assert_same(whole_state(model), plain(base_folder(family)).state_dict())
 
 
-def test_old_files_come_through_transformers(base_folder, mesh, tmp_path, monkeypatch):
+def test_old_files_come_through_transformers(base_folder, shard, tmp_path, monkeypatch):
     """No safetensors at all: process 0 loads the whole model and sends it."""
     folder = tmp_path / "old"
     shutil.copytree(base_folder("t5"), folder)
@@ -103,23 +109,23 @@ def test_old_files_come_through_transformers(base_folder, mesh, tmp_path, monkey
     sources = []
     allocate = loading.allocate
     monkeypatch.setattr(loading, "allocate", lambda *args: (sources.append(type(args[2])), allocate(*args)))
-    model, _ = load_base_in_shards(BaseModel(str(folder), "float32"), mesh, "cpu")
+    model, _ = load_base_in_shards(BaseModel(str(folder), "float32"), shard, "cpu")
     assert set(sources) == {SentWeights}
     expected = plain(base_folder("t5"))
     assert_same(whole_state(model), expected.state_dict())
     assert torch.equal(logits(model, "t5"), logits(expected, "t5"))
 
 
-def test_half_precision_that_transformers_keeps_in_float32(base_folder, mesh):
+def test_half_precision_that_transformers_keeps_in_float32(base_folder, shard):
     """T5's wo under float16."""
     base = BaseModel(str(base_folder("t5")), "float16")
-    model, _ = load_base_in_shards(base, mesh, "cpu")
+    model, _ = load_base_in_shards(base, shard, "cpu")
     dtypes = {name: value.dtype for name, value in whole_state(model).items()}
     assert torch.float32 in dtypes.values() and torch.float16 in dtypes.values()
     assert dtypes == {name: value.dtype for name, value in base.load()[0].state_dict().items()}
 
 
-def test_a_process_holds_one_block_at_a_time(base_folder, mesh, monkeypatch):
+def test_a_process_holds_one_block_at_a_time(base_folder, shard, monkeypatch):
     """Blocks get their values in turn, and only what is sharded already holds any before."""
     seen = []
     fill = FileWeights.fill
@@ -140,7 +146,7 @@ def test_a_process_holds_one_block_at_a_time(base_folder, mesh, monkeypatch):
 
     monkeypatch.setattr(FileWeights, "fill", watched)
     monkeypatch.setattr(BaseModel, "architecture", architecture)
-    model, _ = load_base_in_shards(BaseModel(str(base_folder("llama")), "float32"), mesh, "cpu")
+    model, _ = load_base_in_shards(BaseModel(str(base_folder("llama")), "float32"), shard, "cpu")
     assert [prefix for prefix, _ in seen] == [*blocks_of(model), ""]
     assert all(inside == {True} for _, inside in seen[:-1])
 
@@ -170,12 +176,12 @@ def test_random_weights_do_not_depend_on_who_holds_them(base_folder):
 
 
 @pytest.fixture
-def pair(family, base_folder, mesh):
+def pair(family, base_folder, mesh, shard):
     """A plain base with an editor, and the same sharded."""
     folder = base_folder(family)
     whole = plain(folder)
     editor = spread_parameters(MendEditor.for_model(whole, rank=4, edit_rate=0.05), 0.02)
-    model, _ = load_base_in_shards(BaseModel(str(folder), "float32"), mesh, "cpu")
+    model, _ = load_base_in_shards(BaseModel(str(folder), "float32"), shard, "cpu")
     sharded = MendEditor(editor.layers, **editor.settings)
     shard_editor(sharded, mesh)
     load_whole_state(sharded, editor.state_dict())
@@ -217,8 +223,8 @@ def test_fingerprints_are_those_of_the_whole_weights(pair):
     assert marks[0] == marks[1]
 
 
-def test_a_replayed_block_is_not_gathered(base_folder, mesh):
-    model, _ = load_base_in_shards(BaseModel(str(base_folder("llama")), "float32"), mesh, "cpu")
+def test_a_replayed_block_is_not_gathered(base_folder, shard):
+    model, _ = load_base_in_shards(BaseModel(str(base_folder("llama")), "float32"), shard, "cpu")
     editor = MendEditor.for_model(model, last_blocks=1, rank=4)
     rows = make_rows("llama", [0, 0], 1)
     layers = editor.modules_in(model)
@@ -248,9 +254,9 @@ def test_editors_that_cannot(mesh, base_folder):
             shard_editor(editor, mesh)
 
 
-def test_loading_that_fails_says_so_everywhere(mesh, tmp_path):
+def test_loading_that_fails_says_so_everywhere(shard, tmp_path):
     with pytest.raises(ModelLoadError, match="nowhere"):
-        load_base_in_shards(BaseModel("nowhere/at-all", "float32"), mesh, "cpu")
+        load_base_in_shards(BaseModel("nowhere/at-all", "float32"), shard, "cpu")
     with pytest.raises(KeyError, match="mine"), known_to_all():
         raise KeyError("mine")
 
@@ -267,19 +273,19 @@ def test_whole_and_sharded_state(pair):
             load_whole_state(module, {"nothing": torch.ones(1)})
 
 
-def test_a_head_that_files_hold_though_it_is_tied(base_folder, mesh, tmp_path):
+def test_a_head_that_files_hold_though_it_is_tied(base_folder, shard, tmp_path):
     """T5 v1.1: transformers ties every T5's head, until it reads another one."""
     head = torch.randn_like(load_file(base_folder("t5") / "model.safetensors")["shared.weight"])
     folder = renamed(base_folder("t5"), tmp_path / "untied", lambda state: {**state, "lm_head.weight": head})
     base = BaseModel(str(folder), "float32")
-    model, _ = load_base_in_shards(base, mesh, "cpu")
+    model, _ = load_base_in_shards(base, shard, "cpu")
     assert torch.equal(dict(model.named_parameters())["lm_head.weight"].full_tensor(), head)
     assert_same(whole_state(model), base.load()[0].state_dict())
     # Stored twice with the same values it stays one parameter.
     twice = renamed(
         base_folder("t5"), tmp_path / "twice", lambda state: {**state, "lm_head.weight": state["shared.weight"].clone()}
     )
-    model, _ = load_base_in_shards(BaseModel(str(twice), "float32"), mesh, "cpu")
+    model, _ = load_base_in_shards(BaseModel(str(twice), "float32"), shard, "cpu")
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 

@@ -33,6 +33,8 @@ _HOME = {
     "FineTuning": "editors",
     "Rows": "types",
     "EditDataModule": "data.module",
+    "ShardedStrategy": "parallel.strategy",
+    "ShardedBaseStrategy": "parallel.strategy",
     "Editor": "editors",
     "EnnEditor": "editors",
     "InContext": "editors",

@@ -92,8 +92,8 @@ def check_strategy(strategy: Any) -> None:
     kind = type(strategy).__name__
     if kind in ("ModelParallelStrategy", "DeepSpeedStrategy", "FSDPStrategy"):
         raise ConfigError(
-            f"{kind} cannot shard this model: the base is loaded and sharded by MendModule. Use --trainer.strategy fsdp2 "
-            "(mend_lightning.parallel.strategy.ShardedStrategy), or ddp where the base fits on each device."
+            f"{kind} cannot shard this model: the base is loaded and sharded by MendModule. Use the strategy fsdp2 "
+            "(mend_lightning.ShardedStrategy) or fsdp1, or ddp where the base fits on each device."
         )
 
 

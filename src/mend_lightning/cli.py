@@ -153,6 +153,9 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             check_writable(root)
             if trainer_config.get("logger") in (None, True):
                 kwargs["logger"] = default_loggers(root)
+            if trainer_config.get("strategy") == "fsdp":
+                # Lightning's own would gather the frozen base for every checkpoint, and shard the editor's float32 with it.
+                kwargs["strategy"] = "fsdp1"
             if trainer_config.get("enable_progress_bar") is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))
             trainer = super().instantiate_trainer(**kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import UnverifiedBaseWarning
-from mend_lightning.parallel.whole import whole
+from mend_lightning.parallel.whole import whole_weight
 
 # Values a layer contributes; enough to tell any two trained models apart, and read in no time.
 SAMPLE = 4096
@@ -97,7 +97,7 @@ def readable_weight(layer: nn.Module) -> Tensor | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return None
-    weight = whole(weight.detach())
+    weight = whole_weight(layer)
     if type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
         weight = weight.dequantize()
     return weight if weight.is_floating_point() and weight.element_size() > 1 else None

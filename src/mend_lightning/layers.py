@@ -26,6 +26,9 @@ MLP_LAYERS = (
     "ffn.lin1", "ffn.lin2", "ffn.up_proj", "ffn.down_proj",  # DistilBERT, MPT
 )  # fmt: skip
 
+# What torch's FullyShardedDataParallel calls the module that it wraps.
+FSDP_PREFIX = "_fsdp_wrapped_module"
+
 # Last blocks of each stack to edit by default: the paper's choice.
 LAST_BLOCKS = {"single": 3, "encoder_decoder": 2}
 
@@ -38,7 +41,8 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
         ((2, 3), (2, 3))
     """
     if isinstance(layer, Conv1D):
-        return layer.weight.shape[0], layer.weight.shape[1]
+        # Not the weight's shape: a sharded one is flat.
+        return layer.nx, layer.nf
     # Quantised linear layers keep these two numbers, not the weight's shape.
     return layer.in_features, layer.out_features
 
@@ -56,9 +60,23 @@ def is_editable(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> module, by the names that they have without FSDP's wrappers around them (of which the wrapped one counts).
+
+    Example:
+        >>> list(named_modules(nn.Sequential(nn.Linear(1, 1))))
+        ['', '0']
+    """
+    return {_unwrapped_name(name): module for name, module in model.named_modules()}
+
+
+def _unwrapped_name(name: str) -> str:
+    return f"{name}.".replace(f"{FSDP_PREFIX}.", "").removesuffix(".")
+
+
 def editable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every editable layer of the model by name, in the order of its modules."""
-    return {name: module for name, module in model.named_modules() if is_editable(module)}
+    return {name: module for name, module in named_modules(model).items() if is_editable(module)}
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -72,7 +90,7 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         ['model.layers']
     """
     stacks: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         inside = any(name.startswith(f"{outer}.") for outer in stacks)
         if isinstance(module, nn.ModuleList) and not inside and _is_stack(module):
             stacks[name] = module
@@ -151,7 +169,7 @@ def match_layers(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 def _no_match(model: nn.Module, pattern: str, known: list[str]) -> str:
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
-    if pattern in dict(model.named_modules()):
+    if pattern in named_modules(model):
         cause = "is a module that is not a linear layer, so it has no u and delta"
     else:
         cause = "matches no layer"
@@ -169,5 +187,5 @@ def select_layers(
 ) -> dict[str, nn.Module]:
     """name -> module of the layers to edit: by pattern, or the default choice."""
     names = match_layers(model, patterns) if patterns else default_layers(model, last_blocks)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     return {name: modules[name] for name in names}

@@ -40,8 +40,7 @@ from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
 from mend_lightning.parallel.loading import load_base_in_shards
-from mend_lightning.parallel.sharding import shard_editor
-from mend_lightning.parallel.strategy import ShardedStrategy
+from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
 from mend_lightning.parallel.whole import whole
 from mend_lightning.precondition import InputMoments
 from mend_lightning.report import console
@@ -143,12 +142,12 @@ class MendModule(L.LightningModule):
 
     def _load(self) -> None:
         strategy = None if self._trainer is None else self._trainer.strategy
-        sharded = strategy if isinstance(strategy, ShardedStrategy) else None
+        sharded = strategy if isinstance(strategy, (ShardedStrategy, ShardedBaseStrategy)) else None
         check_strategy(strategy)
         if sharded is None:
             self.base_model, self.tokenizer = self.base.load()
         else:
-            self.base_model, self.tokenizer = load_base_in_shards(self.base, sharded.mesh, sharded.root_device)
+            self.base_model, self.tokenizer = load_base_in_shards(self.base, sharded.shard_base, sharded.root_device)
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
             self.editor = self._editor_class().from_pretrained(self._editor_folder).train()
@@ -159,7 +158,7 @@ class MendModule(L.LightningModule):
         if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
             check_single_process(self.editor, self._trainer.world_size)
         if sharded is not None:
-            shard_editor(self.editor.to(sharded.root_device), sharded.mesh)
+            sharded.shard_editor(self.editor)
         check_checkpointing(self.base_model)
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
@@ -206,6 +205,7 @@ class MendModule(L.LightningModule):
 
     def on_test_start(self) -> None:
         self._check_trained()
+        self._weight_norms = weight_norms(self.editor.modules_in(self.base_model))
 
     def on_predict_start(self) -> None:
         self._check_trained()
@@ -300,11 +300,10 @@ class MendModule(L.LightningModule):
         answers = None
         if self.base_kind != "classifier":
             answers = edited_answers(self.base_model, self._encoder(), batch, scores)
-        weights = weight_norms({name: self.base_model.get_submodule(name) for name in scores.edited.deltas})
         if repeated(self.trainer.test_dataloaders, batch_idx):
             return []
         self.scoreboard.update(scores, hard_rows(batch))
-        self.scoreboard.update_norms(scores.edited.deltas, weights)
+        self.scoreboard.update_norms(scores.edited.deltas, self._weight_norms)
         if answers is not None:
             self.scoreboard.update_generated(*judge_answers(answers, batch))
         return task_records(batch, scores, answers)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mend_lightning.delta import Delta
 from mend_lightning.evaluate import BatchScores, RowScores
+from mend_lightning.fingerprint import readable_weight
 from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
-from mend_lightning.parallel.whole import whole
 
 # name -> (what it says, how it is measured): the results table and results.json quote this.
 PROTOCOL = {
@@ -36,13 +36,17 @@ PROTOCOL = {
 
 @torch.no_grad()
 def weight_norms(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """name -> Frobenius norm of each layer's weight. Every process that shares the layers must ask.
+    """name -> Frobenius norm of each layer's weight, but for weights that cannot be read (packed in 4 or 8 bit).
+
+    Every process that shares the layers must ask.
 
     Example:
-        >>> weight_norms({"fc": nn.Linear(4, 4)})["fc"].shape
-        torch.Size([])
+        >>> layer = nn.Linear(4, 4)
+        >>> torch.equal(weight_norms({"fc": layer})["fc"], layer.weight.norm())
+        True
     """
-    return {name: whole(layer.weight.float().norm()) for name, layer in layers.items()}
+    weights = {name: readable_weight(layer) for name, layer in layers.items()}
+    return {name: weight.float().norm() for name, weight in weights.items() if weight is not None}
 
 
 class Scoreboard(nn.Module):
@@ -90,8 +94,8 @@ class Scoreboard(nn.Module):
 
     def update_norms(self, deltas: Mapping[str, Delta], weights: Mapping[str, Tensor]) -> None:
         """Takes in how large the deltas are beside the weights they stand for, whose norms are `weights` (`weight_norms`)."""
-        for name, delta in deltas.items():
-            self.metrics["delta_norm"].update(delta.norm() / weights[name])
+        for name in deltas.keys() & weights.keys():
+            self.metrics["delta_norm"].update(deltas[name].norm() / weights[name])
 
     def update_generated(self, matches: Sequence[bool], f1: Sequence[float]) -> None:
         """Takes in the exact match and F1 of generated answers."""

@@ -17,7 +17,7 @@ from mend_lightning.editors.storage import load_editor, save_editor
 from mend_lightning.errors import BaseModelMismatchError, ConfigError
 from mend_lightning.factors import edit_factors
 from mend_lightning.fingerprint import base_fingerprint, same_base
-from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.layers import layer_shape, named_modules, select_layers
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs
@@ -242,7 +242,7 @@ class Editor(nn.Module):
         Raises:
             BaseModelMismatchError: the model lacks one of them, or it has another shape there.
         """
-        modules = dict(model.named_modules())
+        modules = named_modules(model)
         for name, shape in self.layers.items():
             if name not in modules:
                 raise BaseModelMismatchError(

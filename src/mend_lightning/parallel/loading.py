@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from mend_lightning.base import Architecture, BaseModel
 from mend_lightning.errors import ModelLoadError
-from mend_lightning.parallel.sharding import shard_model
 from mend_lightning.parallel.weights import FileWeights, SentWeights, WeightSource, places_of, safetensors_keys
+
+# Shards a model in place, unit by unit; `fill` gives each its weights first.
+Sharding = Callable[..., None]
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def allocate(prefix: str, module: nn.Module, source: WeightSource, device: torch
     source.fill(prefix, module, names)
 
 
-def load_base_in_shards(base: BaseModel, mesh: DeviceMesh, device: torch.device | str) -> tuple[nn.Module, Any]:
+def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device | str) -> tuple[nn.Module, Any]:
     """What `base.load()` gives, the model sharded. Every process must call it; one process of a node downloads.
 
     Where the safetensors files name every parameter as the architecture does, each process reads them block by block.
@@ -86,7 +87,7 @@ def load_base_in_shards(base: BaseModel, mesh: DeviceMesh, device: torch.device 
 
     Args:
         base: which model.
-        mesh: the processes that share it.
+        shard: `shard_model` or `wrap_blocks`, given its processes.
         device: of this process.
 
     Raises:
@@ -97,7 +98,7 @@ def load_base_in_shards(base: BaseModel, mesh: DeviceMesh, device: torch.device 
     with parameters_on_meta():
         model = architecture.build().eval().requires_grad_(False)
     source = _source(base, architecture, model)
-    shard_model(model, mesh, lambda prefix, module: allocate(prefix, module, source, device))
+    shard(model, fill=lambda prefix, module: allocate(prefix, module, source, device))
     return model, architecture.tokenizer
 
 

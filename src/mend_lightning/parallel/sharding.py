@@ -1,4 +1,4 @@
-"""FSDP2: a base model sharded by its blocks, an editor by its transforms.
+"""FSDP: a base model sharded by its blocks, an editor by its transforms.
 
 Weights are never touched by an edit, so nothing else of the method has to know: each block is gathered when it runs.
 """
@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from mend_lightning.errors import ConfigError
 from mend_lightning.layers import find_stacks
-from mend_lightning.parallel.whole import is_sharded
+from mend_lightning.parallel.whole import is_sharded, remember_unit
 
 if TYPE_CHECKING:
     from mend_lightning.editors.editor import Editor
@@ -31,6 +31,27 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """
     stacks = find_stacks(model).items()
     return {f"{name}.{index}": block for name, stack in stacks for index, block in enumerate(stack)}
+
+
+def wrap_blocks(model: nn.Module, device: torch.device, fill: Callable[[str, nn.Module], None] | None = None) -> None:
+    """Shards a model's blocks in place with torch's older FullyShardedDataParallel (FSDP1); what is in no block stays whole.
+
+    Args:
+        model: as in `shard_model`.
+        device: of this process.
+        fill: as in `shard_model`.
+    """
+    for name, block in blocks_of(model).items():
+        if fill is not None:
+            fill(name, block)
+        stack, _, index = name.rpartition(".")
+        # The layers keep weights of their own, which is what some of them ask for the dtype.
+        wrapper = FullyShardedDataParallel(block, device_id=device, use_orig_params=True)
+        model.get_submodule(stack)[int(index)] = wrapper
+        for module in block.modules():
+            remember_unit(module, wrapper)
+    if fill is not None:
+        fill("", model)
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Callable[[str, nn.Module], None] | None = None) -> None:
@@ -49,21 +70,28 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Callable[[str, nn.Modu
 
 
 def shard_editor(editor: Editor, mesh: DeviceMesh) -> None:
-    """Shards what an editor learns, its gradient and its optimiser's state.
+    """Shards what an editor learns, its gradient and its optimiser's state, on the device of `mesh`.
 
     Raises:
-        ConfigError: this editor cannot be sharded, or not be used on a sharded model.
+        ConfigError: see `check_shardable`.
     """
-    units = editor.shard_units()
-    if units is None:
+    check_shardable(editor)
+    # The same on every process, whatever the seeds: each keeps its part of the first one's.
+    for parameter in editor.parameters():
+        distributed.broadcast(parameter.data, src=0)
+    # The editor last: it is gathered when its own forward is called, with what is in no unit (edit rates).
+    for unit in [*editor.shard_units(), editor]:
+        fully_shard(unit, mesh=mesh)
+
+
+def check_shardable(editor: Editor) -> None:
+    """Raises ConfigError if this editor cannot work on a sharded model."""
+    if editor.shard_units() is None:
         raise ConfigError(
-            f"{type(editor).__name__} cannot work on a sharded model (fsdp2): it uses its parameters or the base's outside of "
+            f"{type(editor).__name__} cannot work on a sharded model: it uses its parameters or the base's outside of "
             "their modules' forward, or decides from the data how often the model runs. Use --trainer.strategy ddp, or "
             "MendEditor."
         )
-    # The editor last: it is gathered when its own forward is called, with what is in no unit (edit rates).
-    for unit in [*units, editor]:
-        fully_shard(unit, mesh=mesh)
 
 
 @torch.no_grad()

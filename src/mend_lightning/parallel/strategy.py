@@ -1,14 +1,20 @@
-"""FSDP2 as a ready-made strategy of Lightning's Trainer: `Trainer(strategy="fsdp2")`."""
+"""Sharded base models as ready-made strategies of Lightning's Trainer: `Trainer(strategy="fsdp2")`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
+from mend_lightning.parallel.sharding import check_shardable, shard_editor, shard_model, wrap_blocks
 
+Fill = Callable[[str, nn.Module], None]
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -55,7 +61,37 @@ class ShardedStrategy(ModelParallelStrategy):
             self._mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         return self._mesh
 
+    def shard_base(self, model: nn.Module, fill: Fill) -> None:
+        """See `shard_model`."""
+        shard_model(model, self.mesh, fill)
 
+    def shard_editor(self, editor: Editor) -> None:
+        """See `sharding.shard_editor`."""
+        shard_editor(editor.to(self.root_device), self.mesh)
+
+
+class ShardedBaseStrategy(DDPStrategy):
+    """Shards the base model's blocks with torch's older FullyShardedDataParallel (FSDP1); every process has the whole editor.
+
+    What `--trainer.strategy fsdp` is. The editor is trained as under `ddp`, and checkpoints are the same; embeddings and
+    output head stay whole on every device. `fsdp2` shards those and the editor as well.
+    """
+
+    def shard_base(self, model: nn.Module, fill: Fill) -> None:
+        """See `wrap_blocks`."""
+        wrap_blocks(model, self.root_device, fill)
+
+    def shard_editor(self, editor: Editor) -> None:
+        """Leaves it whole, if it can work on a sharded base."""
+        check_shardable(editor)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The editor's: the frozen base is in no checkpoint, and is not gathered for one."""
+        return self.lightning_module.editor.state_dict(prefix="editor.")
+
+
+# "fsdp" itself is Lightning's; the command line puts `ShardedBaseStrategy` in its place.
+StrategyRegistry.register("fsdp1", ShardedBaseStrategy, description="The base's blocks sharded (FSDP1), the editor whole")
 StrategyRegistry.register(
     "fsdp2", ShardedStrategy, description="The base sharded by its blocks, and the editor, over all processes (FSDP2)"
 )

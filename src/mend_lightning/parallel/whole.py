@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+# On a layer inside a block that FSDP1 shards: the block, which alone can gather it.
+_UNIT = "_mend_lightning_unit"
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -12,11 +18,14 @@ def is_sharded(module: nn.Module) -> bool:
         >>> is_sharded(nn.Linear(2, 2))
         False
     """
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+    # FSDP2's parameters know it, FSDP1's do not.
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters()) or any(
+        isinstance(each, FullyShardedDataParallel) for each in module.modules()
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, any other as it is. Every process must call it.
+    """The whole of a tensor that FSDP2 shards, any other as it is. Every process must call it.
 
     Example:
         >>> import torch
@@ -24,6 +33,25 @@ def whole(tensor: Tensor) -> Tensor:
         tensor([1., 1.])
     """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def remember_unit(module: nn.Module, unit: FullyShardedDataParallel) -> None:
+    """Notes which FSDP1 unit gathers the module's weights."""
+    module.__dict__[_UNIT] = weakref.ref(unit)
+
+
+def whole_weight(layer: nn.Module) -> Tensor:
+    """A layer's weight, gathered where it is sharded. Every process must call it.
+
+    Example:
+        >>> whole_weight(nn.Linear(2, 3)).shape
+        torch.Size([3, 2])
+    """
+    unit = layer.__dict__.get(_UNIT, lambda: None)()
+    if unit is None:
+        return whole(layer.weight.detach())
+    with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+        return layer.weight.detach().clone()
 
 
 def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
