@@ -42,10 +42,11 @@ from mend_lightning.optimization import Decay, lr_factor, parameter_groups
 from mend_lightning.parallel.loading import load_base_in_shards
 from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
 from mend_lightning.parallel.whole import whole
+from mend_lightning.parts import edit_step_in_parts
 from mend_lightning.precondition import InputMoments
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
-from mend_lightning.step import LocalityPositions, edit_step
+from mend_lightning.step import LocalityPositions, StepOutput, edit_step
 from mend_lightning.types import EditBatch
 
 _BASE_PREFIX = "base_model."
@@ -75,6 +76,8 @@ class MendModule(L.LightningModule):
         decay: "linear" lets both fall to 0 over the Trainer's steps; "none" keeps them.
         c_edit: weight of the edit loss (paper: 0.1). ENN's weight of its base loss, `c_base`, is the editor's setting.
         locality_positions: positions the locality loss looks at: "all" (the original) or "answer".
+        tasks_at_once: edits of a batch whose outer pass is in memory at a time; None: all. The step is the same with any, which
+            it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_parts`).
 
     Example:
         >>> module = MendModule(rank=256, lr=1e-5)
@@ -107,6 +110,7 @@ class MendModule(L.LightningModule):
         decay: Decay = "none",
         c_edit: float = 0.1,
         locality_positions: LocalityPositions = "all",
+        tasks_at_once: int | None = None,
     ) -> None:
         super().__init__()
         # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
@@ -121,7 +125,9 @@ class MendModule(L.LightningModule):
         )  # fmt: skip
         if calibration_batches < 1:
             raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
-        self.calibration_batches = calibration_batches
+        if tasks_at_once is not None and tasks_at_once < 1:
+            raise ConfigError(f"tasks_at_once must be at least 1, not {tasks_at_once}; leave it out to take a batch whole.")
+        self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
         self.base_model = self.tokenizer = self.editor = None
@@ -253,14 +259,20 @@ class MendModule(L.LightningModule):
         self.editor.calibrate(moments)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        out = edit_step(self.base_model, self.editor, batch, self.locality_positions)
+        loss, out = self._step(batch)
         check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step)
-        loss = out.total(self.c_edit)
         for name, value in out.losses().items():
             self.log(f"train/{name}", value.mean().detach(), prog_bar=True, batch_size=len(batch))
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         self.log("train/skipped_tokens", out.skipped.float(), prog_bar=True, batch_size=len(batch))
         return loss
+
+    def _step(self, batch: EditBatch) -> tuple[Tensor, StepOutput]:
+        if self.tasks_at_once is not None and self.tasks_at_once < batch.tasks:
+            settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
+            return edit_step_in_parts(self.base_model, self.editor, batch, *settings)
+        out = edit_step(self.base_model, self.editor, batch, self.locality_positions)
+        return out.total(self.c_edit), out
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]

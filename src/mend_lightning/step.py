@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -79,34 +79,67 @@ def edit_step(
     # The edits have a pass of their own: what an edit is must not depend, not even in its rounding, on the
     # rows that happen to share its batch.
     made = editor.make_deltas(model, batch.z_edit)
+    outer = _outer(model, layers, batch, locality_positions)
+    resting, drift = editor.resting_deltas(), None
+    if resting is not None:
+        unedited, drift = _resting(model, layers, resting, outer)
+        outer = replace(outer, unedited=unedited)
+    edit, locality = _edited_losses(model, layers, made.deltas, outer)
+    return StepOutput(edit, locality, made.inner, made.skipped, drift, editor.c_base)
+
+
+def outer_losses(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batch: EditBatch,
+    deltas: Mapping[str, Delta],
+    locality_positions: LocalityPositions = "all",
+) -> tuple[Tensor, Tensor]:
+    """L_edit and L_loc of edits that are made already, each `[tasks]`; arguments as in `edit_step`."""
+    return _edited_losses(model, layers, deltas, _outer(model, layers, batch, locality_positions))
+
+
+@dataclass(frozen=True)
+class _Outer:
+    """What the outer losses are taken on.
+
+    Attributes:
+        rows: `x_out`, then `x_in`.
+        trunk: the trunk's outputs for them.
+        locality: `[x_out rows, length]` bool, where L_loc looks.
+        unedited: `[n, vocabulary]` the logits there that L_loc compares with.
+    """
+
+    rows: Rows
+    trunk: TrunkOutputs
+    locality: Tensor
+    unedited: Tensor
+
+
+def _outer(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: EditBatch, locality_positions: LocalityPositions
+) -> _Outer:
     rows = concatenate_rows([batch.x_out, batch.x_in])
     trunk = run_trunk(model, rows, layers)
     mask = _widened(locality_mask(batch.x_out, locality_positions), rows)
     x_out = slice(0, len(batch.x_out))
     with replayed(trunk, x_out), torch.no_grad():
-        unedited = logits_at(model, rows.part(x_out), mask)
-    resting, drift = editor.resting_deltas(), None
-    if resting is not None:
-        unedited, drift = _resting(model, layers, resting, trunk, rows, mask, unedited)
-    edit, locality = _edited_losses(model, layers, made.deltas, trunk, rows, mask, unedited)
-    return StepOutput(edit, locality, made.inner, made.skipped, drift, editor.c_base)
+        return _Outer(rows, trunk, mask, logits_at(model, rows.part(x_out), mask))
 
 
 def _resting(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     deltas: Mapping[str, Delta],
-    trunk: TrunkOutputs,
-    rows: Rows,
-    locality: Tensor,
-    base_logits: Tensor,
+    outer: _Outer,
 ) -> tuple[Tensor, Tensor]:
     """Logits of the resting model at the locality positions, for comparison only, and L_base per task."""
+    rows, locality = outer.rows, outer.locality
     x_out = slice(0, locality.shape[0])
-    with replayed(trunk, x_out), applied(layers, deltas):
+    with replayed(outer.trunk, x_out), applied(layers, deltas):
         logits = logits_at(model, rows.part(x_out), locality)
     task = rows.task[x_out, None].expand_as(locality)[locality]
-    return logits.detach(), mean_by_task(token_kl(base_logits, logits), task, rows.tasks)
+    return logits.detach(), mean_by_task(token_kl(outer.unedited, logits), task, rows.tasks)
 
 
 def _widened(mask: Tensor, rows: Rows) -> Tensor:
@@ -117,19 +150,17 @@ def _edited_losses(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     deltas: Mapping[str, Delta],
-    trunk: TrunkOutputs,
-    rows: Rows,
-    locality: Tensor,
-    base_logits: Tensor,
+    outer: _Outer,
 ) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc per task, from one pass of the edited model over `x_out` and `x_in`."""
-    count, seen = locality.shape[0], base_logits.shape[0]
+    rows, locality = outer.rows, outer.locality
+    count, seen = locality.shape[0], outer.unedited.shape[0]
     edit = label_mask(rows)[count:]
-    with replayed(trunk, slice(None)), applied(layers, deltas, rows.task_of_row):
+    with replayed(outer.trunk, slice(None)), applied(layers, deltas, rows.task_of_row):
         logits = logits_at(model, rows, torch.cat([locality, edit]))
     # split, not two slices: each slice's backward would allocate a padded matrix of full size.
     out_logits, in_logits = logits.split([seen, logits.shape[0] - seen])
     task = rows.task[:, None].expand_as(rows.labels)
-    kl = mean_by_task(token_kl(base_logits, out_logits), task[:count][locality], rows.tasks)
+    kl = mean_by_task(token_kl(outer.unedited, out_logits), task[:count][locality], rows.tasks)
     nll = mean_by_task(token_nll(in_logits, rows.labels[count:][edit]), task[count:][edit], rows.tasks)
     return nll, kl

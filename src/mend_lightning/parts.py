@@ -1,0 +1,83 @@
+"""A meta-learning step over a few tasks at a time: the same losses and gradients, in the memory of those few.
+
+Accumulating gradients over small batches is not the same: each would be normalised with the statistics of the tokens seen so
+far, fewer than the whole batch has. Here the edits of the whole batch are made first. What takes memory, the edited
+pass over rephrases and unrelated rows, then runs for some tasks at a time, and only its gradient by the deltas is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mend_lightning.editors.editor import Editor
+from mend_lightning.errors import ConfigError
+from mend_lightning.step import LocalityPositions, StepOutput, outer_losses
+from mend_lightning.types import EditBatch
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients by `tensors` were computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, None, *(gradient * grad for gradient in ctx.saved_tensors)
+
+
+def edit_step_in_parts(
+    model: nn.Module,
+    editor: Editor,
+    batch: EditBatch,
+    c_edit: float,
+    tasks_at_once: int,
+    locality_positions: LocalityPositions = "all",
+) -> tuple[Tensor, StepOutput]:
+    """`edit_step(...).total(c_edit)`, with the outer pass of `tasks_at_once` tasks in memory at a time.
+
+    Args:
+        model, editor, batch, locality_positions: see `edit_step`.
+        c_edit: weight of the edit loss.
+        tasks_at_once: tasks of a part.
+
+    Returns:
+        The loss, whose `backward` gives the editor's parameters their gradients, and the losses of all tasks, detached.
+
+    Raises:
+        ConfigError: the editor trains the base as well (ENN), so that its edits are not all that the losses depend on.
+    """
+    if editor.resting_deltas() is not None:
+        raise ConfigError(
+            f"tasks_at_once={tasks_at_once}: {type(editor).__name__} trains the base as well, which takes the whole batch. Leave "
+            "tasks_at_once out, and lower data.batch_size."
+        )
+    made = editor.make_deltas(model, batch.z_edit)
+    tensors, shape = tree_flatten(dict(made.deltas))
+    gradients = [torch.empty_like(tensor) for tensor in tensors]
+    losses: list[StepOutput] = []
+    for start in range(0, batch.tasks, tasks_at_once):
+        tasks = slice(start, min(start + tasks_at_once, batch.tasks))
+        leaves = [tensor[tasks].detach().requires_grad_() for tensor in tensors]
+        edit, locality = outer_losses(
+            model, editor.modules_in(model), _of(batch, tasks), tree_unflatten(leaves, shape), locality_positions
+        )
+        losses.append(StepOutput(edit.detach(), locality.detach(), made.inner[tasks], made.skipped))
+        total = (c_edit * edit + locality).sum() / batch.tasks
+        for gradient, part in zip(gradients, torch.autograd.grad(total, leaves)):
+            gradient[tasks] = part
+    names = ("edit", "locality", "inner")
+    joined = StepOutput(*(torch.cat([getattr(each, name) for each in losses]) for name in names), made.skipped)
+    return _Known.apply(joined.total(c_edit), gradients, *tensors), joined
+
+
+def _of(batch: EditBatch, tasks: slice) -> EditBatch:
+    chosen = torch.arange(tasks.start, tasks.stop, device=batch.z_edit.task.device)
+    parts = (rows.of_tasks(chosen)[0] for rows in (batch.z_edit, batch.x_out, batch.x_in))
+    return EditBatch(*parts)
