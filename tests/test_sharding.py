@@ -22,7 +22,7 @@ from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.parallel import loading
 from mend_lightning.parallel.loading import known_to_all, load_base_in_shards, parameters_on_meta
-from mend_lightning.parallel.sharding import blocks_of, load_whole_state, shard_editor, shard_model
+from mend_lightning.parallel.sharding import blocks_of, keep_whole, load_whole_state, shard_editor, shard_model
 from mend_lightning.parallel.weights import FileWeights, RandomWeights, SentWeights, places_of, safetensors_keys
 from mend_lightning.parallel.whole import is_sharded, whole_state
 from mend_lightning.prefix import run_trunk
@@ -68,6 +68,7 @@ def check_loaded(base: BaseModel, family: str, shard) -> None:
     expected, _ = base.load()
     model, tokenizer = load_base_in_shards(base, shard, "cpu")
     assert len(tokenizer) == len(base.load()[1]) and not model.training
+    assert getattr(model, "generation_config", None) == getattr(expected, "generation_config", None)
     assert all(isinstance(p, DTensor) and not p.requires_grad for p in model.parameters())
     assert_same(whole_state(model), expected.state_dict())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
@@ -78,6 +79,16 @@ def assert_same(actual: dict, expected: dict) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
+
+
+def test_whole_models_are_loaded_so_as_well(family, base_folder, mesh):
+    """As under ddp: each process its own copy."""
+    base = BaseModel(str(base_folder(family)), "float32")
+    model, _ = load_base_in_shards(base, keep_whole, "cpu")
+    expected, _ = base.load()
+    assert not is_sharded(model)
+    assert_same(model.state_dict(), expected.state_dict())
+    assert torch.equal(logits(model, family), logits(expected, family))
 
 
 def renamed(folder: Path, target: Path, change) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
 )
 
 from mend_lightning.data.encode import ModelKind
@@ -88,7 +89,12 @@ class Architecture:
         """The model as its class initialises it."""
         dtype = self.config.dtype or torch.float32 if self.dtype == "auto" else self.dtype
         trust = self.options["trust_remote_code"]
-        return self.model_class.from_config(self.config, dtype=dtype, trust_remote_code=trust)
+        model = self.model_class.from_config(self.config, dtype=dtype, trust_remote_code=trust)
+        if model.can_generate():
+            # As `from_pretrained`: where the model has no such file, what its config says stays.
+            with suppress(OSError):
+                model.generation_config = GenerationConfig.from_pretrained(self.where, revision=self.options["revision"])
+        return model
 
 
 def read_architecture(

@@ -40,6 +40,7 @@ from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
 from mend_lightning.parallel.loading import load_base_in_shards
+from mend_lightning.parallel.sharding import keep_whole
 from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
 from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import edit_step_in_parts
@@ -150,10 +151,11 @@ class MendModule(L.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         sharded = strategy if isinstance(strategy, (ShardedStrategy, ShardedBaseStrategy)) else None
         check_strategy(strategy)
-        if sharded is None:
+        if self._trainer is None or (sharded is None and self._trainer.world_size == 1):
             self.base_model, self.tokenizer = self.base.load()
         else:
-            self.base_model, self.tokenizer = load_base_in_shards(self.base, sharded.shard_base, sharded.root_device)
+            shard = keep_whole if sharded is None else sharded.shard_base
+            self.base_model, self.tokenizer = load_base_in_shards(self.base, shard, strategy.root_device)
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
             self.editor = self._editor_class().from_pretrained(self._editor_folder).train()

@@ -1,4 +1,4 @@
-"""A base model that no process ever holds whole: built on the meta device, filled and sharded block by block."""
+"""A base model for several processes: built on the meta device, filled block by block, and sharded so."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device |
 
     Args:
         base: which model.
-        shard: `shard_model` or `wrap_blocks`, given its processes.
+        shard: `shard_model` or `wrap_blocks`, given its processes, or `keep_whole`.
         device: of this process.
 
     Raises:

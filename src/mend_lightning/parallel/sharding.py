@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from mend_lightning.editors.editor import Editor
 
 
+# Gives a unit (its name, and the module) its weights.
+Fill = Callable[[str, nn.Module], None]
+
+
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     """name -> block of every stack of the model: what is gathered, run and freed as one.
 
@@ -33,7 +37,13 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{index}": block for name, stack in stacks for index, block in enumerate(stack)}
 
 
-def wrap_blocks(model: nn.Module, device: torch.device, fill: Callable[[str, nn.Module], None] | None = None) -> None:
+def keep_whole(model: nn.Module, fill: Fill) -> None:
+    """Shards nothing: a process gets the whole model, unit by unit on its own device, and never a second copy of it."""
+    for name, module in [*blocks_of(model).items(), ("", model)]:
+        fill(name, module)
+
+
+def wrap_blocks(model: nn.Module, device: torch.device, fill: Fill) -> None:
     """Shards a model's blocks in place with torch's older FullyShardedDataParallel (FSDP1); what is in no block stays whole.
 
     Args:
@@ -42,19 +52,17 @@ def wrap_blocks(model: nn.Module, device: torch.device, fill: Callable[[str, nn.
         fill: as in `shard_model`.
     """
     for name, block in blocks_of(model).items():
-        if fill is not None:
-            fill(name, block)
+        fill(name, block)
         stack, _, index = name.rpartition(".")
         # The layers keep weights of their own, which is what some of them ask for the dtype.
         wrapper = FullyShardedDataParallel(block, device_id=device, use_orig_params=True)
         model.get_submodule(stack)[int(index)] = wrapper
         for module in block.modules():
             remember_unit(module, wrapper)
-    if fill is not None:
-        fill("", model)
+    fill("", model)
 
 
-def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Callable[[str, nn.Module], None] | None = None) -> None:
+def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Fill) -> None:
     """Shards a model in place: one unit a block, and one of all that is in no block (embeddings, norms, head).
 
     Args:
@@ -64,8 +72,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Callable[[str, nn.Modu
             parameters that are on the meta device get their values. A process so never holds more than its shards and one unit.
     """
     for name, module in [*blocks_of(model).items(), ("", model)]:
-        if fill is not None:
-            fill(name, module)
+        fill(name, module)
         fully_shard(module, mesh=mesh)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.parallel.sharding import check_shardable, shard_editor, shard_model, wrap_blocks
+from mend_lightning.parallel.sharding import Fill, check_shardable, shard_editor, shard_model, wrap_blocks
 
-Fill = Callable[[str, nn.Module], None]
 TIMEOUT = timedelta(minutes=30)
 
 
