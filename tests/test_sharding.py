@@ -6,8 +6,10 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from models import make_batch, make_rows, relative_error, spread_parameters
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from mend_lightning import MendEditor
 from mend_lightning.base import BaseModel
+from mend_lightning.checks import check_strategy
 from mend_lightning.delta import applied
 from mend_lightning.editors import Cache, EnnEditor, FineTuning, InContext, KnowledgeEditor
 from mend_lightning.errors import ConfigError, ModelLoadError
@@ -23,6 +26,7 @@ from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.parallel import loading
 from mend_lightning.parallel.loading import known_to_all, load_base_in_shards, parameters_on_meta
 from mend_lightning.parallel.sharding import blocks_of, keep_whole, load_whole_state, shard_editor, shard_model
+from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
 from mend_lightning.parallel.weights import FileWeights, RandomWeights, SentWeights, places_of, safetensors_keys
 from mend_lightning.parallel.whole import is_sharded, whole_state
 from mend_lightning.prefix import run_trunk
@@ -308,3 +312,17 @@ def test_names_in_files(base_folder):
     assert set(places_of(model, files)) == set(dict(model.named_parameters()))
     assert places_of(model, {name: file for name, file in files.items() if "block.0" not in name}) is None
     assert safetensors_keys(str(Path(folder).parent)) is None
+
+
+def test_strategies_that_cannot():
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2: tensor parallelism is not supported.*Leave it at 1"):
+        ShardedStrategy(tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="ModelParallelStrategy cannot shard this model.*fsdp2"):
+        check_strategy(ModelParallelStrategy())
+    for strategy in (ShardedStrategy(), ShardedBaseStrategy(), DDPStrategy(), None):
+        check_strategy(strategy)
+
+
+def test_strategies_have_names():
+    for name, kind in (("fsdp2", ShardedStrategy), ("fsdp1", ShardedBaseStrategy)):
+        assert type(L.Trainer(accelerator="cpu", strategy=name, logger=False, enable_checkpointing=False).strategy) is kind

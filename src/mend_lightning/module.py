@@ -304,8 +304,8 @@ class MendModule(L.LightningModule):
                 "an earlier checkpoint and lower the learning rates."
             )
         values["loss"] = self.c_edit * values["edit_nll"] + values["locality_kl"]
-        # Metrics are reduced over processes already.
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=False)
+        # Metrics are reduced over processes already, and the same on each; without sync_dist Lightning would warn of each.
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
         self.scoreboard.reset()
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
@@ -324,7 +324,7 @@ class MendModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self.results = self.scoreboard.compute()
-        self.log_dict({f"test/{name}": value for name, value in self.results.items()}, sync_dist=False)
+        self.log_dict({f"test/{name}": value for name, value in self.results.items()}, sync_dist=True)
         self.scoreboard.reset()
 
     def predict_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
