@@ -156,6 +156,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             if trainer_config.get("strategy") == "fsdp":
                 # Lightning's own would gather the frozen base for every checkpoint, and shard the editor's float32 with it.
                 kwargs["strategy"] = "fsdp1"
+            kwargs["plugins"] = with_checkpoint_io(trainer_config.get("plugins"), trainer_config.get("strategy"))
             if trainer_config.get("enable_progress_bar") is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))
             trainer = super().instantiate_trainer(**kwargs)
@@ -192,6 +193,18 @@ def default_loggers(root: str) -> list[Any]:
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(root, name="tensorboard"))
     return loggers
+
+
+def with_checkpoint_io(plugins: Any, strategy: Any) -> list[Any]:
+    """The Trainer's plugins as a list, with EditorCheckpointIO unless a plugin or the strategy brings a CheckpointIO."""
+    from lightning.pytorch.plugins import CheckpointIO
+
+    from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO
+
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+    if any(isinstance(plugin, CheckpointIO) for plugin in given) or getattr(strategy, "_checkpoint_io", None) is not None:
+        return given
+    return [*given, EditorCheckpointIO()]
 
 
 def _quiet() -> None:

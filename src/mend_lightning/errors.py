@@ -57,6 +57,10 @@ class StateDictError(MendError, ValueError):
     """A saved file lacks parameters, has foreign ones, or they have other shapes."""
 
 
+class CheckpointNotFoundError(MendError, FileNotFoundError):
+    """There is no checkpoint where one was to be read."""
+
+
 class OutputPathError(MendError, OSError):
     """A result cannot be written where it was asked to go."""
 

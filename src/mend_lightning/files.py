@@ -42,7 +42,7 @@ def written(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes files private; results are ordinary files.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def _is_earlier_result(path: Path, replaces: str) -> bool:
 
 def _make_ordinary(folder: Path) -> None:
     """Safetensors are written for the owner alone; results are ordinary files and folders."""
-    mask = _umask()
+    mask = umask()
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
@@ -154,7 +154,8 @@ def check_writable_file(path: str | Path) -> None:
     check_writable(path.parent)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,0 +1,95 @@
+"""One checkpoint file: written so that it is whole or not there, read without running code."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import torch
+
+from mend_lightning.errors import CheckpointNotFoundError, OutputPathError, StateDictError
+from mend_lightning.parallel.durable import durably_written
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Writes a checkpoint; at any moment `path` is the old file or the new one, whole.
+
+    Raises:
+        OutputPathError: it cannot be written. What was at `path` is still there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputPathError(f"Cannot write the checkpoint {path}: it is a folder. Give the path of a file.")
+    try:
+        # Lightning's own (`_atomic_save`) goes through fsspec, which writes to the system's folder for temporary files and
+        # moves: onto another disk, a copy into the old file's place, which a kill cuts off. And it never waits for the disk.
+        with durably_written(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:
+        # torch raises RuntimeError where its own writer cannot write.
+        raise OutputPathError(
+            f"Cannot write the checkpoint {path}: {_reason(error)}. An earlier one of that name is as it was. "
+            "Make room, or give a folder that you may write to."
+        ) from error
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+    """Reads a checkpoint file.
+
+    Args:
+        path: of the file.
+        map_location: see `torch.load`.
+        weights_only: False lets the file run any code; for files of your own that hold other objects than tensors.
+
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        StateDictError: it is cut off, or no checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise StateDictError(
+            f"{path} is a folder. A checkpoint is a file: give one that `fit` wrote, FOLDER/last.ckpt."
+        )
+    if not path.exists():
+        raise CheckpointNotFoundError(f"There is no checkpoint {path}. {_others_beside(path)}")
+    try:
+        _check_sums(path)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError, BadZipFile) as error:
+        raise StateDictError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a checkpoint: it is cut off, damaged, or another "
+            f"kind of file ({_reason(error)}). Take another checkpoint, or copy this one again."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise StateDictError(
+            f"{path} is no checkpoint of a Trainer: it has no 'state_dict'. Give a file that `fit` wrote; a saved editor "
+            "(a folder) goes to --model.editor."
+        )
+    return checkpoint
+
+
+def _others_beside(path: Path) -> str:
+    found = sorted(other.name for other in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+    if found:
+        return f"{path.parent} has: {', '.join(found[:10])}."
+    return f"{path.parent} has none. Give the path of a file that `fit` wrote (RUN/checkpoints/last.ckpt)."
+
+
+def _check_sums(path: Path) -> None:
+    """Compares what the file holds with the sums that are in it: torch writes them and does not look at them again."""
+    if not is_zipfile(path) or not torch.serialization.get_crc32_options():
+        return
+    with ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise BadZipFile(f"{damaged} is not what was written")
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's long messages that says what was found."""
+    lines = str(error).splitlines() or [""]
+    line = next((line for line in lines if "WeightsUnpickler error" in line), lines[0]).strip().rstrip(".")
+    return f"{type(error).__name__}: {shorten(line, 120)}" if line else type(error).__name__
