@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+import lightning as L
+import numpy as np
 import pytest
 import torch
 from bases import REMARKS, assert_same_state, run_config
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mend_lightning.cli import main
+from mend_lightning.run_callbacks import StartReport
 
 pytest_plugins = ["bases"]
 # Runs from one checkpoint write to folders of their own, or to the folder of the run that was killed.
@@ -28,8 +32,11 @@ STEPS = 7
 class Runs:
     """Fits and resumes one kind of run; each starts from the same editor."""
 
-    def __init__(self, mend, edit_data, trainer, folder: Path, workers: int = 0, **settings) -> None:
+    def __init__(
+        self, mend, edit_data, trainer, folder: Path, workers: int = 0, more: type[L.Callback] | None = None, **settings
+    ) -> None:
         self.mend, self.edit_data, self.trainer, self.folder, self.workers = mend, edit_data, trainer, folder, workers
+        self.more = more
         self.settings = {"max_steps": STEPS, "enable_checkpointing": True, **settings}
 
     def fit(self, name: str, ckpt_path: Path | None = None, keep: ModelCheckpoint | None = None) -> dict:
@@ -38,7 +45,8 @@ class Runs:
         torch.manual_seed(len(name))
         if ckpt_path is None:
             torch.manual_seed(0)
-        run = self.trainer(callbacks=[keep or every_step(self.folder / name)], **self.settings)
+        more = [] if self.more is None else [self.more()]
+        run = self.trainer(callbacks=[keep or every_step(self.folder / name), StartReport(), *more], **self.settings)
         # The preconditioning is estimated once, by the run that is stopped.
         module = self.mend("llama", warmup_steps=2, decay="linear", precondition=1.0)
         run.fit(module, self.edit_data(num_workers=self.workers), ckpt_path=ckpt_path)
@@ -69,15 +77,26 @@ def flat(state: dict) -> dict[str, torch.Tensor]:
     return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
 
 
+class Noise(L.Callback):
+    """Training that draws: a scale from Python and numpy, and noise of torch on every gradient."""
+
+    def on_train_batch_start(self, *_) -> None:
+        self.scale = random.random() + np.random.rand()
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        for parameter in module.editor.parameters():
+            parameter.grad += self.scale * torch.randn_like(parameter)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
+        {"more": Noise, "workers": 1, "max_steps": 6},
         {"accumulate_grad_batches": 2, "max_steps": 5},
         {"accumulate_grad_batches": 3, "max_steps": 4},
-        {"workers": 1, "max_steps": 6},
     ],
-    ids=lambda settings: "-".join(f"{key}_{value}" for key, value in settings.items()) or "plain",
+    ids=lambda settings: "-".join(f"{key}_{getattr(value, '__name__', value)}" for key, value in settings.items()) or "plain",
 )
 def test_stopped_after_any_step(settings, mend, edit_data, trainer, tmp_path):
     runs = Runs(mend, edit_data, trainer, tmp_path, **settings)

@@ -19,6 +19,7 @@ from mend_lightning.errors import (
     StateDictError,
 )
 from mend_lightning.parallel.whole import is_sharded
+from mend_lightning.random_states import kept_random_states
 from mend_lightning.step import LocalityPositions, edit_step
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
@@ -140,7 +141,8 @@ def unreached_parameters(
     training = editor.training
     editor.eval()
     try:
-        loss = edit_step(model, editor, batch, positions).total(1.0)
+        with kept_random_states():
+            loss = edit_step(model, editor, batch, positions).total(1.0)
         if is_sharded(editor):
             # Until then the loss depends on gathered parameters; only `backward` brings the gradient to the sharded ones.
             loss.backward()

@@ -45,6 +45,7 @@ from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrateg
 from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import edit_step_in_parts
 from mend_lightning.precondition import InputMoments
+from mend_lightning.random_states import gathered_random_states, set_own_random_states
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
 from mend_lightning.step import LocalityPositions, StepOutput, edit_step
@@ -135,6 +136,7 @@ class MendModule(L.LightningModule):
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
         self._trained = editor is not None
+        self._random_states: list[dict[str, Any]] | None = None
 
     def configure_model(self) -> None:
         """Loads the base and builds the editor, once; Lightning calls this before every stage."""
@@ -364,10 +366,19 @@ class MendModule(L.LightningModule):
             name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(_BASE_PREFIX)
         }
         checkpoint["mend_lightning"] = self.editor.description()
+        checkpoint["random_states"] = gathered_random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self.editor)
         self._trained = True
+        # Checkpoints of earlier versions have none.
+        self._random_states = checkpoint.get("random_states")
+
+    def on_train_start(self) -> None:
+        """Goes on with a resumed run's random numbers; what was drawn until here (a new editor's start) is not part of it."""
+        if self._random_states is not None:
+            set_own_random_states(self._random_states, self.global_rank)
+            self._random_states = None
 
 
 def hard_rows(batch: EditBatch) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from mend_lightning.checks import check_batch, unreached_parameters
 from mend_lightning.cost import EditCost, measure_cost
+from mend_lightning.editors.storage import save_editor
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.layers import layer_shape
@@ -90,26 +91,44 @@ class StartReport(L.Callback):
 
 
 class SaveEditor(L.Callback):
-    """Writes the best checkpoint's editor to `<root>/editor` when training ends."""
+    """Writes the best checkpoint's editor to `<root>/editor` when training ends, and puts it into the module."""
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Ctrl-C keeps what was learned: the best checkpoint's editor, or the current one."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit" and module.editor is not None:
-            self.on_fit_end(trainer, module)
+        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit" or module.editor is None:
+            return
+        # By one process, with what it has: the others may be anywhere, and never answer.
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self._save(trainer, module, best_editor_state(trainer))
             console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
             return
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best:
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            prefix = "editor."
-            module.editor.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        folder = module.editor.save_pretrained(Path(trainer.default_root_dir) / "editor")
-        source = f"best checkpoint, {Path(best).name}" if best else "the last step; no checkpoint was kept"
+        # Read by one process, for the others may be on machines that do not have the folder; a test that follows in
+        # this process must find the same editor on all of them.
+        state = trainer.strategy.broadcast(best_editor_state(trainer) if trainer.is_global_zero else None)
+        if state is not None:
+            module.editor.load_state_dict(state)
+        if trainer.is_global_zero:
+            self._save(trainer, module, state)
+
+    def _save(self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, torch.Tensor] | None) -> None:
+        folder = save_editor(module.editor, Path(trainer.default_root_dir) / "editor", state)
+        best = Path(trainer.checkpoint_callback.best_model_path).name if state is not None else ""
+        source = f"best checkpoint, {best}" if best else "the last step; no checkpoint was kept"
         source = source if module.editor.trainable else f"{type(module.editor).__name__} needs no training"
         console().print(f"Editor saved to {folder} ({source})", highlight=False)
+
+
+def best_editor_state(trainer: L.Trainer) -> dict[str, torch.Tensor] | None:
+    """The editor of the best checkpoint that was kept, on the CPU; None if there is none."""
+    best, prefix = getattr(trainer.checkpoint_callback, "best_model_path", ""), "editor."
+    if not best:
+        return None
+    # Through the plugin: the file may still be on its way to the disk, and may be one of shards.
+    state = trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")["state_dict"]
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 class CurvePlot(L.Callback):

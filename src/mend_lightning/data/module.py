@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from mend_lightning.data.collate import collate_groups
@@ -212,6 +213,9 @@ class EditDataModule(L.LightningDataModule):
             collate_fn=partial(collate_groups, encoder=self.encoder),
             num_workers=self.num_workers,
             persistent_workers=False,
+            # Its workers' seeds come from here. By default torch draws them from the generator that training uses, so that
+            # a resumed run, which starts its epoch again, or a validation would change what is drawn after it.
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def teardown(self, stage: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mend_lightning.errors import StateDictError
 from mend_lightning.files import write_json, written
@@ -20,10 +22,17 @@ FORMAT = 1
 KEYS = ("layers", "settings", "base", "base_options", "base_fingerprint", "prompt_format")
 
 
-def save_editor(editor: Editor, folder: str | Path) -> Path:
-    """Writes `editor.safetensors` and `editor.json`, each in one move; returns the folder."""
+def save_editor(editor: Editor, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
+    """Writes `editor.safetensors` and `editor.json`, each in one move; returns the folder.
+
+    Args:
+        editor: what is described.
+        folder: where to.
+        state: of an editor like it, in place of its own: of a checkpoint, or gathered from several processes.
+    """
     folder = Path(folder)
-    state = {name: value.detach().cpu().contiguous() for name, value in editor.state_dict().items()}
+    state = editor.state_dict() if state is None else state
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with written(folder / WEIGHTS) as temporary:
         save_file(state, temporary)
     write_json(folder / DESCRIPTION, {"format": FORMAT, **editor.description()})
