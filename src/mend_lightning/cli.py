@@ -131,6 +131,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
 
     from mend_lightning.data.module import EditDataModule
     from mend_lightning.module import MendModule
+    from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
 
     class Parser(LightningArgumentParser):
@@ -170,19 +171,21 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             self.config_init["test"]["verbose"] = False
 
     _quiet()
-    return MendCLI(
-        MendModule,
-        EditDataModule,
-        args=arguments,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={
-            # Edits need gradients in validation and test too.
-            "inference_mode": False,
-            "default_root_dir": DEFAULT_ROOT,
-            "callbacks": [StartReport(), SaveEditor(), CurvePlot(), ResultsReport()],
-        },
-    )
+    end_with_first_process()
+    with lost_processes_named():
+        return MendCLI(
+            MendModule,
+            EditDataModule,
+            args=arguments,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                # Edits need gradients in validation and test too.
+                "inference_mode": False,
+                "default_root_dir": DEFAULT_ROOT,
+                "callbacks": [StartReport(), SaveEditor(), CurvePlot(), ResultsReport()],
+            },
+        )
 
 
 def default_loggers(root: str) -> list[Any]:

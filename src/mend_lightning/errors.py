@@ -92,6 +92,10 @@ class StoppedError(MendError, RuntimeError):
     """Work was stopped before its end by whoever asked for it."""
 
 
+class ProcessLostError(MendError, RuntimeError):
+    """Another process of a distributed run has ended, or does not answer."""
+
+
 class NoEffectWarning(UserWarning):
     """An operation ran but changed nothing."""
 
