@@ -18,7 +18,7 @@ from mend_lightning.errors import (
     NonFiniteError,
     StateDictError,
 )
-from mend_lightning.parallel.whole import is_sharded
+from mend_lightning.parallel.whole import is_sharded, own_class
 from mend_lightning.random_states import kept_random_states
 from mend_lightning.step import LocalityPositions, edit_step
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
@@ -59,12 +59,17 @@ def check_checkpoint(checkpoint: Mapping[str, Any], editor: Editor) -> None:
         StateDictError: MendModule did not write it, or an entry is missing.
         BaseModelMismatchError: it is of another editor or base model.
     """
+    if "shards" in checkpoint:
+        raise StateDictError(
+            "This is a sharded checkpoint, whose tensors lie in a folder beside it. Read it with the plugin that knows them: "
+            "Trainer(plugins=[mend_lightning.parallel.checkpoint_io.EditorCheckpointIO()]), or the command line."
+        )
     saved = checkpoint.get("mend_lightning")
     if saved is None:
         raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
     mine = editor.description()
     # Settings that came later have their defaults in an older checkpoint.
-    parameters = signature(type(editor)).parameters.items()
+    parameters = signature(own_class(editor)).parameters.items()
     defaults = {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
     saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
     mine["settings"] = {**defaults, **mine["settings"]}

@@ -21,6 +21,7 @@ from mend_lightning.edit import Edit, relative_norms
 from mend_lightning.editors.editor import Editor, Made
 from mend_lightning.errors import CollidingEditWarning, ConfigError, LowConfidenceWarning, NoEffectWarning
 from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
+from mend_lightning.parallel.whole import own_class
 from mend_lightning.stack_state import active_ids, question_key
 from mend_lightning.types import Rows
 
@@ -161,7 +162,7 @@ def _about(
         "base_fingerprint": base_fingerprint({name: layers[name] for name in sorted(layers)}),
         "weights": layer_fingerprints({name: layers[name] for name in deltas}),
         "relative_norm": {name: float(f"{norm:.4g}") for name, norm in norms.items()},
-        "editor": type(editor).__name__,
+        "editor": own_class(editor).__name__,
         **resting,
         "prompt_format": editor.prompt_format,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

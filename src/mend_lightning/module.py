@@ -39,6 +39,7 @@ from mend_lightning.evaluate import evaluate_batch
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
+from mend_lightning.parallel.checkpoint_file import BASE_PREFIX
 from mend_lightning.parallel.loading import load_base_in_shards
 from mend_lightning.parallel.sharding import keep_whole
 from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
@@ -50,8 +51,6 @@ from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
 from mend_lightning.step import LocalityPositions, StepOutput, edit_step
 from mend_lightning.types import EditBatch
-
-_BASE_PREFIX = "base_model."
 
 
 class MendModule(L.LightningModule):
@@ -173,7 +172,7 @@ class MendModule(L.LightningModule):
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
-        frozen = [f"{_BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
+        frozen = [f"{BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
         self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
 
     def _editor_class(self) -> type[Editor]:
@@ -363,7 +362,7 @@ class MendModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(_BASE_PREFIX)
+            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(BASE_PREFIX)
         }
         checkpoint["mend_lightning"] = self.editor.description()
         checkpoint["random_states"] = gathered_random_states()

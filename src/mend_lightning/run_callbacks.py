@@ -17,6 +17,9 @@ from mend_lightning.editors.storage import save_editor
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.layers import layer_shape
+from mend_lightning.parallel.checkpoint_file import EDITOR_PREFIX
+from mend_lightning.parallel.sharding import load_whole_state
+from mend_lightning.parallel.whole import is_sharded, own_class, whole_state
 from mend_lightning.plots import plot_curves
 from mend_lightning.report import console, results_table, write_results
 from mend_lightning.types import IGNORED_LABEL, EditBatch
@@ -55,7 +58,7 @@ class StartReport(L.Callback):
         # The editor's gradient and Adam's two moments are as large as the editor.
         return [
             *lines,
-            f"Editor: {type(editor).__name__}, {parameters:,} parameters",
+            f"Editor: {own_class(editor).__name__}, {parameters:,} parameters",
             "  " + ", ".join(f"{name} {value}" for name, value in editor.settings.items() if value is not None),
             f"Memory: base {base_bytes / 2**20:,.0f} MB + editor, gradient and Adam {16 * parameters / 2**20:,.0f} MB, "
             "and activations",
@@ -98,9 +101,12 @@ class SaveEditor(L.Callback):
         if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit" or module.editor is None:
             return
         # By one process, with what it has: the others may be anywhere, and never answer.
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            self._save(trainer, module, best_editor_state(trainer))
-            console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        state = best_editor_state(trainer)
+        if state is not None or not is_sharded(module.editor):
+            self._save(trainer, module, state)
+        console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -109,26 +115,28 @@ class SaveEditor(L.Callback):
         # this process must find the same editor on all of them.
         state = trainer.strategy.broadcast(best_editor_state(trainer) if trainer.is_global_zero else None)
         if state is not None:
-            module.editor.load_state_dict(state)
+            load_whole_state(module.editor, state)
+        else:
+            state = whole_state(module.editor)
         if trainer.is_global_zero:
             self._save(trainer, module, state)
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, torch.Tensor] | None) -> None:
         folder = save_editor(module.editor, Path(trainer.default_root_dir) / "editor", state)
-        best = Path(trainer.checkpoint_callback.best_model_path).name if state is not None else ""
+        best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "")).name
         source = f"best checkpoint, {best}" if best else "the last step; no checkpoint was kept"
-        source = source if module.editor.trainable else f"{type(module.editor).__name__} needs no training"
+        source = source if module.editor.trainable else f"{own_class(module.editor).__name__} needs no training"
         console().print(f"Editor saved to {folder} ({source})", highlight=False)
 
 
 def best_editor_state(trainer: L.Trainer) -> dict[str, torch.Tensor] | None:
     """The editor of the best checkpoint that was kept, on the CPU; None if there is none."""
-    best, prefix = getattr(trainer.checkpoint_callback, "best_model_path", ""), "editor."
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not best:
         return None
     # Through the plugin: the file may still be on its way to the disk, and may be one of shards.
     state = trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")["state_dict"]
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(EDITOR_PREFIX): value for name, value in state.items() if name.startswith(EDITOR_PREFIX)}
 
 
 class CurvePlot(L.Callback):
@@ -170,7 +178,7 @@ class ResultsReport(L.Callback):
             return
         folder = Path(trainer.default_root_dir)
         about = {
-            "editor": type(module.editor).__name__,
+            "editor": own_class(module.editor).__name__,
             "base": module.base.name,
             "base_fingerprint": module.editor.base_fingerprint,
             "test": str(trainer.datamodule.files["test"]),

@@ -18,6 +18,7 @@ from mend_lightning.errors import BaseModelMismatchError, ConfigError
 from mend_lightning.factors import edit_factors
 from mend_lightning.fingerprint import base_fingerprint, same_base
 from mend_lightning.layers import layer_shape, named_modules, select_layers
+from mend_lightning.parallel.whole import own_class
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs
@@ -208,7 +209,7 @@ class Editor(nn.Module):
     def description(self) -> dict[str, Any]:
         """Everything but the parameters, as builtins: what `editor.json` and checkpoints hold."""
         return {
-            "class": type(self).__name__,
+            "class": own_class(self).__name__,
             "base": self.base_name,
             "base_options": self.base_options,
             "base_fingerprint": self.base_fingerprint,

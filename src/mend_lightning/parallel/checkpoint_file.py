@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 
 from mend_lightning.errors import CheckpointNotFoundError, OutputPathError, StateDictError
 from mend_lightning.parallel.durable import durably_written
+
+# The base is not in checkpoints: it is frozen, and may be larger than one process can hold.
+BASE_PREFIX, EDITOR_PREFIX = "base_model.", "editor."
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -69,6 +73,17 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
             "(a folder) goes to --model.editor."
         )
     return checkpoint
+
+
+def editor_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The editor's part of a checkpoint's state dict, under the editor's own names.
+
+    Example:
+        >>> editor_state({"state_dict": {"editor.edit_rates": 1}})
+        {'edit_rates': 1}
+    """
+    state = checkpoint["state_dict"].items()
+    return {name.removeprefix(EDITOR_PREFIX): value for name, value in state if name.startswith(EDITOR_PREFIX)}
 
 
 def _others_beside(path: Path) -> str:

@@ -13,7 +13,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from mend_lightning.errors import ConfigError
-from mend_lightning.parallel.checkpoint_file import read_checkpoint, write_checkpoint
+from mend_lightning.parallel.checkpoint_file import write_checkpoint
+from mend_lightning.parallel.shards import read_full, remove_shards
 
 
 class EditorCheckpointIO(CheckpointIO):
@@ -53,7 +54,7 @@ class EditorCheckpointIO(CheckpointIO):
                 f"storage_options={storage_options!r} mean nothing to EditorCheckpointIO; leave them out."
             )
         self.wait()
-        write = self._remote.save_checkpoint if _is_remote(path) else write_checkpoint
+        write = self._remote.save_checkpoint if _is_remote(path) else _write
         if self.asynchronous:
             self._start(write, snapshot(checkpoint), path)
         else:
@@ -62,24 +63,26 @@ class EditorCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint without running code, unless `weights_only` is False: then any file is trusted.
+        """Reads a checkpoint, sharded or not, without running code unless `weights_only` is False: then any file is trusted.
 
         Raises:
-            CheckpointNotFoundError, StateDictError: see `read_checkpoint`.
+            CheckpointNotFoundError, StateDictError: see `read_full`.
             OutputPathError: the last one could not be written.
         """
         self.wait()
         if _is_remote(path):
             return self._remote.load_checkpoint(path, map_location, weights_only is not False)
-        return read_checkpoint(path, map_location, weights_only is not False)
+        return read_full(path, map_location, weights_only is not False)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a checkpoint, if it is there; after what is being written, which may be the same one."""
+        """Removes a checkpoint and its shards, if it is there; after what is being written, which may be the same one."""
         self.wait()
         if _is_remote(path):
             self._remote.remove_checkpoint(path)
         else:
+            # The file first: what is killed between the two leaves shards that nobody names, and not a file without.
             Path(path).unlink(missing_ok=True)
+            remove_shards(path)
 
     def teardown(self) -> None:
         """Waits for what is being written."""
@@ -126,6 +129,12 @@ def snapshot(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(snapshot, value))
     return copy.deepcopy(value)
+
+
+def _write(checkpoint: dict[str, Any], path: str | Path) -> None:
+    write_checkpoint(checkpoint, path)
+    # Of a sharded one of that name.
+    remove_shards(path)
 
 
 def _is_remote(path: str | Path) -> bool:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from mend_lightning.errors import ConfigError
 from mend_lightning.layers import find_stacks
@@ -114,3 +116,27 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True, strict=True))
+
+
+def sharded_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole optimizer's state dict as one of this process's shards; unchanged where the parameters are not sharded.
+
+    Args:
+        optimizer: of the parameters that it is for, in the same order.
+        state: what `Optimizer.state_dict()` gives on one device.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = {
+        index: {name: _placed_like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": values}
+
+
+def _placed_like(value: Any, parameter: Tensor) -> Any:
+    # Adam's number of steps is one for the whole parameter.
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    # None: every process has the whole value, so none is sent.
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.parallel.sharding import Fill, check_shardable, shard_editor, shard_model, wrap_blocks
+from mend_lightning.parallel.checkpoint_file import EDITOR_PREFIX, editor_state
+from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO
+from mend_lightning.parallel.sharding import (
+    Fill,
+    check_shardable,
+    load_whole_state,
+    shard_editor,
+    shard_model,
+    sharded_optimizer_state,
+    wrap_blocks,
+)
+from mend_lightning.parallel.shards import with_shards, write_sharded
+from mend_lightning.parallel.whole import whole
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -51,6 +67,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        # Lightning's own would leave shards behind, and reads no sharded checkpoint.
+        if self._checkpoint_io is None:
+            self._checkpoint_io = EditorCheckpointIO()
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -66,6 +85,49 @@ class ShardedStrategy(ModelParallelStrategy):
     def shard_editor(self, editor: Editor) -> None:
         """See `sharding.shard_editor`."""
         shard_editor(editor.to(self.root_device), self.mesh)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The editor's state, without the base, which no process could hold: whole on the CPU, or in shards."""
+        return self._saved(self.lightning_module.editor.state_dict(prefix=EDITOR_PREFIX))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As torch's `Optimizer.state_dict()` on one device; whole on the CPU, or in shards."""
+        return self._saved(getattr(optimizer, "_optimizer", optimizer).state_dict())
+
+    def _saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self._save_distributed_checkpoint:
+            return state
+        return apply_to_collection(state, Tensor, lambda value: whole(value).cpu())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        filepath = self.broadcast(filepath)
+        if self._save_distributed_checkpoint:
+            write_sharded(checkpoint, filepath)
+        elif self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint of any layout, with whole tensors; every process reads it."""
+        path = self.broadcast(checkpoint_path)
+        trusted = {} if weights_only is None else {"weights_only": weights_only}
+        return with_shards(self.checkpoint_io.load_checkpoint(path, **trusted), path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        load_whole_state(self.lightning_module.editor, editor_state(checkpoint))
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        # ModelParallelStrategy restores it while it reads the checkpoint, and not where this property is asked.
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"]):
+            optimizer.load_state_dict(sharded_optimizer_state(optimizer, state))
+
+    def teardown(self) -> None:
+        super().teardown()
+        # ModelParallelStrategy leaves it out, and with it what went wrong with the last asynchronous write.
+        self.checkpoint_io.teardown()
 
 
 class ShardedBaseStrategy(DDPStrategy):
@@ -85,7 +147,7 @@ class ShardedBaseStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The editor's: the frozen base is in no checkpoint, and is not gathered for one."""
-        return self.lightning_module.editor.state_dict(prefix="editor.")
+        return self.lightning_module.editor.state_dict(prefix=EDITOR_PREFIX)
 
 
 # "fsdp" itself is Lightning's; the command line puts `ShardedBaseStrategy` in its place.

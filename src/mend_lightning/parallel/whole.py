@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 # On a layer inside a block that FSDP1 shards: the block, which alone can gather it.
 _UNIT = "_mend_lightning_unit"
@@ -22,6 +22,16 @@ def is_sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in module.parameters()) or any(
         isinstance(each, FullyShardedDataParallel) for each in module.modules()
     )
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class; FSDP2 puts sharded modules into one that it makes of theirs (`FSDPMendEditor`).
+
+    Example:
+        >>> own_class(nn.Linear(2, 2)).__name__
+        'Linear'
+    """
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def whole(tensor: Tensor) -> Tensor:
