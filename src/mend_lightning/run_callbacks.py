@@ -46,6 +46,8 @@ class StartReport(L.Callback):
         if trainer.is_global_zero:
             for line in self.lines(module):
                 console().print(line, highlight=False)
+            if trainer.ckpt_path:
+                console().print(f"Going on from {trainer.ckpt_path}, after step {trainer.global_step}", highlight=False)
 
     def lines(self, module: L.LightningModule) -> list[str]:
         """What is edited, with how many parameters, and how much memory that needs."""
