@@ -27,6 +27,8 @@ TRAINER_COMMANDS = {
     "test": "measure an editor on held-out facts: table, results.json, examples.jsonl",
     "predict": "ask every test question before and after its edit",
 }
+# What --ckpt_path may say instead of a file.
+CHECKPOINT_NAMES = ("last", "best", "hpc")
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a file; --check says if it is safe",
     "apply": "ask the edited model questions, beside the base model's answers",
@@ -131,6 +133,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
 
     from mend_lightning.data.module import EditDataModule
     from mend_lightning.module import MendModule
+    from mend_lightning.parallel.checkpoint_file import check_checkpoint_path
     from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
 
@@ -165,6 +168,12 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
                 # One place for all runs in this folder, so that `--ckpt_path last` finds the last one.
                 callback.dirpath = callback.dirpath or str(Path(root, "checkpoints"))
             return trainer
+
+        def _parse_ckpt_path(self) -> None:
+            # Lightning's reads hyperparameters from the checkpoint, of which ours have none, and fails in its own words.
+            path = str(self.config[self.config.subcommand].get("ckpt_path") or "")
+            if path and path not in CHECKPOINT_NAMES and "://" not in path:
+                check_checkpoint_path(path)
 
         def before_test(self) -> None:
             # ResultsReport prints the table, with the protocol; Lightning's own would repeat the bare numbers.

@@ -17,7 +17,7 @@ from mend_lightning.editors.storage import save_editor
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.layers import layer_shape
-from mend_lightning.parallel.checkpoint_file import EDITOR_PREFIX
+from mend_lightning.parallel.checkpoint_file import editor_state
 from mend_lightning.parallel.sharding import load_whole_state
 from mend_lightning.parallel.whole import is_sharded, own_class, whole_state
 from mend_lightning.plots import plot_curves
@@ -137,8 +137,7 @@ def best_editor_state(trainer: L.Trainer) -> dict[str, torch.Tensor] | None:
     if not best:
         return None
     # Through the plugin: the file may still be on its way to the disk, and may be one of shards.
-    state = trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")["state_dict"]
-    return {name.removeprefix(EDITOR_PREFIX): value for name, value in state.items() if name.startswith(EDITOR_PREFIX)}
+    return editor_state(trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu"))
 
 
 class CurvePlot(L.Callback):

@@ -86,11 +86,21 @@ def editor_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(EDITOR_PREFIX): value for name, value in state if name.startswith(EDITOR_PREFIX)}
 
 
+def check_checkpoint_path(path: str | Path) -> None:
+    """Raises CheckpointNotFoundError or StateDictError where `path` cannot be a checkpoint: before the work starts."""
+    path = Path(path)
+    if path.is_dir():
+        raise StateDictError(f"{path} is a folder. A checkpoint is a file: give one that `fit` wrote, FOLDER/last.ckpt.")
+    if not path.exists():
+        raise CheckpointNotFoundError(f"There is no checkpoint {path}. {_others_beside(path)}")
+
+
 def _others_beside(path: Path) -> str:
-    found = sorted(other.name for other in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+    folder = path.absolute().parent
+    found = sorted(other.name for other in folder.glob("*.ckpt")) if folder.is_dir() else []
     if found:
-        return f"{path.parent} has: {', '.join(found[:10])}."
-    return f"{path.parent} has none. Give the path of a file that `fit` wrote (RUN/checkpoints/last.ckpt)."
+        return f"{folder} has: {', '.join(found[:10])}."
+    return f"{folder} has none. Give the path of a file that `fit` wrote (RUN/checkpoints/last.ckpt)."
 
 
 def _check_sums(path: Path) -> None:
