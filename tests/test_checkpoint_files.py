@@ -105,6 +105,20 @@ def test_a_file_that_somebody_writes_now_is_left_alone(tmp_path):
     assert (tmp_path / "a.ckpt").read_bytes() == b"x"
 
 
+def test_several_write_to_one_folder(tmp_path):
+    """Processes that write their parts of one checkpoint: each looks for unfinished files, and takes none of the others'."""
+    children = []
+    for name in "abc":
+        if not (child := os.fork()):
+            for number in range(150):
+                with durable.durably_written(tmp_path / name) as file:
+                    file.write(b"%d" % number)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("abc", "149")
+
+
 def test_a_full_disk(tmp_path):
     """The old file stays, and the error says what to do."""
     path = tmp_path / "last.ckpt"

@@ -53,12 +53,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: b
         StateDictError: it is cut off, or no checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
-        raise StateDictError(
-            f"{path} is a folder. A checkpoint is a file: give one that `fit` wrote, FOLDER/last.ckpt."
-        )
-    if not path.exists():
-        raise CheckpointNotFoundError(f"There is no checkpoint {path}. {_others_beside(path)}")
+    check_checkpoint_path(path)
     try:
         _check_sums(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)

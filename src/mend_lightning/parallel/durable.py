@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +53,12 @@ def durably_written(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             # A rename may reach the disk before what was written: after a power cut the file would be there, and empty.
             os.fsync(file.fileno())
-        # mkstemp makes files private; results are ordinary files.
-        temporary.chmod(0o666 & ~umask())
-        os.replace(temporary, path)
+            # mkstemp makes files private; results are ordinary files.
+            temporary.chmod(0o666 & ~umask())
+            if fcntl is None:
+                # Windows renames no open file; elsewhere it stays locked until it has its name.
+                file.close()
+            os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -87,7 +91,8 @@ def _lock(file: IO[bytes]) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Waits: who looks for unfinished files may hold it for a moment.
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         # A file system without locks. Then nobody can tell a file that is being written from one that is left over, and
         # `_is_being_written` takes it for the first.
@@ -100,7 +105,9 @@ def _is_being_written(path: Path) -> bool:
     try:
         with path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            about = os.fstat(file.fileno())
     except OSError:
         # Locked, or finished or removed in this very moment.
         return True
-    return False
+    # An empty one may have been made a moment ago, and be locked in the next.
+    return about.st_size == 0 and time.time() - about.st_mtime < 60
