@@ -27,7 +27,7 @@ quickstart: install
 
 test: install
 	$(BIN)/mend-lightning get-smollm2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 # With the editor of the quickstart.
 notebooks: install

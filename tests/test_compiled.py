@@ -64,12 +64,13 @@ def test_the_model_inside_is_edited():
     assert EditStack(wrapped).names == EditStack(model).names == []
 
 
-def test_more_changes_than_torch_compiles_again():
-    """Dynamo gives a function up after eight recompilations."""
+def test_more_changes_than_torch_compiles_again(monkeypatch):
+    """Dynamo gives a function up after eight recompilations; here after three, which is seen sooner."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     model, rows = tiny_model("llama", blocks=2), make_rows("llama", [0], 1)
     wrapped = torch.compile(model, backend="eager", fullgraph=True)
     before = logits(wrapped, rows)
-    edits = [random_edit(model, seed) for seed in range(10)]
+    edits = [random_edit(model, seed) for seed in range(5)]
     with EditStack(wrapped) as stack:
         for count, edit in enumerate(edits, start=1):
             stack.add(edit)
