@@ -308,7 +308,7 @@ def test_an_edit_as_sure_as_asked(session, config, tmp_path):
 def test_an_editor_remembers_how_its_base_is_loaded(config, session, monkeypatch):
     folder = config.parent / "editor"
     description = json.loads((folder / "editor.json").read_text())
-    assert description["base_options"] == {"revision": None, "kind": None}
+    assert description["base_options"] == {"revision": None, "kind": None, "quantize": None}
     seen = {}
 
     def load(name, dtype, **options):

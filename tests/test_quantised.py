@@ -8,6 +8,7 @@ import pytest
 import torch
 from edits import hooks, logits, random_edit
 from models import make_rows, relative_error, spread_parameters, tiny_model
+from quantised import with_weights_of
 from torch import nn
 
 from mend_lightning import Edit, EditStack, MendEditor
@@ -30,13 +31,10 @@ def quantised(weights: str = "qint8", seed: int = 0) -> nn.Module:
 
 def dequantised(model: nn.Module, edit: Edit | None = None) -> nn.Module:
     """The same model in float32: what its quantised weights stand for, plus ΔW."""
-    plain = tiny_model("llama", torch.float32)
+    plain = with_weights_of(tiny_model("llama", torch.float32), model)
     with torch.no_grad():
-        for name, module in plain.named_modules():
-            if isinstance(module, nn.Linear):
-                module.weight.copy_(model.get_submodule(name).weight.dequantize())
-                if edit is not None and name in edit.deltas:
-                    module.weight += edit.deltas[name].dense()[0]
+        for name, delta in edit.deltas.items() if edit is not None else ():
+            plain.get_submodule(name).weight += delta.dense()[0]
     return plain
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from mend_lightning.data.encode import ModelKind
 from mend_lightning.errors import ModelLoadError
+from mend_lightning.quantisation import Quantize, check_quantised, quantisation_config
 from mend_lightning.smollm2 import MODEL_NAME, find_smollm2
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
@@ -44,6 +45,8 @@ class BaseModel:
         revision: of a Hugging Face id.
         kind: "causal", "encoder_decoder" or "classifier"; None reads it off the model's config.
         trust_remote_code: run code that comes with the model. Only for models you trust.
+        quantize: "int8" or "int4" stores the weights of the blocks' linear layers in 8 or 4 bit: bitsandbytes on a CUDA
+            device, optimum-quanto elsewhere. An editor that was trained so loads its base so for edits.
     """
 
     name: str = MODEL_NAME
@@ -51,10 +54,11 @@ class BaseModel:
     revision: str | None = None
     kind: ModelKind | None = None
     trust_remote_code: bool = False
+    quantize: Quantize | None = None
 
     def options(self) -> dict[str, str | None]:
         """What an editor remembers beside the name, to load this model again. Trust is not passed on by a file."""
-        return {"revision": self.revision, "kind": self.kind}
+        return {"revision": self.revision, "kind": self.kind, "quantize": self.quantize}
 
     def architecture(self) -> Architecture:
         """Everything of the model but its weights; see `read_architecture`."""
@@ -62,7 +66,7 @@ class BaseModel:
 
     def load(self) -> tuple[nn.Module, Any]:
         """The frozen model in eval mode, and its tokenizer; see `load_base`."""
-        return load_base(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code)
+        return load_base(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code, self.quantize)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def load_base(
     revision: str | None = None,
     kind: ModelKind | None = None,
     trust_remote_code: bool = False,
+    quantize: Quantize | None = None,
 ) -> tuple[nn.Module, Any]:
     """Loads a base model, frozen and in eval mode, and its tokenizer.
 
@@ -134,10 +139,19 @@ def load_base(
 
     Raises:
         ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded.
+        ConfigError: it cannot be quantised as asked.
+        MissingPackageError: the library that quantises is not installed.
     """
     found = read_architecture(name, dtype, revision, kind, trust_remote_code)
+    options = dict(found.options)
+    if quantize is not None:
+        options["quantization_config"] = quantisation_config(
+            quantize, found.model_class, found.config, found.dtype, trust_remote_code
+        )
     with _said_well(name):
-        model = found.model_class.from_pretrained(found.where, dtype=found.dtype, **found.options)
+        model = found.model_class.from_pretrained(found.where, dtype=found.dtype, **options)
+    if quantize is not None:
+        check_quantised(model, quantize)
     return model.eval().requires_grad_(False), found.tokenizer
 
 

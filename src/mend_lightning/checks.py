@@ -18,6 +18,7 @@ from mend_lightning.errors import (
     NonFiniteError,
     StateDictError,
 )
+from mend_lightning.fingerprint import same_base
 from mend_lightning.parallel.whole import is_sharded, own_class
 from mend_lightning.random_states import kept_random_states
 from mend_lightning.step import LocalityPositions, edit_step
@@ -58,6 +59,9 @@ def check_checkpoint(checkpoint: Mapping[str, Any], editor: Editor) -> None:
     Raises:
         StateDictError: MendModule did not write it, or an entry is missing.
         BaseModelMismatchError: it is of another editor or base model.
+
+    Warns:
+        UnverifiedBaseWarning: the base is quantised in another way now, or in one of the two only.
     """
     if "shards" in checkpoint:
         raise StateDictError(
@@ -74,7 +78,8 @@ def check_checkpoint(checkpoint: Mapping[str, Any], editor: Editor) -> None:
     saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
     mine["settings"] = {**defaults, **mine["settings"]}
     for name in ("class", "layers", "settings", "base_fingerprint"):
-        if saved[name] != mine[name]:
+        pair = saved[name], mine[name]
+        if not (same_base(*pair, "checkpoint") if name == "base_fingerprint" else pair[0] == pair[1]):
             raise BaseModelMismatchError(
                 f"The checkpoint is of another editor or base model: its {name} is {saved[name]}, here it is "
                 f"{mine[name]}. Use the config and base model it was trained with ({saved['base']})."

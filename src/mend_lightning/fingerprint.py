@@ -21,7 +21,8 @@ def base_fingerprint(layers: Mapping[str, nn.Module]) -> str:
     """A short hash of the edited layers' weights.
 
     The weights are rounded to bfloat16 first, so a base loaded in float32 and in bfloat16 gives the same. That of a
-    quantised base begins with "quantised:", for it cannot be compared with that of the weights it was made of.
+    quantised base begins with "quantised:" and the form of its weights, for it can be compared neither with that of the
+    weights it was made of nor with that of another form of them.
 
     Example:
         >>> layer = nn.Linear(4, 4)
@@ -34,8 +35,8 @@ def base_fingerprint(layers: Mapping[str, nn.Module]) -> str:
         if sample is not None:
             digest.update(name.encode())
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    quantised = any(is_quantised(layer) for layer in layers.values())
-    return (QUANTISED if quantised else "") + digest.hexdigest()[:16]
+    form = next((_form(layer) for layer in layers.values() if is_quantised(layer)), None)
+    return (f"{QUANTISED}{form}:" if form else "") + digest.hexdigest()[:16]
 
 
 def layer_fingerprints(layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -44,7 +45,7 @@ def layer_fingerprints(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def same_base(wanted: str | Mapping[str, str], found: str | Mapping[str, str], maker: str) -> bool:
-    """Whether two fingerprints are of the same base; if only one is of a quantised base, that cannot be told.
+    """Whether two fingerprints are of the same base; that cannot be told of a quantised base and one in another form.
 
     Args:
         wanted: of the base that an edit or editor was made for; "" says nothing about it. One of each layer, or of all.
@@ -59,10 +60,12 @@ def same_base(wanted: str | Mapping[str, str], found: str | Mapping[str, str], m
         wanted, found = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
     if not wanted or wanted == found:
         return True
-    if wanted.startswith(QUANTISED) == found.startswith(QUANTISED):
+    forms = [mark.rpartition(":")[0] for mark in (wanted, found)]
+    if forms[0] == forms[1]:
         return False
+    which = "they are quantised in different ways" if all(forms) else "one of the two is quantised"
     warnings.warn(
-        f"Whether this model is the base that the {maker} was made for cannot be verified: one of the two is quantised, so "
+        f"Whether this model is the base that the {maker} was made for cannot be verified: {which}, so "
         f"their weights differ in any case ({wanted}, {found}). Layers and shapes are the same.",
         UnverifiedBaseWarning,
         stacklevel=4,
@@ -101,6 +104,12 @@ def readable_weight(layer: nn.Module) -> Tensor | None:
     if type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
         weight = weight.dequantize()
     return weight if weight.is_floating_point() and weight.element_size() > 1 else None
+
+
+def _form(layer: nn.Module) -> str:
+    """How a quantised weight is stored: the library's class and the dtype it stands for (of bitsandbytes' the stored one)."""
+    weight = getattr(layer, "weight", None)
+    return f"{type(weight).__name__}.{str(weight.dtype).removeprefix('torch.')}" if isinstance(weight, Tensor) else type(layer).__name__
 
 
 def _sample(layer: nn.Module) -> Tensor | None:

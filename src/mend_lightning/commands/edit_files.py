@@ -30,9 +30,11 @@ def read_edits(paths: Sequence[str | Path]) -> list[Edit]:
 
 
 def load_base_of(
-    edits: Sequence[Edit], base: str | None, dtype: Dtype, trust_remote_code: bool
+    edits: Sequence[Edit], base: str | None, dtype: Dtype, trust_remote_code: bool, dense: bool = False
 ) -> tuple[nn.Module, Any]:
     """The base model that the edits were made for, or `base`, with its tokenizer.
+
+    Args: as in `load_base`; dense: not quantised, even if the edits were made so.
 
     Raises:
         ConfigError: no base is given, and the edits name none.
@@ -51,4 +53,5 @@ def load_base_of(
             "names of the same model."
         )
     options = next((edit.about["base_options"] for edit in edits if edit.about.get("base_options")), {})
+    options = {name: value for name, value in options.items() if not (dense and name == "quantize")}
     return load_base(names[0], dtype, trust_remote_code=trust_remote_code, **options)

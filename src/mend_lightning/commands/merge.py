@@ -27,7 +27,7 @@ def merge_command(
     """Writes a full model with edits in its weights: `mend-lightning merge EDIT [EDIT ...] --out FOLDER`.
 
     Plain transformers loads it, the tokenizer is in it, and the base stays as it is. The sum is computed in float32 and
-    rounded once; the table says what that lost.
+    rounded once; the table says what that lost. Edits of a quantised base are merged into the weights it was made of.
 
     Args:
         edits: edit files; may simply come first on the line.
@@ -40,7 +40,8 @@ def merge_command(
     """
     loaded = read_edits(edits)
     check_free_folder(out, EDITS_FILE if overwrite else None)
-    model, tokenizer = load_base_of(loaded, base, dtype, trust_remote_code)
+    # What an edit of a quantised base is merged into are the weights that were quantised.
+    model, tokenizer = load_base_of(loaded, base, dtype, trust_remote_code, dense=True)
     report = merge(loaded, model, out, tokenizer, overwrite, force)
     console().print(rounding_table(report))
     console().print(
