@@ -22,9 +22,9 @@ from mend_lightning.base import BaseModel, load_base
 from mend_lightning.checks import check_checkpoint
 from mend_lightning.errors import ConfigError, MissingPackageError, UnverifiedBaseWarning
 from mend_lightning.fingerprint import is_quantised
-from mend_lightning.layers import editable_layers, find_stacks, select_layers
+from mend_lightning.layers import editable_layers, find_stacks, layer_shape, select_layers
 from mend_lightning.prefix import run_trunk
-from mend_lightning.quantisation import quantisation_config
+from mend_lightning.quantisation import quantisation_config, stored_bytes
 from mend_lightning.step import edit_step
 from mend_lightning.trunk import replayed
 
@@ -45,6 +45,7 @@ def root(base_folder, facts, tmp_path_factory):
         path.write_text(yaml.safe_dump(config))
         result = call("fit", "--config", path)
         assert result.code == 0, result.err
+        assert "LlamaForCausalLM, torch.float32, int8 by optimum-quanto" in result.out
     return folder
 
 
@@ -64,6 +65,11 @@ def test_what_is_quantised(family, quantize, base_folder):
     }
     # Of T5 transformers keeps `wo` in full, whatever it is told.
     assert packed == {name for name in expected if not name.endswith(".wo")} != set()
+    name = next(name for name in packed)
+    weight, (d_in, d_out) = model.get_submodule(name).weight, layer_shape(model.get_submodule(name))
+    # One number of 8 or 4 bit a weight; a scale for each output (int8), a scale and a shift of each output (int4, narrow).
+    scales = 4 * d_out * {"int8": 1, "int4": 2}[quantize]
+    assert stored_bytes(weight) == d_in * d_out * {"int8": 2, "int4": 1}[quantize] // 2 + scales
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     inputs = tokenizer(["Q: Which country is Managua in?\nA:"], return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}

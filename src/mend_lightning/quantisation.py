@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from mend_lightning.errors import ConfigError, MissingPackageError
@@ -95,6 +95,18 @@ def check_quantised(model: nn.Module, quantize: Quantize) -> None:
 
 def _is_no_remark_on_casts(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.getMessage()
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes; of a quantised one, or this rank's shard, those of what it is made of.
+
+    Example:
+        >>> stored_bytes(torch.zeros(3, dtype=torch.bfloat16))
+        6
+    """
+    inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
+    parts = [getattr(tensor, name) for name in inner]
+    return sum(map(stored_bytes, parts)) if parts else tensor.numel() * tensor.element_size()
 
 
 def _check_installed(library: str, quantize: Quantize) -> None:

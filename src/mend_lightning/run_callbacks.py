@@ -21,6 +21,7 @@ from mend_lightning.parallel.checkpoint_file import editor_state
 from mend_lightning.parallel.sharding import load_whole_state
 from mend_lightning.parallel.whole import is_sharded, own_class, whole_state
 from mend_lightning.plots import plot_curves
+from mend_lightning.quantisation import quantising_library, stored_bytes
 from mend_lightning.report import console, results_table, write_results
 from mend_lightning.types import IGNORED_LABEL, EditBatch
 
@@ -53,9 +54,10 @@ class StartReport(L.Callback):
         """What is edited, with how many parameters, and how much memory that needs."""
         editor, base = module.editor, module.base_model
         parameters = sum(p.numel() for p in editor.parameters())
-        base_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+        base_bytes = sum(map(stored_bytes, base.parameters()))
         shapes = {name: layer_shape(layer) for name, layer in editor.modules_in(base).items()}
-        lines = [f"Base model: {module.base.name}, {type(base).__name__}, {base.dtype}"]
+        quantised = f", {module.base.quantize} by {quantising_library()}" if module.base.quantize else ""
+        lines = [f"Base model: {module.base.name}, {type(base).__name__}, {base.dtype}{quantised}"]
         lines += [f"  edits {name}  {d_in} -> {d_out}" for name, (d_in, d_out) in shapes.items()]
         # The editor's gradient and Adam's two moments are as large as the editor.
         return [
