@@ -210,12 +210,6 @@ def test_activation_checkpointing(mend, edit_data, trainer):
     trainer(max_steps=1).fit(module, edit_data())
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_precision_that_casts_the_editor(precision, mend, edit_data, trainer):
-    with pytest.raises(ConfigError, match="editor must stay float32.*choose the base model's dtype"):
-        trainer(max_steps=1, precision=precision).fit(mend("llama"), edit_data())
-
-
 def test_bf16_mixed_learns(mend, edit_data, trainer):
     module, watch = mend("llama"), Watch()
     batch = first_batches(module, edit_data(), 1)[0]

@@ -36,15 +36,21 @@ class Tape:
         self._zeros[name].append(output.detach().new_zeros(()).expand(output.shape))
         return output
 
-    def gradients(self, loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    @property
+    def float16(self) -> bool:
+        """Whether a layer gave out float16, in which gradients below 6e-8 are 0."""
+        return any(zero.dtype == torch.float16 for zeros in self._zeros.values() for zero in zeros)
+
+    def gradients(self, loss: Tensor, scale: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
         """Raw factors of every layer.
 
         Args:
             loss: scalar; for several tasks the *sum* of the tasks' losses, which do not interact.
+            scale: a power of two that the loss is multiplied by on the way; delta is divided by it, in float32.
 
         Returns:
-            name -> `(u [rows, tokens, d_in], delta [rows, tokens, d_out])` in the model's dtype. A layer
-            called several times has its calls side by side along `tokens`.
+            name -> `(u [rows, tokens, d_in], delta [rows, tokens, d_out])` in the model's dtype (a scaled delta in float32).
+            A layer called several times has its calls side by side along `tokens`.
 
         Raises:
             LayerNotCalledError: a layer did not run.
@@ -58,8 +64,10 @@ class Tape:
         edges = [edge for edges in self._edges.values() for edge in edges]
         zeros = [zero for each in self._zeros.values() for zero in each]
         # materialize_grads does not work with edges.
+        loss = loss if scale == 1 else loss * scale
         found = torch.autograd.grad(loss, edges, allow_unused=True, create_graph=self._keep_graph)
-        deltas = iter([zero if delta is None else delta for zero, delta in zip(zeros, found)])
+        deltas = [zero if delta is None else delta for zero, delta in zip(zeros, found)]
+        deltas = iter(deltas if scale == 1 else [delta.float() / scale for delta in deltas])
         return {name: self._join(name, [next(deltas) for _ in edges]) for name, edges in self._edges.items()}
 
     def _join(self, name: str, deltas: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mend_lightning.capture import kept_factors, record_factors
 from mend_lightning.delta import Delta, applied
+from mend_lightning.errors import NonFiniteError
 from mend_lightning.forward import labelled, logits_at
 from mend_lightning.losses import mean_by_task, token_nll
 from mend_lightning.prefix import run_trunk
@@ -38,6 +39,9 @@ def edit_factors(
 
     Returns:
         name -> Factors, the inner loss of each task `[tasks]`, and the share of skipped tokens.
+
+    Raises:
+        NonFiniteError: a layer's input or gradient is too large for the model's float16.
     """
     mask, targets, task = labelled(z_edit, "The edit")
     trunk = trunk or run_trunk(model, z_edit, layers)
@@ -47,8 +51,39 @@ def edit_factors(
     # The deltas' hooks come first: the tape must see outputs that hold them.
     with replayed(trunk, slice(None)), changed, attention, record_factors(layers, keep_graph) as tape:
         nll = mean_by_task(token_nll(logits_at(model, z_edit, mask), targets), task, z_edit.tasks)
-        raw = tape.gradients(nll.sum())
+        raw = tape.gradients(nll.sum(), loss_scale(task, z_edit.tasks) if tape.float16 else 1.0)
+    if tape.float16:
+        _check_finite(raw)
     factors = {name: kept_factors(u, delta, z_edit.task, z_edit.tasks) for name, (u, delta) in raw.items()}
     kept = sum(each.u.shape[0] for each in factors.values())
     total = sum(u.shape[:-1].numel() for u, _ in raw.values())
     return factors, nll.detach(), torch.tensor(1 - kept / total)
+
+
+def loss_scale(task: Tensor, tasks: int) -> float:
+    """What the edits' loss is multiplied by in a model that computes in float16, so that small gradients do not become 0.
+
+    A task's loss is the mean over its label tokens, so the more there are, the smaller is the gradient of each: of 100
+    facts at once SmolLM2 lost 13 % of delta's entries, of a single one 0.4 %. This takes their number out, up to a power
+    of two, and leaves six bits for what is small in itself. It is the edit's own: the Trainer's loss scale does not come here.
+
+    Args:
+        task: of each label token `[n]`; tasks: their number.
+
+    Example:
+        >>> loss_scale(torch.tensor([0, 0, 0, 1]), 2)
+        256.0
+    """
+    most = int(torch.bincount(task, minlength=tasks).max())
+    return 64.0 * 2 ** (most - 1).bit_length()
+
+
+def _check_finite(raw: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Statistics that took in one infinite number would be lost, and the editor with them."""
+    for name, pair in raw.items():
+        for what, values in zip(("input", "gradient"), pair):
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError(
+                    f"The {what} of layer {name!r} is not finite: it is too large for float16. Use a base in bfloat16 or "
+                    "float32, and Trainer precision '32-true' or 'bf16-mixed'."
+                )

@@ -45,7 +45,9 @@ from mend_lightning.parallel.sharding import keep_whole
 from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
 from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import edit_step_in_parts
+from mend_lightning.precision import check_trainer_precision, loss_scaler
 from mend_lightning.precondition import InputMoments
+from mend_lightning.quantisation import check_whole
 from mend_lightning.random_states import gathered_random_states, set_own_random_states
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
@@ -134,6 +136,8 @@ class MendModule(L.LightningModule):
         self.base_model = self.tokenizer = self.editor = None
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
+        # Steps that a loss scaler left out because the gradient overflowed.
+        self.skipped_steps = 0
         self._trained = editor is not None
         self._random_states: list[dict[str, Any]] | None = None
 
@@ -152,7 +156,10 @@ class MendModule(L.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         sharded = strategy if isinstance(strategy, (ShardedStrategy, ShardedBaseStrategy)) else None
         check_strategy(strategy)
-        if self._trainer is None or (sharded is None and self._trainer.world_size == 1):
+        if sharded is not None:
+            check_whole(self.base.quantize)
+        # What quantises the base does it while transformers loads it.
+        if self._trainer is None or (sharded is None and (self._trainer.world_size == 1 or self.base.quantize)):
             self.base_model, self.tokenizer = self.base.load()
         else:
             shard = keep_whole if sharded is None else sharded.shard_base
@@ -202,6 +209,7 @@ class MendModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks the Trainer, before gigabytes load."""
+        check_trainer_precision(self.trainer.precision_plugin)
         if self._inference_mode():
             raise InferenceModeError(
                 "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
@@ -280,17 +288,28 @@ class MendModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        # Clipping by an infinite norm would write NaN into every parameter. A loss scaler handles its own.
-        if not self._mixed_precision() and not norm.isfinite():
-            raise NonFiniteError(
-                f"The editor's gradient is not finite in step {self.global_step}; its parameters are as they were. "
-                "Usual causes: a base in float16 (use bfloat16 or float32), or a learning rate that is too high."
-            )
+        scaler = loss_scaler(self.trainer.precision_plugin)
+        if not norm.isfinite():
+            self._check_overflow(scaler)
+            self.skipped_steps += 1
+        if scaler is not None:
+            self.log("train/skipped_steps", float(self.skipped_steps), prog_bar=True)
         self.log("train/grad_norm", norm, prog_bar=True)
         rates = dict(self.editor.named_parameters()).get("edit_rates")
         if rates is not None:
             rates = whole(rates.detach())
             self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
+
+    def _check_overflow(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Raises NonFiniteError unless the gradient is not finite for the scale of the loss, so that the step is skipped."""
+        # Clipping by an infinite norm would write NaN into every parameter.
+        if scaler is None or scaler.get_scale() <= 1:
+            scaled = "" if scaler is None else f" with the loss scaled by {scaler.get_scale():g}, which no smaller scale would mend"
+            raise NonFiniteError(
+                f"The editor's gradient is not finite in step {self.global_step}{scaled}; its parameters are as they were. "
+                "Usual causes: a base in float16 or precision '16-mixed' (use bfloat16 or float32), or a learning rate that "
+                "is too high."
+            )
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         scores = evaluate_batch(self.base_model, self.editor, batch)

@@ -97,6 +97,15 @@ def _is_no_remark_on_casts(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.getMessage()
 
 
+def check_whole(quantize: Quantize | None) -> None:
+    """Raises ConfigError if a base that is to be quantised is to be sharded."""
+    if quantize is not None:
+        raise ConfigError(
+            f"model.base.quantize {quantize!r} and a sharded base cannot go together: FSDP gathers plain weights. Use "
+            "--trainer.strategy ddp, where every device has the whole base in few bits, or leave quantize out."
+        )
+
+
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes; of a quantised one, or this rank's shard, those of what it is made of.
 

@@ -92,8 +92,8 @@ def _keep(seen: Seen, factors: dict[str, Factors], deltas: dict[str, LowRankDelt
 def _keeping_raw(seen: Seen):
     gradients = Tape.gradients
 
-    def keep(tape: Tape, loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        seen.raw = gradients(tape, loss)
+    def keep(tape: Tape, *args) -> dict[str, tuple[Tensor, Tensor]]:
+        seen.raw = gradients(tape, *args)
         return seen.raw
 
     return keep
