@@ -20,6 +20,7 @@ from mend_lightning import Edit, MendEditor
 from mend_lightning import quantisation as quantisation_module
 from mend_lightning.base import BaseModel, load_base
 from mend_lightning.checks import check_checkpoint
+from mend_lightning.editors import EnnEditor
 from mend_lightning.errors import ConfigError, MissingPackageError, UnverifiedBaseWarning
 from mend_lightning.fingerprint import is_quantised
 from mend_lightning.layers import editable_layers, find_stacks, layer_shape, select_layers
@@ -76,7 +77,7 @@ def test_what_is_quantised(family, quantize, base_folder):
     inputs |= {"decoder_input_ids": torch.zeros(1, 2, dtype=torch.long)} if family == "t5" else {}
     plain, dense = load_base(folder, "float32")[0], with_weights_of(load_base(folder, "float32")[0], model)
     outputs = [each(**inputs).logits for each in (model, dense, plain)]
-    assert relative_error(outputs[0], outputs[1]) < 1e-5
+    assert torch.equal(outputs[0], outputs[1])
     assert relative_error(outputs[0], outputs[2]) > 1e-4
 
 
@@ -105,6 +106,48 @@ def test_losses_and_gradients(quantize, base_folder):
         whole = model(**batch.x_in.inputs).logits
         with replayed(run_trunk(model, batch.x_in, select_layers(model)), slice(None)):
             assert torch.equal(model(**batch.x_in.inputs).logits, whole)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "dtype, autocast", [("bfloat16", None), ("float32", torch.bfloat16), ("float32", torch.float16)]
+)
+def test_half_precision(quantize, dtype, autocast, base_folder):
+    """In bfloat16, and under the Trainer's mixed precisions: factors and losses of the dequantised weights, bit for bit.
+
+    Quanto alone ends the process at the first of these (bfloat16, int8), and raises at the others.
+    """
+    folder = str(base_folder("llama"))
+    model = load_base(folder, dtype, quantize=quantize)[0]
+    dense = with_weights_of(load_base(folder, dtype)[0], model)
+    found = []
+    for base in (model, dense):
+        torch.manual_seed(0)
+        editor = MendEditor.for_model(base, rank=4, edit_rate=0.05)
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            out = edit_step(base, editor, make_batch("llama"))
+        out.total(1.0).backward()
+        found.append((out, editor))
+    (out, editor), (expected, dense_editor) = found
+    for name in ("edit", "locality", "inner"):
+        assert torch.equal(getattr(out, name), getattr(expected, name)), name
+    assert_same_state(editor.state_dict(), dense_editor.state_dict())
+    for name, parameter in dense_editor.named_parameters():
+        assert torch.equal(editor.get_parameter(name).grad, parameter.grad), name
+
+
+def test_second_order_gradients(base_folder):
+    """ENN's meta-gradient goes through the quantised layers twice."""
+    folder = str(base_folder("llama"))
+    model = load_base(folder, "float32", quantize="int8")[0]
+    dense = with_weights_of(load_base(folder, "float32")[0], model)
+    gradients = []
+    for base in (model, dense):
+        editor = EnnEditor.for_model(base, edit_rate=0.1)
+        edit_step(base, editor, make_batch("llama")).total(1.0).backward()
+        gradients.append({name: parameter.grad for name, parameter in editor.named_parameters()})
+    for name, gradient in gradients[1].items():
+        assert gradient.abs().max() > 0 and relative_error(gradients[0][name], gradient) < 1e-5, name
 
 
 def test_resume(root):

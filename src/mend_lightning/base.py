@@ -22,7 +22,7 @@ from transformers import (
 
 from mend_lightning.data.encode import ModelKind
 from mend_lightning.errors import ModelLoadError
-from mend_lightning.quantisation import Quantize, check_quantised, quantisation_config
+from mend_lightning.quantisation import Quantize, prepare_quantised, quantisation_config
 from mend_lightning.smollm2 import MODEL_NAME, find_smollm2
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
@@ -151,7 +151,7 @@ def load_base(
     with _said_well(name):
         model = found.model_class.from_pretrained(found.where, dtype=found.dtype, **options)
     if quantize is not None:
-        check_quantised(model, quantize)
+        prepare_quantised(model, quantize)
     return model.eval().requires_grad_(False), found.tokenizer
 
 

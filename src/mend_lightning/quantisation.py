@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, QuantoConfig
 
+from mend_lightning.dequantising import compute_dequantised
 from mend_lightning.errors import ConfigError, MissingPackageError
 from mend_lightning.fingerprint import is_quantised
 from mend_lightning.layers import editable_layers, find_stacks
@@ -84,13 +85,19 @@ def layers_outside_of_blocks(model: nn.Module) -> list[str] | None:
     return [name for name in editable_layers(model) if not name.startswith(stacks)] if stacks else None
 
 
-def check_quantised(model: nn.Module, quantize: Quantize) -> None:
-    """Raises ConfigError where loading quantised nothing."""
+def prepare_quantised(model: nn.Module, quantize: Quantize) -> None:
+    """Makes a model that was loaded with `quantisation_config` ready to be edited.
+
+    Raises:
+        ConfigError: loading quantised nothing.
+    """
     if not any(is_quantised(layer) for layer in editable_layers(model).values()):
         raise ConfigError(
             f"quantize {quantize!r} changed no layer of {type(model).__name__}: {quantising_library()} quantises nn.Linear, "
             "and this model's linear layers are of another kind (GPT-2's are Conv1D). Leave quantize out."
         )
+    if quantising_library() == "optimum-quanto":
+        compute_dequantised(model)
 
 
 def _is_no_remark_on_casts(record: logging.LogRecord) -> bool:
