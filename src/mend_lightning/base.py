@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mend_lightning.data.encode import ModelKind
-from mend_lightning.errors import ModelLoadError
+from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.quantisation import Quantize, prepare_quantised, quantisation_config
 from mend_lightning.smollm2 import MODEL_NAME, find_smollm2
 
@@ -47,6 +47,8 @@ class BaseModel:
         trust_remote_code: run code that comes with the model. Only for models you trust.
         quantize: "int8" or "int4" stores the weights of the blocks' linear layers in 8 or 4 bit: bitsandbytes on a CUDA
             device, optimum-quanto elsewhere. An editor that was trained so loads its base so for edits.
+        random_weights: build the architecture with random weights, always the same ones, and download nothing: time and
+            memory can be measured so, and the model knows nothing. See `random_base.py`.
     """
 
     name: str = MODEL_NAME
@@ -55,18 +57,24 @@ class BaseModel:
     kind: ModelKind | None = None
     trust_remote_code: bool = False
     quantize: Quantize | None = None
+    random_weights: bool = False
 
-    def options(self) -> dict[str, str | None]:
+    def options(self) -> dict[str, str | bool | None]:
         """What an editor remembers beside the name, to load this model again. Trust is not passed on by a file."""
-        return {"revision": self.revision, "kind": self.kind, "quantize": self.quantize}
+        random = {"random_weights": True} if self.random_weights else {}
+        return {"revision": self.revision, "kind": self.kind, "quantize": self.quantize, **random}
 
     def architecture(self) -> Architecture:
         """Everything of the model but its weights; see `read_architecture`."""
-        return read_architecture(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code)
+        return read_architecture(
+            self.name, self.dtype, self.revision, self.kind, self.trust_remote_code, self.random_weights
+        )
 
     def load(self) -> tuple[nn.Module, Any]:
         """The frozen model in eval mode, and its tokenizer; see `load_base`."""
-        return load_base(self.name, self.dtype, self.revision, self.kind, self.trust_remote_code, self.quantize)
+        return load_base(
+            self.name, self.dtype, self.revision, self.kind, self.trust_remote_code, self.quantize, self.random_weights
+        )
 
 
 @dataclass(frozen=True)
@@ -107,14 +115,21 @@ def read_architecture(
     revision: str | None = None,
     kind: ModelKind | None = None,
     trust_remote_code: bool = False,
+    random_weights: bool = False,
 ) -> Architecture:
     """Reads a base model's config and tokenizer.
 
     Args: as in `BaseModel`.
 
     Raises:
-        ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded.
+        ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded; with random weights:
+            its shape is not known on this machine.
     """
+    if random_weights:
+        # Imported here: that file imports this one.
+        from mend_lightning.random_base import random_architecture
+
+        return random_architecture(name, pick_dtype(dtype), revision, kind, trust_remote_code)
     where = resolve_name(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _said_well(name):
@@ -122,7 +137,7 @@ def read_architecture(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     # transformers says "auto" for the dtype of the files.
     picked = "auto" if dtype == "stored" else pick_dtype(dtype)
-    return Architecture(where, config, tokenizer, _AUTO_CLASSES[kind or kind_of_config(config)], picked, options)
+    return Architecture(where, config, tokenizer, model_class(config, kind), picked, options)
 
 
 def load_base(
@@ -132,17 +147,30 @@ def load_base(
     kind: ModelKind | None = None,
     trust_remote_code: bool = False,
     quantize: Quantize | None = None,
+    random_weights: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Loads a base model, frozen and in eval mode, and its tokenizer.
 
     Args: as in `BaseModel`.
 
     Raises:
-        ModelLoadError: it is neither in a local folder nor in the cache, and cannot be downloaded.
+        ModelLoadError: as `read_architecture`, or its weights cannot be had.
         ConfigError: it cannot be quantised as asked.
         MissingPackageError: the library that quantises is not installed.
+
+    Warns:
+        RandomWeightsWarning: it was asked for random weights.
     """
-    found = read_architecture(name, dtype, revision, kind, trust_remote_code)
+    if random_weights and quantize is not None:
+        raise ConfigError(
+            f"random_weights and quantize={quantize!r} cannot be had together: what quantises reads the model's files. Leave "
+            "one of them out."
+        )
+    found = read_architecture(name, dtype, revision, kind, trust_remote_code, random_weights)
+    if random_weights:
+        from mend_lightning.random_base import random_model
+
+        return random_model(found).eval().requires_grad_(False), found.tokenizer
     options = dict(found.options)
     if quantize is not None:
         options["quantization_config"] = quantisation_config(
@@ -177,6 +205,11 @@ def resolve_name(name: str) -> str:
     return str(folder)
 
 
+def model_class(config: Any, kind: ModelKind | None = None) -> Any:
+    """The auto class of transformers that builds or loads a config's model; None reads the kind off the config."""
+    return _AUTO_CLASSES[kind or kind_of_config(config)]
+
+
 def kind_of_config(config: Any) -> ModelKind:
     """What kind of model a Hugging Face config describes.
 
@@ -192,7 +225,9 @@ def kind_of_config(config: Any) -> ModelKind:
 
 
 def pick_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch dtype; "auto" asks the device that will compute."""
+    """The torch dtype; "auto" asks the device that will compute, "stored" without files is what most are published in."""
+    if dtype == "stored":
+        return torch.bfloat16
     if dtype != "auto":
         return getattr(torch, dtype)
     if torch.cuda.is_available():

@@ -116,6 +116,10 @@ class UnverifiedBaseWarning(UserWarning):
     """Whether a model is the base that an edit was made for cannot be told."""
 
 
+class RandomWeightsWarning(UserWarning):
+    """A base model was built with random weights, so what it answers means nothing."""
+
+
 class CollidingEditWarning(UserWarning):
     """Two edits of a stack answer the same question."""
 

@@ -71,7 +71,7 @@ class Editor(nn.Module):
         self.set_confidence(settings.get("confidence"))
         # What the editor was trained for; `bind` sets it, and it is saved with the editor.
         self.base_name: str = ""
-        self.base_options: dict[str, str | None] = {}
+        self.base_options: dict[str, str | bool | None] = {}
         self.base_fingerprint: str = ""
         self.prompt_format: dict[str, str] = {}
         # Text to ids, for editors that read or write text; not saved.
@@ -156,7 +156,7 @@ class Editor(nn.Module):
         model: nn.Module,
         name: str = "",
         prompt_format: Mapping[str, str] | None = None,
-        options: Mapping[str, str | None] | None = None,
+        options: Mapping[str, str | bool | None] | None = None,
     ) -> None:
         """Notes which base model (and prompt format) this editor is trained for.
 
@@ -164,7 +164,7 @@ class Editor(nn.Module):
             model: the base model.
             name: what it was loaded by.
             prompt_format: the text around questions and answers.
-            options: what else `load_base` needs to load it again (revision, kind).
+            options: what else `load_base` needs to load it again (revision, kind, random_weights).
         """
         self.base_name = name or self.base_name
         self.base_options = dict(options or self.base_options)
