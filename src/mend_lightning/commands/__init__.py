@@ -18,6 +18,7 @@ _COMMANDS = {
     "check-data": ("check_data", "check_data_command"),
     "make-generation-data": ("make_generation_data", "make_generation_data_command"),
     "layers": ("layers", "layers_command"),
+    "plan": ("plan", "plan_command"),
     "show-config": ("show_config", "show_config_command"),
     "merge": ("merge", "merge_command"),
     "export": ("export", "export_command"),
@@ -34,6 +35,9 @@ def run(command: str, arguments: list[str]) -> int:
 
     file, function = _COMMANDS[command]
     called = getattr(import_module(f"{__name__}.{file}"), function)
+    if command == "plan":
+        # Takes what fit takes, so it reads its arguments itself.
+        return called(arguments)
     if command == "show-config" and arguments and not arguments[0].startswith("-"):
         # What may be left out is an option for jsonargparse; here it reads better without one.
         arguments = ["--name", *arguments]

@@ -1,0 +1,217 @@
+"""`mend-lightning plan`: how much memory a config's training takes on each device, without a weight or a GPU."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.table import Table
+
+from mend_lightning.architectures import known_architecture
+from mend_lightning.base import BaseModel, kind_of_config, pick_dtype
+from mend_lightning.batch_counts import measured_counts, most_counts
+from mend_lightning.cli import known_keys, with_near_editor, with_near_key
+from mend_lightning.config.overlays import resolved_configs
+from mend_lightning.data.encode import Encoder, ModelKind
+from mend_lightning.data.module import EditDataModule
+from mend_lightning.editors.editor import Editor
+from mend_lightning.errors import ConfigError, ModelLoadError
+from mend_lightning.files import check_writable, write_json
+from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.memory_plan import GIB, MemoryPlan, Sizes, Strategy, advice, gib, plan_memory, sizes_of
+from mend_lightning.module import MendModule
+from mend_lightning.random_base import empty_model, local_tokenizer, stand_in_tokenizer
+from mend_lightning.report import console, versions
+from mend_lightning.step_plan import BatchCounts, step_bytes
+
+WHAT = {
+    "base": "its weights", "editor": "parameters, float32", "gradient": "the editor's", "moments": "Adam's two",
+    "buffers": "statistics, preconditioning", "communication": "gathered blocks, or buckets of the gradient",
+    "step: trunk": "hidden states below the edited blocks", "step: inner pass": "the edits' factors u and delta",
+    "step: transforms": "what the editor's gradient needs", "step: edited pass": "what the edited blocks' gradient needs",
+    "step: logits": "positions x vocabulary, float32 copies", "step: backward": "gradients on their way",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what it was made for."""
+
+    plan: MemoryPlan
+    sizes: Sizes
+    counts: BatchCounts
+    lengths: str
+    strategy: Strategy
+    processes: int
+    rank: int | None
+
+
+def plan_command(arguments: Sequence[str]) -> int:
+    """Plans a config's training; returns 1 where it does not fit into `--memory`."""
+    options, rest = _parser().parse_known_args(arguments)
+    if options.out is not None:
+        check_writable(options.out.parent)
+    config, model, data = read_run(rest)
+    trainer = config.trainer
+    strategy, processes = layout(trainer, options.strategy, options.devices, options.nodes)
+    found = plan_run(model, data, strategy, processes)
+    memory = None if options.memory is None else int(options.memory * GIB)
+    _show(found, model.base, options.memory, memory)
+    if options.out is not None:
+        write_json(options.out, {**about(found, model.base), "memory_gib": options.memory, "versions": versions()})
+        console().print(f"Written: {options.out}", highlight=False)
+    return int(memory is not None and found.plan.total > memory)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mend-lightning plan", allow_abbrev=False,
+        description="How much memory a config's training takes on each device. Loads no weights and asks no network.",
+        epilog="Everything else is as for fit: --config NAME, and keys that change it (--model.rank 512 ...).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strategy", choices=get_args(Strategy), help="default: what the config's trainer says, else one"
+    )
+    parser.add_argument("--devices", type=int, help="devices of a node")
+    parser.add_argument("--nodes", type=int, help="nodes")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of one device: says whether the plan fits into it")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the plan is written")
+    return parser
+
+
+def read_run(arguments: Sequence[str]) -> tuple[Any, MendModule, EditDataModule]:
+    """The config that `fit` would run with these arguments, its module (nothing is loaded) and its data."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    class Parser(LightningArgumentParser):
+        def error(self, message: str, *rest: Any) -> None:
+            super().error(with_near_editor(with_near_key(message, known_keys(self))), *rest)
+
+    parser = Parser(prog="mend-lightning plan")
+    parser.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_argument("--ckpt_path", type=str | None, default=None)
+    parser.add_lightning_class_args(MendModule, "model")
+    parser.add_lightning_class_args(EditDataModule, "data")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    config = parser.parse_args(resolved_configs(list(arguments))[0])
+    made = parser.instantiate_classes(config)
+    return config, made.model, made.data
+
+
+def layout(
+    trainer: Any, strategy: Strategy | None = None, devices: int | None = None, nodes: int | None = None
+) -> tuple[Strategy, int]:
+    """Strategy and number of processes: as asked for, else the trainer's."""
+    own = trainer.devices if isinstance(trainer.devices, int) else len(str(trainer.devices).split(","))
+    devices, nodes = devices or max(1, own), nodes or trainer.num_nodes
+    if devices < 1 or nodes < 1:
+        raise ConfigError(f"devices and nodes must be at least 1, not {devices} and {nodes}.")
+    processes = devices * nodes
+    if strategy is None:
+        named = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2].lower()
+        sharded = any(word in named for word in ("fsdp", "shard", "modelparallel"))
+        strategy = "fsdp2" if sharded else "ddp" if processes > 1 else "one"
+    if strategy == "one" and processes > 1:
+        raise ConfigError(f"--strategy one is one device; {processes} are asked for. Use ddp or fsdp2.")
+    return strategy, processes
+
+
+def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, processes: int) -> Planned:
+    """The plan of a run, made on torch's meta device.
+
+    Raises:
+        ModelLoadError: the base's shape is not known on this machine.
+    """
+    base = module.base
+    architecture = known_architecture(base.name, base.revision, base.trust_remote_code)
+    kind = base.kind or kind_of_config(architecture)
+    encoder, whose = _encoder(base, architecture, data, kind)
+    model = empty_model(architecture, pick_dtype(base.dtype), kind, base.trust_remote_code).eval().requires_grad_(False)
+    editor = empty_editor(module, model)
+    counts = measured_counts(data, encoder, module.locality_positions) if encoder is not None else None
+    lengths = (
+        f"measured on the training data with {whose}" if counts else f"max_length ({data.max_length}) of every row"
+    )
+    counts = counts or most_counts(data, kind, module.locality_positions)
+    sizes = sizes_of(model, editor, getattr(base, "quantize", None))
+    plan = plan_memory(sizes, step_bytes(model, editor, counts), strategy, processes)
+    return Planned(plan, sizes, counts, lengths, strategy, processes, editor.settings.get("rank"))
+
+
+def _encoder(base: BaseModel, architecture: Any, data: EditDataModule, kind: ModelKind) -> tuple[Encoder | None, str]:
+    """Text to ids, with the model's own tokenizer or a stand-in, which also fits the config to its ids; and whose it is."""
+    tokenizer = local_tokenizer(base.name, base.revision, base.trust_remote_code)
+    whose = "the model's tokenizer" if tokenizer is not None else "a stand-in for its tokenizer"
+    if tokenizer is None:
+        try:
+            tokenizer = stand_in_tokenizer(architecture, kind)
+        except ModelLoadError:
+            # A vocabulary below 256 bytes: lengths are what the settings allow.
+            return None, ""
+    start = getattr(architecture, "decoder_start_token_id", None)
+    return Encoder(tokenizer, data.format, kind, data.max_length, start), whose
+
+
+def empty_editor(module: MendModule, model: torch.nn.Module) -> Editor:
+    """The editor that `module` would train, on the meta device, in training mode."""
+    with torch.device("meta"):
+        chosen = select_layers(model, module._layers, module._last_blocks)
+        editor = module._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        if editor.settings.get("embedding", 0) is None:
+            # KnowledgeEditor learns this width when it is bound to weights.
+            width = model.get_input_embeddings().embedding_dim
+            editor = type(editor)(editor.layers, **{**editor.settings, "embedding": width})
+    return editor.train()
+
+
+def _show(found: Planned, base: BaseModel, limit: float | None, memory: int | None) -> None:
+    many = f"{found.processes} devices, {found.strategy}" if found.processes > 1 else "one device"
+    table = Table(title=f"Memory of each device, training an editor of {base.name} ({many})", title_justify="left")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    table.add_column("what it is")
+    for name, size in found.plan.parts().items():
+        if size:
+            table.add_row(name, gib(size), WHAT[name])
+    table.add_section()
+    table.add_row("a training step", gib(found.plan.step), "all of these")
+    if found.plan.calibration:
+        table.add_row("calibration", gib(found.plan.calibration), "before the first step, without the parts of a step")
+    table.add_row("total", gib(found.plan.total), "the largest of the run")
+    console().print(table)
+    for line in lines(found, limit, memory):
+        console().print(line, highlight=False)
+
+
+def lines(found: Planned, limit: float | None, memory: int | None) -> list[str]:
+    """What stands under the table."""
+    rows = [found.counts.z_edit, found.counts.x_in, found.counts.x_out]
+    said = [
+        f"Lengths: {found.lengths}; edits {rows[0].rows} rows of {rows[0].length} tokens, rephrases {rows[1].rows} of "
+        f"{rows[1].length}, unrelated {rows[2].rows} of {rows[2].length}.",
+        "Beside it: what Python, torch and a GPU's context take, scratch memory inside kernels, and the allocator's gaps.",
+    ]
+    if memory is None:
+        return said
+    if found.plan.total <= memory:
+        return [*said, f"Fits into {limit:g} GiB: {gib(memory - found.plan.total)} GiB are left."]
+    hints = advice(found.plan, found.sizes, found.strategy, found.counts.tasks, found.rank, memory)
+    return [*said, f"Does not fit into {limit:g} GiB: {gib(found.plan.total - memory)} GiB too much. What helps:",
+            *(f"  {hint}" for hint in hints)]  # fmt: skip
+
+
+def about(found: Planned, base: BaseModel) -> dict[str, Any]:
+    """What `--out` writes, sizes in bytes."""
+    counts = {
+        name: vars(rows) if name in ("z_edit", "x_in", "x_out") else rows for name, rows in vars(found.counts).items()
+    }
+    return {
+        "base": base.name, "strategy": found.strategy, "processes": found.processes, "lengths": found.lengths,
+        "counts": counts, "sizes": vars(found.sizes), **found.plan.as_dict(),
+    }  # fmt: skip
