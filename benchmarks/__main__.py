@@ -1,11 +1,11 @@
-"""The command line: `python -m benchmarks step|apply|stack --model gpt2-small`."""
+"""The command line: `python -m benchmarks step|apply|stack|plan --model gpt2-small`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import stack
+from benchmarks import plan, stack
 from benchmarks.memory import peak_memory
 from benchmarks.models import MODELS
 from benchmarks.report import append, line_of, machine, show, when
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = _parser().parse_args(arguments)
     if options.command == "stack":
         return _stack(options, arguments)
+    if options.command == "plan":
+        return _plan(options, arguments)
     names = ("command", "model", "tokens", "rank", "threads", "reference_gradients")
     edits = options.edits if options.command == "step" else 1
     settings = Settings(edits=edits, **{name: getattr(options, name) for name in names})
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         note = "edits of a step" if name == "step" else "ignored: always 1"
         command.add_argument("--edits", type=int, default=8, help=note)
     _add_stack(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -106,6 +109,33 @@ def _stack(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     stack.show(found, f"{options.model}, {options.dtype}", console)
     console.print(f"Appended to {append(options.out, 'stack', line)}")
     return line
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan", help="the memory plan beside the measured peak of training steps, for several models",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", help="a model whose shape ships with the package, or a folder; default: a list of runs")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
+    parser.add_argument("--edits", type=int, default=8, help="of a step")
+    parser.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
+
+
+def _plan(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    one = plan.Run(options.model, options.dtype, options.edits, options.rank) if options.model else None
+    lines = []
+    for run in [one] if one else plan.RUNS:
+        run = replace(run, threads=options.threads)
+        console.print(f"{run.model}, {run.dtype}, {run.batch_size} edit(s), rank {run.rank} ...", highlight=False)
+        line = {**when(arguments), "settings": asdict(run), **plan.run_apart(run), **machine()}
+        path = append(options.out, "plan", line)
+        lines.append(line)
+    plan.show(lines, console)
+    console.print(f"Appended to {path}")
+    return lines[-1]
 
 
 def _memory(settings: Settings) -> dict[str, dict[str, float] | None]:

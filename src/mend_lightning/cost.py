@@ -70,16 +70,16 @@ def resident_peak(run: Callable[[], object], rounds: int = 1) -> dict[str, float
 
     Reads Linux's /proc.
     """
-    _release()
-    before = _status("VmRSS")
+    release()
+    before = resident("VmRSS")
     # Sets the peak back to what is resident now.
     RESET.write_text("5")
     for _ in range(rounds):
         run()
-    return {"before": before, "beyond": max(0.0, _status("VmHWM") - before)}
+    return {"before": before, "beyond": max(0.0, resident("VmHWM") - before)}
 
 
-def _release() -> None:
+def release() -> None:
     """Hands freed memory back to the system, or the first run would use it and look cheaper than it is."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -87,7 +87,8 @@ def _release() -> None:
         trim(0)
 
 
-def _status(field: str) -> float:
+def resident(field: str) -> float:
+    """Megabytes of the process: `VmRSS` is what is resident now, `VmHWM` the peak. Reads Linux's /proc."""
     for line in STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:

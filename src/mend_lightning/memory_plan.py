@@ -28,6 +28,8 @@ from mend_lightning.layers import find_stacks, is_editable
 
 Strategy = Literal["one", "ddp", "fsdp2"]
 GIB = 2**30
+# A rank that learned as well on SmolLM2-135M (docs/tuning.md).
+SMALL_RANK = 256
 # Bytes of a weight in a quantised base; its scales, one a row or a group of weights, are not counted.
 QUANTISED = {"int8": 1.0, "int4": 0.5}
 
@@ -189,38 +191,35 @@ def calibration_bytes(editor: Editor) -> int:
     return 8 * (kept * sum(width**2 for width in widths) + 4 * max((width**2 for width in widths), default=0))
 
 
-def advice(plan: MemoryPlan, sizes: Sizes, strategy: Strategy, tasks: int, rank: int | None, memory: int) -> list[str]:
-    """What to change where `plan` does not fit into `memory` bytes, what helps most first."""
-    editor, activations = 4 * plan.editor, sum(plan.activations.values())
+def advice(
+    plan: MemoryPlan, sizes: Sizes, strategy: Strategy, tasks: int, rank: int | None, memory: int, quantised: bool = False
+) -> list[str]:
+    """What to change where `plan` does not fit into `memory` bytes, what helps most first.
+
+    Args:
+        plan, sizes, strategy: as `plan_memory` took and gave them.
+        tasks: edits of a batch.
+        rank: of the editor's matrices; None: it has none.
+        memory: of a device.
+        quantised: the base is quantised already.
+    """
+    activations = sum(plan.activations.values())
     found: list[tuple[int, str]] = []
     if tasks > 1:
-        saved = activations - activations // tasks
-        found.append(
-            (
-                saved,
-                f"--data.batch_size 1 --trainer.accumulate_grad_batches {tasks}: the same step, about {gib(saved)} GiB less",
-            )
-        )
-    if rank and rank > 256:
-        saved = editor - editor * 256 // rank
-        found.append((saved, f"--model.rank 256 instead of {rank}: about {gib(saved)} GiB less"))
-    if strategy != "fsdp2":
-        count = devices_needed(sizes, plan.activations, memory)
-        if count:
-            found.append(
-                (
-                    plan.total - memory,
-                    f"--strategy fsdp2 --devices {count}: base and editor shared by {count} devices fit",
-                )
-            )
-    if plan.base > memory // 4 and strategy != "fsdp2":
-        saved = plan.base // 2
-        found.append((saved, f"--model.base.quantize int8: about {gib(saved)} GiB less than in bfloat16"))
-    if plan.calibration > plan.gradient + plan.moments + activations:
-        found.append((plan.calibration, "--model.precondition null: nothing is calibrated"))
-    return [text for _, text in sorted(found, key=lambda each: -each[0])] or [
-        "A smaller model, or devices with more memory."
-    ]
+        less = activations - activations // tasks
+        found.append((less, f"--data.batch_size 1 --trainer.accumulate_grad_batches {tasks}, the same step"))
+    if rank and rank > SMALL_RANK:
+        less = 4 * plan.editor * (rank - SMALL_RANK) // rank
+        found.append((less, f"--model.rank {SMALL_RANK} instead of {rank}"))
+    if not quantised:
+        found.append(((sizes.base - sizes.outside) // 2 * plan.base // sizes.base, "--model.base.quantize int8"))
+    if plan.kept + plan.calibration == plan.total > plan.step:
+        found.append((plan.total - plan.step, "--model.precondition null, so that nothing is calibrated"))
+    said = [f"{text}: about {gib(less)} GiB less" for less, text in sorted(found, reverse=True) if less > GIB // 100]
+    count = None if strategy == "fsdp2" else devices_needed(sizes, plan.activations, memory)
+    if count:
+        said.insert(0, f"--trainer.strategy fsdp2 --trainer.devices {count}: base and editor, shared by {count} devices, fit")
+    return said or ["A smaller model, or devices with more memory."]
 
 
 def devices_needed(sizes: Sizes, activations: Mapping[str, int], memory: int, most: int = 1024) -> int | None:

@@ -25,7 +25,7 @@ from mend_lightning.delta import LowRankDelta, pack_tasks
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.forward import output_head
-from mend_lightning.layers import find_stacks, layer_shape
+from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import FusedAttention, LiveBytes
 from mend_lightning.losses import token_kl, token_nll
 from mend_lightning.trunk import TrunkOutputs, record_trunk, replayed
@@ -170,7 +170,7 @@ def _deltas(editor: Editor, factors: Mapping[str, Factors], tasks: int) -> dict[
     for i, (name, (u, delta)) in enumerate(made.items()):
         rank = -(-u.shape[0] // tasks)
         place = (factors[name].task, tasks, rank, torch.empty_like(factors[name].task))
-        rate = torch.ones((), device=u.device) if rates is None else rates[i]
+        rate = torch.ones((), device=u.device, requires_grad=True) if rates is None else rates[i]
         deltas[name] = LowRankDelta(pack_tasks(u, *place), pack_tasks(-rate * delta, *place))
     return deltas
 
@@ -231,8 +231,3 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor], positions: int, live: L
 
 def _targets(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape[0], dtype=torch.long, device=logits.device)
-
-
-def edited_shapes(model: nn.Module, editor: Editor) -> list[tuple[int, int]]:
-    """(d_in, d_out) of every edited layer."""
-    return [layer_shape(layer) for layer in editor.modules_in(model).values()]

@@ -48,6 +48,7 @@ class Planned:
     strategy: Strategy
     processes: int
     rank: int | None
+    quantised: bool
 
 
 def plan_command(arguments: Sequence[str]) -> int:
@@ -100,7 +101,9 @@ def read_run(arguments: Sequence[str]) -> tuple[Any, MendModule, EditDataModule]
     parser.add_lightning_class_args(EditDataModule, "data")
     parser.add_lightning_class_args(Trainer, "trainer")
     config = parser.parse_args(resolved_configs(list(arguments))[0])
-    made = parser.instantiate_classes(config)
+    # jsonargparse gives this another name from 4.49 on.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    made = instantiate(config)
     return config, made.model, made.data
 
 
@@ -108,8 +111,8 @@ def layout(
     trainer: Any, strategy: Strategy | None = None, devices: int | None = None, nodes: int | None = None
 ) -> tuple[Strategy, int]:
     """Strategy and number of processes: as asked for, else the trainer's."""
-    own = trainer.devices if isinstance(trainer.devices, int) else len(str(trainer.devices).split(","))
-    devices, nodes = devices or max(1, own), nodes or trainer.num_nodes
+    devices = device_count(trainer.devices) if devices is None else devices
+    nodes = trainer.num_nodes if nodes is None else nodes
     if devices < 1 or nodes < 1:
         raise ConfigError(f"devices and nodes must be at least 1, not {devices} and {nodes}.")
     processes = devices * nodes
@@ -120,6 +123,20 @@ def layout(
     if strategy == "one" and processes > 1:
         raise ConfigError(f"--strategy one is one device; {processes} are asked for. Use ddp or fsdp2.")
     return strategy, processes
+
+
+def device_count(devices: Any) -> int:
+    """How many devices of a node the Trainer's `devices` names; "auto" and -1 are all of this machine.
+
+    Example:
+        >>> device_count(2), device_count("3"), device_count("0,2"), device_count([1])
+        (2, 3, 2, 1)
+    """
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    if "," in str(devices):
+        return len([part for part in str(devices).split(",") if part.strip()])
+    return max(1, torch.cuda.device_count()) if str(devices) in ("auto", "-1") else int(devices)
 
 
 def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, processes: int) -> Planned:
@@ -139,9 +156,11 @@ def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, proce
         f"measured on the training data with {whose}" if counts else f"max_length ({data.max_length}) of every row"
     )
     counts = counts or most_counts(data, kind, module.locality_positions)
-    sizes = sizes_of(model, editor, getattr(base, "quantize", None))
+    quantize = getattr(base, "quantize", None)
+    sizes = sizes_of(model, editor, quantize)
     plan = plan_memory(sizes, step_bytes(model, editor, counts), strategy, processes)
-    return Planned(plan, sizes, counts, lengths, strategy, processes, editor.settings.get("rank"))
+    rank = editor.settings.get("rank")
+    return Planned(plan, sizes, counts, lengths, strategy, processes, rank, quantize is not None)
 
 
 def _encoder(base: BaseModel, architecture: Any, data: EditDataModule, kind: ModelKind) -> tuple[Encoder | None, str]:
@@ -201,7 +220,8 @@ def lines(found: Planned, limit: float | None, memory: int | None) -> list[str]:
         return said
     if found.plan.total <= memory:
         return [*said, f"Fits into {limit:g} GiB: {gib(memory - found.plan.total)} GiB are left."]
-    hints = advice(found.plan, found.sizes, found.strategy, found.counts.tasks, found.rank, memory)
+    given = (found.plan, found.sizes, found.strategy, found.counts.tasks, found.rank, memory, found.quantised)
+    hints = advice(*given)
     return [*said, f"Does not fit into {limit:g} GiB: {gib(found.plan.total - memory)} GiB too much. What helps:",
             *(f"  {hint}" for hint in hints)]  # fmt: skip
 

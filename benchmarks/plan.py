@@ -1,0 +1,151 @@
+"""The memory plan beside the measured peak of a training run, in a process of its own: `python -m benchmarks.plan SETTINGS_AS_JSON`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GPT2Config, T5Config
+
+from mend_lightning.base import BaseModel
+from mend_lightning.commands.plan import plan_run
+from mend_lightning.cost import MEGABYTE, RESET, release, resident
+from mend_lightning.data.module import EditDataModule
+from mend_lightning.module import MendModule
+from mend_lightning.step_plan import PHASES
+
+# Batches before the measured ones: Adam's moments and the gradient are there then.
+BEFORE, MEASURED = 2, 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; plain values, so that a fresh process can be given them."""
+
+    model: str
+    dtype: str = "bfloat16"
+    batch_size: int = 8
+    rank: int = 1920
+    locality: int = 1
+    threads: int = 2
+
+
+GPT2, T5, QWEN = "openai-community/gpt2", "google/t5-v1_1-base", "Qwen/Qwen2.5-0.5B"
+SMOLLM2, LLAMA = "HuggingFaceTB/SmolLM2-360M-Instruct", "meta-llama/Llama-3.2-1B"
+RUNS = (
+    Run(GPT2, "float32"), Run(GPT2, "float32", 32), Run(GPT2, "bfloat16"), Run(T5, "float32"), Run(T5, "float32", 32),
+    Run(T5, "bfloat16"), Run(SMOLLM2, "bfloat16"), Run(SMOLLM2, "bfloat16", 32, 256), Run(SMOLLM2, "float32", 1),
+    Run(QWEN, "bfloat16"), Run(QWEN, "float32", 8, 256), Run(LLAMA, "bfloat16", 1), Run(LLAMA, "bfloat16", 8),
+)  # fmt: skip
+
+
+class Peak(L.Callback):
+    """Resident megabytes when a step begins, and the peak of the steps from there on."""
+
+    def __init__(self) -> None:
+        self.before = self.peak = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == BEFORE:
+            release()
+            self.before = resident("VmRSS")
+            RESET.write_text("5")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.peak = resident("VmHWM")
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Planned and measured megabytes of `run`, in this process."""
+    torch.set_num_threads(run.threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        # Code pages, thread pools and Lightning belong to no model: a tiny run brings them in.
+        config = T5Config(
+            d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=3, vocab_size=8192, decoder_start_token_id=0
+        )
+        if "t5" not in run.model:
+            config = GPT2Config(n_embd=32, n_head=2, n_layer=4, vocab_size=8192)
+        config.save_pretrained(folder)
+        fit(Run(folder, run.dtype, 2, 8))
+    release()
+    empty = resident("VmRSS")
+    module, data, peak = fit(run)
+    planned = plan_run(module, data, "one", 1).plan
+    sizes = {name: size / MEGABYTE for name, size in planned.parts().items()}
+    activations = sum(sizes[f"step: {phase}"] for phase in PHASES)
+    measured = {"total": peak.peak - empty, "kept": peak.before - empty, "activations": peak.peak - peak.before}
+    expected = {
+        "total": planned.step / MEGABYTE,
+        "kept": planned.step / MEGABYTE - activations,
+        "activations": activations,
+    }
+    off = {name: expected[name] / measured[name] - 1 for name in expected}
+    return {"planned_mb": expected, "measured_mb": measured, "off": off, "parts_mb": sizes, "process_mb": empty}
+
+
+def fit(run: Run) -> tuple[MendModule, EditDataModule, Peak]:
+    """Trains for a few steps on random weights, as `mend-lightning fit` does."""
+    module = MendModule(BaseModel(run.model, run.dtype, random_weights=True), rank=run.rank)
+    prompt = {} if "t5" in run.model else {"prompt": "Q: {input}\nA:", "stop": "\n"}
+    data = EditDataModule(
+        "world_facts/train", batch_size=run.batch_size, locality=run.locality, max_length=96, **prompt
+    )
+    peak = Peak()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=BEFORE + MEASURED, callbacks=[peak], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, inference_mode=False, num_sanity_val_steps=0,
+        limit_val_batches=0, gradient_clip_val=100.0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return module, data, peak
+
+
+def run_apart(run: Run) -> dict[str, Any]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.plan", json.dumps(asdict(run))]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise RuntimeError(f"The measurement of {run} failed; its error is above.")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def show(lines: list[dict[str, Any]], console: Console) -> None:
+    """A row for each run: planned, measured, and how far the plan is off."""
+    table = Table(title="Planned and measured peak of a training step, MB", title_justify="left")
+    for column in (
+        "model",
+        "dtype",
+        "edits",
+        "rank",
+        "planned",
+        "measured",
+        "off",
+        "activations planned",
+        "measured",
+        "off",
+    ):
+        table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
+    for line in lines:
+        run, planned, measured, off = (line[key] for key in ("settings", "planned_mb", "measured_mb", "off"))
+        cells = [run["model"], run["dtype"], str(run["batch_size"]), str(run["rank"])]
+        for name in ("total", "activations"):
+            cells += [f"{planned[name]:.0f}", f"{measured[name]:.0f}", f"{100 * off[name]:+.1f} %"]
+        table.add_row(*cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Run(**json.loads(sys.argv[1])))))
