@@ -120,7 +120,8 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     parser.add_argument("--edits", type=int, default=8, help="of a step")
     parser.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--gaps", action="store_true", help="measure with glibc's own settings")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
 
 
@@ -128,7 +129,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     one = plan.Run(options.model, options.dtype, options.edits, options.rank) if options.model else None
     lines = []
     for run in [one] if one else plan.RUNS:
-        run = replace(run, threads=options.threads)
+        run = replace(run, threads=options.threads, gaps=options.gaps)
         console.print(f"{run.model}, {run.dtype}, {run.batch_size} edit(s), rank {run.rank} ...", highlight=False)
         line = {**when(arguments), "settings": asdict(run), **plan.run_apart(run), **machine()}
         path = append(options.out, "plan", line)

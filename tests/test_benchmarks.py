@@ -149,3 +149,30 @@ def test_forwards_are_of_that_many_edits(monkeypatch):
     found = stack.time_forwards(model, edits, [1, 4], torch.ones(1, 5, dtype=torch.long), repeats=3)
     assert on == [0, 0, 1, 1, 4, 4] * 3 and found.keys() == {"0", "1", "4"}
     assert not len(EditStack(model))
+
+
+def test_the_command_for_plans(tmp_path, monkeypatch, capsys):
+    """Without the measurement itself, which needs a process of its own and minutes."""
+    from benchmarks import plan
+
+    sizes = {"total": 110.0, "kept": 60.0, "activations": 50.0}
+    found = {"planned_mb": sizes, "measured_mb": {**sizes, "total": 100.0}, "off": {**dict.fromkeys(sizes, 0.0), "total": 0.1}}
+    runs = []
+    monkeypatch.setattr(plan, "run_apart", lambda run: runs.append(run) or found)
+    line = main(["plan", "--model", "openai-community/gpt2", "--dtype", "float32", "--edits", "3", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "plan.jsonl").read_text()) == line and line["planned_mb"] == sizes
+    assert runs == [plan.Run("openai-community/gpt2", "float32", 3)] and line["settings"]["rank"] == 1920
+    assert "+10.0" in capsys.readouterr().out
+
+
+@needs_proc
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_peak_of_training_steps_is_seen(tmp_path):
+    from transformers import GPT2Config
+
+    from benchmarks import plan
+
+    GPT2Config(n_embd=32, n_head=2, n_layer=4, vocab_size=2000).save_pretrained(tmp_path)
+    module, data, peak = plan.fit(plan.Run(str(tmp_path), "float32", 2, 8))
+    assert module.trainer.global_step == plan.BEFORE + plan.MEASURED and data.batch_size == 2
+    assert 50 < peak.before <= peak.peak < peak.before + 200
