@@ -22,6 +22,7 @@ from mend_lightning.editors.mend import MendEditor
 from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import LiveBytes
 from mend_lightning.memory_plan import GIB, advice, devices_needed, plan_memory, sizes_of
+from mend_lightning.parts import edit_step_in_parts
 from mend_lightning.precondition import InputMoments
 from mend_lightning.random_base import empty_model, random_model, stand_in_tokenizer
 from mend_lightning.step import edit_step
@@ -72,11 +73,14 @@ def batches(real, tokenizer, count: int, **settings):
     return [_batch(data, data.sampler("train"), encoder, i * data.batch_size, data.batch_size) for i in range(count)]
 
 
-def really_alive(real, editor, batch) -> int:
+def really_alive(real, editor, batch, at_once: int | None = None) -> int:
     """Slow truth: bytes of the tensors of one real step at the worst moment, less the new gradient."""
     gradient = sum(4 * p.numel() for p in editor.parameters())
     with LiveBytes() as live:
-        loss = edit_step(real, editor, batch).total(0.1)
+        if at_once is None:
+            loss = edit_step(real, editor, batch).total(0.1)
+        else:
+            loss = edit_step_in_parts(real, editor, batch, 0.1, at_once)[0]
         forward = live.peak
         editor.zero_grad()
         live.reset_peak()
@@ -98,6 +102,18 @@ def test_activations_are_those_of_a_real_step(name, dtype, size):
     assert tuple(parts) == PHASES and all(size >= 0 for size in parts.values())
     assert min(parts["edited pass"], parts["transforms"], parts["logits"]) > 0
     assert all(parameter.grad is None for parameter in planned.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_step_in_parts_takes_less(name):
+    real, empty, tokenizer = built(name)
+    editor, planned = editors(real, empty)
+    first, batch = batches(real, tokenizer, 2, batch_size=8, locality=4, rephrases=2)
+    edit_step(real, editor, first).total(0.1).backward()
+    counts = batch_counts(batch, "all")
+    whole, parts = (sum(step_bytes(empty, planned, counts, at_once).values()) for at_once in (None, 2))
+    assert parts < 0.7 * whole
+    assert parts == pytest.approx(really_alive(real, editor, batch, 2), rel=EXPECTED)
 
 
 def test_activations_grow_with_edits_and_logits_with_the_vocabulary():
@@ -160,6 +176,8 @@ def test_fsdp2_divides_and_ddp_copies():
     largest = max(sum(4 * p.numel() for p in transform.parameters()) for transform in editor.transforms)
     outside = sizes.base - 4 * block
     assert sharded.communication == 2 * block + outside + 2 * largest and outside >= whole - 4 * block
+    older = plan_memory(sizes, {}, "fsdp", 4)
+    assert older.base == outside + block and older.editor == one.editor and older.communication == 2 * block + ddp.gradient
     assert sharded.step == sum(sharded.parts().values())
     assert plan_memory(sizes, {}, "fsdp2", 1).total == plan_memory(sizes, {}, "one").total
 
@@ -181,12 +199,12 @@ def test_advice_is_what_makes_it_fit():
     count = devices_needed(sizes, plan.activations, 24 * GIB)
     assert count == 8 and plan_memory(sizes, plan.activations, "fsdp2", 8).total <= 24 * GIB
     assert plan_memory(sizes, plan.activations, "fsdp2", 4).total > 24 * GIB
-    said = "\n".join(advice(plan, sizes, "one", tasks=8, rank=1920, memory=24 * GIB))
-    for part in ("accumulate_grad_batches 8", "--model.rank 256", "fsdp2 --trainer.devices 8", "quantize int8"):
+    said = "\n".join(advice(plan, sizes, "one", tasks=8, at_once=8, rank=1920, memory=24 * GIB))
+    for part in ("accumulate_grad_batches 8", "--model.tasks_at_once 1", "--model.rank 256", "fsdp2 --trainer.devices 8", "quantize int8"):
         assert part in said
     assert said.splitlines()[0].startswith("--trainer.strategy fsdp2")
     tight = plan_memory(sizes, {}, "fsdp2", 2)
-    assert advice(tight, sizes, "fsdp2", 1, None, GIB, quantised=True) == ["A smaller model, or devices with more memory."]
+    assert advice(tight, sizes, "fsdp2", 1, 1, None, GIB, quantised=True) == ["A smaller model, or devices with more memory."]
 
 
 @pytest.mark.parametrize("kind", [EnnEditor, KnowledgeEditor])

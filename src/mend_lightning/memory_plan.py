@@ -12,7 +12,8 @@ Every formula is a sum of bytes:
                     editor its largest transform whole, with its gradient
     calibration     before the first step, of preconditioned editors: float64 moments of every edited layer's inputs
 
-Under fsdp2 base, editor, gradient and moments are divided by the number of processes; buffers are not.
+Under fsdp2 base, editor, gradient and moments are divided by the number of processes; buffers are not. Under fsdp the base's
+blocks are divided, and two of them gathered; everything else is as under ddp.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from mend_lightning.editors.editor import Editor
 from mend_lightning.layers import find_stacks, is_editable
 
-Strategy = Literal["one", "ddp", "fsdp2"]
+Strategy = Literal["one", "ddp", "fsdp", "fsdp2"]
 GIB = 2**30
+# Phases of a step that `tasks_at_once` makes smaller.
+OUTER = ("edited pass", "logits", "backward")
 # A rank that learned as well on SmolLM2-135M (docs/tuning.md).
 SMALL_RANK = 256
 # Bytes of a weight in a quantised base; its scales, one a row or a group of weights, are not counted.
@@ -121,10 +124,13 @@ def plan_memory(sizes: Sizes, activations: Mapping[str, int], strategy: Strategy
     """
     parts = processes if strategy == "fsdp2" else 1
     base, editor = share(sizes.base, parts), share(sizes.editor, parts)
+    if strategy == "fsdp":
+        base = share(sizes.base - sizes.outside, processes) + sizes.outside
     kept = {"base": base, "editor": editor, "gradient": editor, "moments": 2 * editor, "buffers": sizes.buffers}
     communication = {
         "one": 0,
         "ddp": sizes.editor if processes > 1 else 0,
+        "fsdp": 2 * sizes.block + sizes.editor if processes > 1 else 0,
         "fsdp2": 2 * sizes.block + sizes.outside + 2 * sizes.unit if processes > 1 else 0,
     }[strategy]
     return MemoryPlan(**kept, activations=activations, communication=communication, calibration=sizes.calibration)
@@ -192,22 +198,33 @@ def calibration_bytes(editor: Editor) -> int:
 
 
 def advice(
-    plan: MemoryPlan, sizes: Sizes, strategy: Strategy, tasks: int, rank: int | None, memory: int, quantised: bool = False
+    plan: MemoryPlan,
+    sizes: Sizes,
+    strategy: Strategy,
+    tasks: int,
+    at_once: int,
+    rank: int | None,
+    memory: int,
+    quantised: bool = False,
 ) -> list[str]:
     """What to change where `plan` does not fit into `memory` bytes, what helps most first.
 
     Args:
         plan, sizes, strategy: as `plan_memory` took and gave them.
         tasks: edits of a batch.
+        at_once: edits whose outer pass is in memory at a time.
         rank: of the editor's matrices; None: it has none.
         memory: of a device.
         quantised: the base is quantised already.
     """
     activations = sum(plan.activations.values())
     found: list[tuple[int, str]] = []
+    if at_once > 1:
+        outer = sum(plan.activations.get(phase, 0) for phase in OUTER)
+        found.append((outer - outer // at_once, "--model.tasks_at_once 1, the same step"))
     if tasks > 1:
         less = activations - activations // tasks
-        found.append((less, f"--data.batch_size 1 --trainer.accumulate_grad_batches {tasks}, the same step"))
+        found.append((less, f"--data.batch_size 1 --trainer.accumulate_grad_batches {tasks}, nearly the same step"))
     if rank and rank > SMALL_RANK:
         less = 4 * plan.editor * (rank - SMALL_RANK) // rank
         found.append((less, f"--model.rank {SMALL_RANK} instead of {rank}"))

@@ -74,7 +74,19 @@ def edit_step_in_parts(
             gradient[tasks] = part
     names = ("edit", "locality", "inner")
     joined = StepOutput(*(torch.cat([getattr(each, name) for each in losses]) for name in names), made.skipped)
-    return _Known.apply(joined.total(c_edit), gradients, *tensors), joined
+    return known_loss(joined.total(c_edit), gradients, tensors), joined
+
+
+def known_loss(loss: Tensor, gradients: list[Tensor], tensors: list[Tensor]) -> Tensor:
+    """`loss`, whose gradients by `tensors` are known already.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> known_loss(torch.tensor(9.0), [torch.tensor(6.0)], [x]).backward()
+        >>> x.grad
+        tensor(6.)
+    """
+    return _Known.apply(loss, gradients, *tensors)
 
 
 def _of(batch: EditBatch, tasks: slice) -> EditBatch:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mend_lightning.capture import record_factors
 from mend_lightning.delta import LowRankDelta, pack_tasks
@@ -28,6 +29,7 @@ from mend_lightning.forward import output_head
 from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import FusedAttention, LiveBytes
 from mend_lightning.losses import token_kl, token_nll
+from mend_lightning.parts import known_loss
 from mend_lightning.trunk import TrunkOutputs, record_trunk, replayed
 from mend_lightning.types import Factors
 
@@ -55,6 +57,11 @@ class RowCounts:
     labels: int
     decoder_length: int = 0
 
+    def share(self, tasks: int, of: int) -> RowCounts:
+        """What `tasks` out of `of` have of it, rounded up."""
+        rows, tokens, labels = (-(-size * tasks // of) for size in (self.rows, self.tokens, self.labels))
+        return replace(self, rows=rows, tokens=tokens, labels=labels)
+
 
 @dataclass(frozen=True)
 class BatchCounts:
@@ -72,8 +79,21 @@ class BatchCounts:
     x_out: RowCounts
     locality: int
 
+    def part(self, tasks: int) -> BatchCounts:
+        """The size of a part of the batch, of so many tasks.
 
-def step_bytes(model: nn.Module, editor: Editor, batch: BatchCounts) -> dict[str, int]:
+        Example:
+            >>> rows = RowCounts(4, 5, 18, 9)
+            >>> BatchCounts(4, rows, rows, rows, 10).part(1).x_in
+            RowCounts(rows=1, length=5, tokens=5, labels=3, decoder_length=0)
+        """
+        sets = (rows.share(tasks, self.tasks) for rows in (self.z_edit, self.x_in, self.x_out))
+        return BatchCounts(tasks, *sets, -(-self.locality * tasks // self.tasks))
+
+
+def step_bytes(
+    model: nn.Module, editor: Editor, batch: BatchCounts, tasks_at_once: int | None = None
+) -> dict[str, int]:
     """Bytes of one training step's activations and temporaries when most is alive, by phase.
 
     Args:
@@ -81,13 +101,14 @@ def step_bytes(model: nn.Module, editor: Editor, batch: BatchCounts) -> dict[str
         editor: an editor of it, on the meta device too, in training mode. Of editors other than MEND only the plain
             descent along the factors is counted, not what is special about them.
         batch: its size.
+        tasks_at_once: see `MendModule`.
 
     Returns:
         phase -> bytes. The editor's gradient is not among them: it is as large as the editor, and is counted there.
     """
     gradient = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters())
     with torch.enable_grad(), FusedAttention(), LiveBytes() as live:
-        loss = _forward(model, editor, batch, live)
+        loss = _forward(model, editor, batch, min(tasks_at_once or batch.tasks, batch.tasks), live)
         forward = live.peak, dict(live.parts)
         live.phase = BACKWARD
         live.reset_peak()
@@ -101,12 +122,31 @@ def step_bytes(model: nn.Module, editor: Editor, batch: BatchCounts) -> dict[str
     return {phase: parts.get(phase, 0) for phase in PHASES}
 
 
-def _forward(model: nn.Module, editor: Editor, batch: BatchCounts, live: LiveBytes) -> Tensor:
-    """`edit_step` up to the loss."""
+def _forward(model: nn.Module, editor: Editor, batch: BatchCounts, at_once: int, live: LiveBytes) -> Tensor:
+    """`edit_step` up to the loss, or `edit_step_in_parts`: of its parts, which are alike, one."""
     layers = editor.modules_in(model)
     factors = _factors(model, layers, batch, live)
     live.phase = TRANSFORMS
     deltas = _deltas(editor, factors, batch.tasks)
+    if at_once == batch.tasks:
+        return _outer(model, layers, batch, deltas, live)
+    tensors, shape = tree_flatten(deltas)
+    gradients = [torch.empty_like(tensor) for tensor in tensors]
+    leaves = [tensor[:at_once].detach().requires_grad_() for tensor in tensors]
+    loss = _outer(model, layers, batch.part(at_once), tree_unflatten(leaves, shape), live)
+    live.phase = BACKWARD
+    torch.autograd.grad(loss, leaves)
+    return known_loss(loss.detach(), gradients, tensors)
+
+
+def _outer(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batch: BatchCounts,
+    deltas: Mapping[str, LowRankDelta],
+    live: LiveBytes,
+) -> Tensor:
+    """The outer losses of a batch's edits, or of a part of them."""
     rows, count = _joined(batch.x_out, batch.x_in), batch.x_out.rows
     trunk = _trunk(model, layers, rows, live)
     live.phase = EDITED

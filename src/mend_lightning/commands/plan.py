@@ -30,7 +30,7 @@ from mend_lightning.step_plan import BatchCounts, step_bytes
 
 WHAT = {
     "base": "its weights", "editor": "parameters, float32", "gradient": "the editor's", "moments": "Adam's two",
-    "buffers": "statistics, preconditioning", "communication": "gathered blocks, or buckets of the gradient",
+    "buffers": "statistics, preconditioning", "communication": "gathered blocks, buckets of the gradient",
     "step: trunk": "hidden states below the edited blocks", "step: inner pass": "the edits' factors u and delta",
     "step: transforms": "what the editor's gradient needs", "step: edited pass": "what the edited blocks' gradient needs",
     "step: logits": "positions x vocabulary, float32 copies", "step: backward": "gradients on their way",
@@ -49,6 +49,7 @@ class Planned:
     processes: int
     rank: int | None
     quantised: bool
+    at_once: int
 
 
 def plan_command(arguments: Sequence[str]) -> int:
@@ -118,10 +119,11 @@ def layout(
     processes = devices * nodes
     if strategy is None:
         named = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2].lower()
-        sharded = any(word in named for word in ("fsdp", "shard", "modelparallel"))
-        strategy = "fsdp2" if sharded else "ddp" if processes > 1 else "one"
+        older = named in ("fsdp", "fsdp1", "shardedbasestrategy")
+        sharded = "fsdp" if older else "fsdp2" if named in ("fsdp2", "shardedstrategy") else None
+        strategy = sharded or ("ddp" if processes > 1 else "one")
     if strategy == "one" and processes > 1:
-        raise ConfigError(f"--strategy one is one device; {processes} are asked for. Use ddp or fsdp2.")
+        raise ConfigError(f"--strategy one is one device; {processes} are asked for. Use ddp, fsdp or fsdp2.")
     return strategy, processes
 
 
@@ -158,9 +160,10 @@ def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, proce
     counts = counts or most_counts(data, kind, module.locality_positions)
     quantize = getattr(base, "quantize", None)
     sizes = sizes_of(model, editor, quantize)
-    plan = plan_memory(sizes, step_bytes(model, editor, counts), strategy, processes)
+    plan = plan_memory(sizes, step_bytes(model, editor, counts, module.tasks_at_once), strategy, processes)
     rank = editor.settings.get("rank")
-    return Planned(plan, sizes, counts, lengths, strategy, processes, rank, quantize is not None)
+    at_once = min(module.tasks_at_once or counts.tasks, counts.tasks)
+    return Planned(plan, sizes, counts, lengths, strategy, processes, rank, quantize is not None, at_once)
 
 
 def _encoder(base: BaseModel, architecture: Any, data: EditDataModule, kind: ModelKind) -> tuple[Encoder | None, str]:
@@ -220,7 +223,8 @@ def lines(found: Planned, limit: float | None, memory: int | None) -> list[str]:
         return said
     if found.plan.total <= memory:
         return [*said, f"Fits into {limit:g} GiB: {gib(memory - found.plan.total)} GiB are left."]
-    given = (found.plan, found.sizes, found.strategy, found.counts.tasks, found.rank, memory, found.quantised)
+    edits = (found.counts.tasks, found.at_once)
+    given = (found.plan, found.sizes, found.strategy, *edits, found.rank, memory, found.quantised)
     hints = advice(*given)
     return [*said, f"Does not fit into {limit:g} GiB: {gib(found.plan.total - memory)} GiB too much. What helps:",
             *(f"  {hint}" for hint in hints)]  # fmt: skip
