@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks step|apply|stack|plan --model gpt2-small`."""
+"""The command line: `python -m benchmarks step|apply|stack|plan|scaling|width`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import plan, stack
+from benchmarks import plan, scaling, stack, width
 from benchmarks.memory import peak_memory
 from benchmarks.models import MODELS
 from benchmarks.report import append, line_of, machine, show, when
@@ -36,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one benchmark, prints its table, appends its line; returns the line."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(arguments)
-    if options.command == "stack":
-        return _stack(options, arguments)
-    if options.command == "plan":
-        return _plan(options, arguments)
+    others = {"stack": _stack, "plan": _plan, "scaling": _scaling, "width": _width}
+    if options.command in others:
+        return others[options.command](options, arguments)
     names = ("command", "model", "tokens", "rank", "threads", "reference_gradients")
     edits = options.edits if options.command == "step" else 1
     settings = Settings(edits=edits, **{name: getattr(options, name) for name in names})
@@ -80,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--edits", type=int, default=8, help=note)
     _add_stack(commands)
     _add_plan(commands)
+    _add_scaling(commands)
+    _add_width(commands)
     return parser
 
 
@@ -137,6 +138,48 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     plan.show(lines, console)
     console.print(f"Appended to {path}")
     return lines[-1]
+
+
+def _add_scaling(commands: Any) -> None:
+    parser = commands.add_parser(
+        "scaling", help="edits per second of fit on one process and on several, one thread each",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", default="quickstart", help="what is trained; batch_size is that of a process")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="compared with the first")
+    parser.add_argument("--strategy", default="ddp", help="of several processes")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
+    parser.add_argument("--steps", type=int, default=16, help="steps that count")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
+
+
+def _scaling(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    names = ("config", "processes", "strategy", "warm_up", "steps", "repeats")
+    settings = {name: getattr(options, name) for name in names}
+    found = scaling.measure(**settings)
+    line = {**when(arguments), "settings": settings, **found, **machine()}
+    scaling.show(found, f"{options.config}, {options.strategy}, one thread a process", console)
+    console.print(f"Appended to {append(options.out, 'scaling', line)}")
+    return line
+
+
+def _add_width(commands: Any) -> None:
+    parser = commands.add_parser(
+        "width", help="peak memory of a step above the loaded base, as the base gets wider",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], help="multiples of 64")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64], help="of every row")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
+
+
+def _width(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    rows = width.compare(options.widths, options.tokens)
+    line = {**when(arguments), "settings": {"widths": options.widths, "tokens": options.tokens}, "rows": rows, **machine()}
+    width.show(rows, console)
+    console.print(f"Appended to {append(options.out, 'width', line)}")
+    return line
 
 
 def _memory(settings: Settings) -> dict[str, dict[str, float] | None]:

@@ -40,7 +40,7 @@ class StepClock(L.Callback):
                 self.path.write_text(json.dumps({"seconds": seconds, "edits": self.steps * len(batch) * trainer.world_size}))
 
 
-def edits_per_second(config: str, processes: int, strategy: str, warm_up: int, steps: int, extra: list[str]) -> float:
+def edits_per_second(config: str, processes: int, strategy: str, warm_up: int, steps: int) -> float:
     """Of a run of `mend-lightning fit`, one thread a process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clock.json"
@@ -51,7 +51,7 @@ def edits_per_second(config: str, processes: int, strategy: str, warm_up: int, s
             "--trainer.limit_val_batches", "0", "--trainer.default_root_dir", folder, "--trainer.logger", "false",
             "--trainer.enable_progress_bar", "false", "--trainer.callbacks+=benchmarks.scaling.StepClock",
             f"--trainer.callbacks.path={path}", f"--trainer.callbacks.warm_up={warm_up}",
-            f"--trainer.callbacks.steps={steps}", "--model.calibration_batches", "1", *extra,
+            f"--trainer.callbacks.steps={steps}", "--model.calibration_batches", "1",
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -62,13 +62,13 @@ def edits_per_second(config: str, processes: int, strategy: str, warm_up: int, s
 
 
 def measure(
-    config: str, processes: list[int], strategy: str, warm_up: int, steps: int, repeats: int, extra: list[str]
+    config: str, processes: list[int], strategy: str, warm_up: int, steps: int, repeats: int
 ) -> dict[str, Any]:
     """Edits per second of each number of processes, in turn, and how they compare with the first."""
     runs: dict[int, list[float]] = {count: [] for count in processes}
     for _ in range(repeats):
         for count, found in runs.items():
-            found.append(edits_per_second(config, count, strategy, warm_up, steps, extra))
+            found.append(edits_per_second(config, count, strategy, warm_up, steps))
     alone = Timing.of(runs[processes[0]]).median
     return {
         "edits_per_second": {str(count): vars(Timing.of(found)) for count, found in runs.items()},

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import run_config
 from models import relative_error
+
+pytest_plugins = ["bases"]
 
 # The benchmark is a program beside the package, run from the repository's root, and is not installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import width  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.memory import peak_memory  # noqa: E402
 from benchmarks.timing import Timing, in_turn  # noqa: E402
@@ -176,3 +180,23 @@ def test_the_peak_of_training_steps_is_seen(tmp_path):
     module, data, peak = plan.fit(plan.Run(str(tmp_path), "float32", 2, 8))
     assert module.trainer.global_step == plan.BEFORE + plan.MEASURED and data.batch_size == 2
     assert 50 < peak.before <= peak.peak < peak.before + 200
+
+
+@needs_proc
+def test_width(tmp_path, monkeypatch):
+    """The figures mean nothing at this size, but for their order. In this process: others take long to start."""
+    monkeypatch.setattr(width, "peak", width.measure)
+    line = main(["width", "--widths", "128", "256", "--tokens", "8", "--out", str(tmp_path)])
+    assert [(row["variant"], row["width"]) for row in line["rows"]] == [
+        ("ours", 128), ("ours", 256), ("reference", 128), ("reference", 256),
+    ]  # fmt: skip
+    assert all(row["beyond_mb"] > 0 for row in line["rows"]) and line["rows"][1]["times"] > 1
+    assert json.loads((tmp_path / "width.jsonl").read_text()) == line
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scaling(tmp_path, base_folder, facts):
+    config = run_config(tmp_path / "run", base_folder("llama"), facts)
+    options = ["--config", str(config), "--processes", "1", "--warm-up", "1", "--steps", "2", "--repeats", "1"]
+    line = main(["scaling", *options, "--out", str(tmp_path)])
+    assert line["edits_per_second"]["1"]["median"] > 0 and line["times_the_first"] == {"1": 1.0}
