@@ -85,7 +85,9 @@ def check_checkpoint_path(path: str | Path) -> None:
     """Raises CheckpointNotFoundError or StateDictError where `path` cannot be a checkpoint: before the work starts."""
     path = Path(path)
     if path.is_dir():
-        raise StateDictError(f"{path} is a folder. A checkpoint is a file: give one that `fit` wrote, FOLDER/last.ckpt.")
+        raise StateDictError(
+            f"{path} is a folder. A checkpoint is a file: give one that `fit` wrote, FOLDER/last.ckpt."
+        )
     if not path.exists():
         raise CheckpointNotFoundError(f"There is no checkpoint {path}. {_others_beside(path)}")
 
