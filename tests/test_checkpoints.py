@@ -121,8 +121,16 @@ def folder(base_folder, facts, tmp_path_factory) -> Path:
         str(folder),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stdout + result.stderr
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = process.communicate(timeout=180)
+    finally:
+        # torchrun ends its processes when it is asked to, and leaves them behind when it is killed.
+        process.terminate()
+        process.wait(60)
+    assert process.returncode == 0, said
     return folder
 
 
