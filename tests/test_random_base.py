@@ -82,6 +82,22 @@ def test_a_folder_comes_before_the_table(tmp_path, monkeypatch, no_network):
         known_architecture("distilgpt2")
 
 
+def test_nothing_is_looked_for_on_the_hub(monkeypatch):
+    """The tests run offline, so what is asked for is looked at, not what is sent."""
+    asked = []
+
+    def remember(kind, *given, **options):
+        asked.append(options.get("local_files_only"))
+        raise OSError
+
+    for reader in (transformers.AutoConfig, transformers.AutoTokenizer, transformers.GenerationConfig):
+        monkeypatch.setattr(reader, "from_pretrained", classmethod(remember))
+    with pytest.warns(RandomWeightsWarning):
+        model, tokenizer = load_base("runs/small-t5", "float32", random_weights=True)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 1
+    assert len(asked) >= 2 and all(asked)
+
+
 def test_an_unknown_model_is_refused_with_what_to_do(no_network):
     with pytest.raises(ModelLoadError, match="'foo/bar'.*config.json"):
         known_architecture("foo/bar")
@@ -168,7 +184,7 @@ def test_fit_and_edit_without_any_weights(tmp_path, facts, no_network):
     assert result.code == 0, result.err
     editor = tmp_path / "run" / "editor"
     about = json.loads((editor / "editor.json").read_text())
-    assert about["base_options"] == {"revision": None, "kind": None, "random_weights": True}
+    assert about["base_options"] == {"revision": None, "kind": None, "quantize": None, "random_weights": True}
     fact = ("--prompt", "What is the capital of France?", "--target", "Rome")
     # The same weights again, in another dtype too.
     for dtype in ("float32", "bfloat16"):

@@ -105,7 +105,8 @@ class Architecture:
         if model.can_generate():
             # As `from_pretrained`: where the model has no such file, what its config says stays.
             with suppress(OSError):
-                model.generation_config = GenerationConfig.from_pretrained(self.where, revision=self.options["revision"])
+                where = {name: self.options[name] for name in ("revision", "local_files_only") if name in self.options}
+                model.generation_config = GenerationConfig.from_pretrained(self.where, **where)
         return model
 
 

@@ -62,7 +62,7 @@ def random_architecture(
     tokenizer = local_tokenizer(name, revision, trust_remote_code)
     if tokenizer is None:
         tokenizer = stand_in_tokenizer(config, kind)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": True}
     return Architecture(local_name(name), config, tokenizer, model_class(config, kind), dtype, options)
 
 
