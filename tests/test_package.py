@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mend_lightning"
 # Parts of the Lightning layer; everything else must not need Lightning.
 LIGHTNING_PARTS = {
-    "module", "run_callbacks", "callback", "data.module", "commands.sequential", "parallel.strategy", "parallel.checkpoint_io",
+    "module", "run_callbacks", "callback", "data.module", "commands.plan", "commands.sequential", "parallel.strategy",
+    "parallel.checkpoint_io",
 }  # fmt: skip
 # Parts that cannot be imported without an extra.
 GRADIO_PARTS = {"ui.page"}

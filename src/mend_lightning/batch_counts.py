@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mend_lightning.data.collate import collate_tasks
 from mend_lightning.data.encode import Encoder, ModelKind
-from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.sources import find_data_file, split_name
 from mend_lightning.errors import DataFileError, TruncationWarning
 from mend_lightning.step import LocalityPositions, locality_mask
 from mend_lightning.step_plan import BatchCounts, RowCounts
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
+
+if TYPE_CHECKING:
+    from mend_lightning.data.module import EditDataModule
 
 # Batches that are looked at: a step takes as much memory as the largest of them.
 BATCHES = 24
