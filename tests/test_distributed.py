@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,10 +56,12 @@ class Layout:
     strategy: str = "auto"
     accumulate: int = 1
     family: str = "llama"
+    quantize: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.processes}-{self.strategy}-{self.accumulate}-{self.family}"
+        bits = f"-{self.quantize}" if self.quantize else ""
+        return f"{self.processes}-{self.strategy}-{self.accumulate}-{self.family}{bits}"
 
     @property
     def alone(self) -> Layout:
@@ -71,7 +74,7 @@ LAYOUTS = {
     2: [
         Layout(2, "ddp"), Layout(2, "fsdp2"), Layout(2, "ddp", accumulate=2), Layout(2, "fsdp2", accumulate=2),
         Layout(2, "fsdp2", family="t5"), Layout(2, "fsdp2", family="gpt2"), Layout(2, "fsdp1", family="t5"),
-        Layout(2, "fsdp1", family="gpt2"),
+        Layout(2, "fsdp1", family="gpt2"), *([Layout(2, "ddp", quantize="int8")] if find_spec("optimum") else []),
     ],
     4: [Layout(4, "ddp")],
 }  # fmt: skip
@@ -82,7 +85,7 @@ def run(root: Path, layout: Layout) -> None:
     """Trains, validates and tests by the config in `root`; leaves `out.pt` and what the test report writes."""
     config = yaml.safe_load((root / "run.yaml").read_text())
     L.seed_everything(0, verbose=False)
-    base = BaseModel(**config["model"].pop("base"))
+    base = BaseModel(**config["model"].pop("base"), quantize=layout.quantize)
     # A small rate: Adam makes whole steps of gradients that are nothing but rounding.
     rates = {"lr": 1e-4, "edit_rate_lr": 1e-4}
     module = MendModule(base, **{**config["model"], **rates}, precondition=0.1, calibration_batches=2)

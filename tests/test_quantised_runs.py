@@ -1,4 +1,4 @@
-"""A quantised base from the command line: fit, resume, two processes, edit, merge; and what cannot be quantised."""
+"""A quantised base from the command line: fit, resume, test, edit, merge; and what cannot be quantised."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 import transformers
 import yaml
 from bases import REMARKS, SIZES, assert_same_state, run_config
-from commandline import call
+from commandline import assert_says, call
 from models import make_batch, relative_error, tiny_model
 from quantised import with_weights_of
-from test_distributed import launch, run
 
 from mend_lightning import Edit, MendEditor
 from mend_lightning import quantisation as quantisation_module
@@ -212,20 +211,11 @@ def test_checkpoints_of_another_form(root, base_folder):
         check_checkpoint(checkpoint, editor)
 
 
-def test_two_processes(base_folder, facts, tmp_path):
-    """DDP on an int8 base: losses, weights and statistics of one process."""
-    found = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        path = run_config(folder, base_folder("llama"), facts)
-        config = yaml.safe_load(path.read_text())
-        config["model"]["base"]["quantize"] = "int8"
-        path.write_text(yaml.safe_dump(config))
-        run(folder, 1) if processes == 1 else launch(folder, 2)
-        found[processes] = torch.load(folder / "out.pt", weights_only=True)
-    assert found[2]["losses"] == pytest.approx(found[1]["losses"], rel=1e-5)
-    for name, value in found[1]["states"][0].items():
-        torch.testing.assert_close(found[2]["states"][0][name], value, rtol=1e-5, atol=1e-5)
+def test_a_sharded_base_is_refused(root, tmp_path):
+    """Before anything loads. Two processes under ddp are in test_distributed.py."""
+    sharded = ["--trainer.strategy", "fsdp2", "--trainer.default_root_dir", tmp_path]
+    result = call("fit", "--config", root / "whole" / "run.yaml", *sharded, "--model.base.name", "nowhere")
+    assert_says(result.err, "'int8' and a sharded base cannot go together.*--trainer.strategy ddp")
 
 
 def test_what_cannot_be_quantised(base_folder, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def stored_bytes(tensor: Tensor) -> int:
         6
     """
     inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
-    parts = [getattr(tensor, name) for name in inner]
+    parts = [part for part in (getattr(tensor, name) for name in inner) if isinstance(part, Tensor)]
     return sum(map(stored_bytes, parts)) if parts else tensor.numel() * tensor.element_size()
 
 
