@@ -190,6 +190,17 @@ def test_random_weights_do_not_depend_on_who_holds_them(base_folder):
     assert float(wi.std()) == pytest.approx(16**-0.5, rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:The weights of .* are random")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_random_bases_are_the_same_in_shards(dtype, base_folder, shard):
+    base = BaseModel(str(base_folder("t5")), dtype, random_weights=True)
+    expected, _ = base.load()
+    model, _ = load_base_in_shards(base, shard, "cpu")
+    assert is_sharded(model)
+    assert_same(whole_state(model), expected.state_dict())
+    assert not torch.equal(logits(model, "t5"), logits(plain(base_folder("t5")), "t5"))
+
+
 @pytest.fixture
 def pair(family, base_folder, mesh, shard):
     """A plain base with an editor, and the same sharded."""

@@ -21,7 +21,7 @@ from mend_lightning.data.encode import ModelKind
 from mend_lightning.data.records import find_data_file
 from mend_lightning.errors import ModelLoadError, RandomWeightsWarning
 from mend_lightning.parallel.loading import allocate, parameters_on_meta
-from mend_lightning.parallel.sharding import blocks_of
+from mend_lightning.parallel.sharding import Fill, keep_whole
 from mend_lightning.parallel.weights import RandomWeights
 
 # Of the tokenizer that is trained where the model's own is not there. The facts do not fill more.
@@ -87,15 +87,25 @@ def random_model(architecture: Architecture) -> nn.Module:
 
     Each weight is drawn once: built in the ordinary way, torch's own layers draw first what transformers then draws anew.
     """
+    model, fill = random_units(architecture)
+    keep_whole(model, fill)
+    return model
+
+
+def random_units(architecture: Architecture, device: torch.device | str = "cpu") -> tuple[nn.Module, Fill]:
+    """The model without weights, and what gives one unit of it after the other (`blocks_of`) its random ones on `device`."""
     # Drawn in bfloat16 whatever the dtype: an editor's fingerprint of the base is then the same in all.
     drawn = replace(architecture, dtype=torch.bfloat16)
     with parameters_on_meta():
         model = drawn.build()
         _untie_head(model)
     source = RandomWeights(model)
-    for name, unit in [*blocks_of(model).items(), ("", model)]:
-        allocate(name, unit, source)
-    return model.to(architecture.dtype)
+
+    def fill(name: str, unit: nn.Module) -> None:
+        for parameter in allocate(name, unit, source, device):
+            parameter.data = parameter.data.to(architecture.dtype)
+
+    return model, fill
 
 
 def _untie_head(model: nn.Module) -> None:

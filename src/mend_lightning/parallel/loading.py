@@ -11,6 +11,7 @@ from torch import distributed, nn
 
 from mend_lightning.base import Architecture, BaseModel
 from mend_lightning.errors import ModelLoadError
+from mend_lightning.parallel.sharding import Fill
 from mend_lightning.parallel.weights import FileWeights, SentWeights, WeightSource, places_of, safetensors_keys
 
 # Shards a model in place, unit by unit; `fill` gives each its weights first.
@@ -65,8 +66,14 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register
 
 
-def allocate(prefix: str, module: nn.Module, source: WeightSource, device: torch.device | str = "cpu") -> None:
-    """Gives the parameters of `module` that are on the meta device memory on `device`, and values from `source`."""
+def allocate(
+    prefix: str, module: nn.Module, source: WeightSource, device: torch.device | str = "cpu"
+) -> list[nn.Parameter]:
+    """Gives the parameters of `module` that are on the meta device memory on `device`, and values from `source`.
+
+    Returns:
+        Those parameters.
+    """
     # A tied weight has several names and is one parameter: all its owners get the same.
     made: dict[nn.Parameter, nn.Parameter] = {}
     names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
@@ -77,6 +84,7 @@ def allocate(prefix: str, module: nn.Module, source: WeightSource, device: torch
                     made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
                 owner._parameters[name] = made[parameter]
     source.fill(prefix, module, names)
+    return list(made.values())
 
 
 def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device | str) -> tuple[nn.Module, Any]:
@@ -95,11 +103,22 @@ def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device |
     """
     with known_to_all():
         architecture = base.architecture()
-    with parameters_on_meta():
-        model = architecture.build().eval().requires_grad_(False)
-    source = _source(base, architecture, model)
-    shard(model, fill=lambda prefix, module: allocate(prefix, module, source, device))
+    model, fill = _units(base, architecture, device)
+    shard(model.eval().requires_grad_(False), fill=fill)
     return model, architecture.tokenizer
+
+
+def _units(base: BaseModel, architecture: Architecture, device: torch.device | str) -> tuple[nn.Module, Fill]:
+    """The model without weights, and what gives a unit of it its own."""
+    if base.random_weights:
+        # Imported here: that file imports this one.
+        from mend_lightning.random_base import random_units
+
+        return random_units(architecture, device)
+    with parameters_on_meta():
+        model = architecture.build().requires_grad_(False)
+    source = _source(base, architecture, model)
+    return model, lambda prefix, module: allocate(prefix, module, source, device)
 
 
 def _source(base: BaseModel, architecture: Architecture, model: nn.Module) -> WeightSource:
