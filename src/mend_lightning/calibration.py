@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.editors.editor import Editor
 from mend_lightning.forward import attended_mask, label_mask, logits_at
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
@@ -44,6 +45,15 @@ def collect_moments(
             moments[name].add(u[attended if decoding else _input_mask(rows, u.shape[1])])
             if decoding:
                 _add_answers(moments[name], u, answers, paired)
+
+
+def calibrate(model: nn.Module, editor: Editor, batches: Iterable[EditBatch]) -> None:
+    """Fixes the preconditioning of `editor` by what its layers see in `batches`, of all processes together."""
+    moments: dict[str, InputMoments] = {}
+    layers = editor.modules_in(model)
+    for batch in batches:
+        collect_moments(model, layers, batch, moments, editor.follows_rephrases)
+    editor.calibrate(moments)
 
 
 def _add_answers(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from mend_lightning.answers import edited_answers, judge_answers, task_records
 from mend_lightning.base import BaseModel
-from mend_lightning.calibration import collect_moments
+from mend_lightning.calibration import calibrate
 from mend_lightning.checks import (
     check_checkpoint,
     check_checkpointing,
@@ -25,7 +25,6 @@ from mend_lightning.checks import (
     check_precision,
     check_prompt_format,
     check_single_process,
-    check_strategy,
 )
 from mend_lightning.data.encode import Encoder, in_words, model_kind
 from mend_lightning.data.module import EditDataModule
@@ -40,14 +39,10 @@ from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
 from mend_lightning.parallel.checkpoint_file import BASE_PREFIX
-from mend_lightning.parallel.loading import load_base_in_shards
-from mend_lightning.parallel.sharding import keep_whole
-from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
+from mend_lightning.parallel.placing import SHARDING, load_for
 from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import edit_step_in_parts
-from mend_lightning.precision import check_trainer_precision, loss_scaler
-from mend_lightning.precondition import InputMoments
-from mend_lightning.quantisation import check_whole
+from mend_lightning.precision import check_overflow, check_trainer_precision, loss_scaler
 from mend_lightning.random_states import gathered_random_states, set_own_random_states
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
@@ -154,16 +149,7 @@ class MendModule(L.LightningModule):
 
     def _load(self) -> None:
         strategy = None if self._trainer is None else self._trainer.strategy
-        sharded = strategy if isinstance(strategy, (ShardedStrategy, ShardedBaseStrategy)) else None
-        check_strategy(strategy)
-        if sharded is not None:
-            check_whole(self.base.quantize)
-        # What quantises the base does it while transformers loads it.
-        if self._trainer is None or (sharded is None and (self._trainer.world_size == 1 or self.base.quantize)):
-            self.base_model, self.tokenizer = self.base.load()
-        else:
-            shard = keep_whole if sharded is None else sharded.shard_base
-            self.base_model, self.tokenizer = load_base_in_shards(self.base, shard, strategy.root_device)
+        self.base_model, self.tokenizer = load_for(strategy, self.base)
         if self._editor_folder is not None:
             # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
             self.editor = self._editor_class().from_pretrained(self._editor_folder).train()
@@ -173,8 +159,8 @@ class MendModule(L.LightningModule):
             self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
         if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
             check_single_process(self.editor, self._trainer.world_size)
-        if sharded is not None:
-            sharded.shard_editor(self.editor)
+        if isinstance(strategy, SHARDING):
+            strategy.shard_editor(self.editor)
         check_checkpointing(self.base_model)
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
@@ -259,15 +245,13 @@ class MendModule(L.LightningModule):
             self.trainer.fit_loop.max_epochs = self._max_epochs
 
     def _calibrate(self, batches: DataLoader) -> None:
-        moments: dict[str, InputMoments] = {}
-        layers = self.editor.modules_in(self.base_model)
         total = min(self.calibration_batches, len(batches))
         hidden = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
-        for batch in track(
-            islice(batches, total), "Estimating the preconditioning", total, console=console(), disable=hidden
-        ):
-            collect_moments(self.base_model, layers, batch.to(self.device), moments, self.editor.follows_rephrases)
-        self.editor.calibrate(moments)
+        chosen = (batch.to(self.device) for batch in islice(batches, total))
+        calibrate(
+            self.base_model, self.editor,
+            track(chosen, "Estimating the preconditioning", total, console=console(), disable=hidden),
+        )  # fmt: skip
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         loss, out = self._step(batch)
@@ -290,7 +274,7 @@ class MendModule(L.LightningModule):
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         scaler = loss_scaler(self.trainer.precision_plugin)
         if not norm.isfinite():
-            self._check_overflow(scaler)
+            check_overflow(scaler, self.global_step)
             self.skipped_steps += 1
         if scaler is not None:
             self.log("train/skipped_steps", float(self.skipped_steps), prog_bar=True)
@@ -299,17 +283,6 @@ class MendModule(L.LightningModule):
         if rates is not None:
             rates = whole(rates.detach())
             self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
-
-    def _check_overflow(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Raises NonFiniteError unless the gradient is not finite for the scale of the loss, so that the step is skipped."""
-        # Clipping by an infinite norm would write NaN into every parameter.
-        if scaler is None or scaler.get_scale() <= 1:
-            scaled = "" if scaler is None else f" with the loss scaled by {scaler.get_scale():g}, which no smaller scale would mend"
-            raise NonFiniteError(
-                f"The editor's gradient is not finite in step {self.global_step}{scaled}; its parameters are as they were. "
-                "Usual causes: a base in float16 or precision '16-mixed' (use bfloat16 or float32), or a learning rate that "
-                "is too high."
-            )
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         scores = evaluate_batch(self.base_model, self.editor, batch)

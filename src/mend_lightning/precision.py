@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision, Precision
 
-from mend_lightning.errors import ConfigError
+from mend_lightning.errors import ConfigError, NonFiniteError
 
 _REASONS = {
     "mixed": "reduces the editor's gradients, and keeps its running statistics, in half precision under FSDP",
@@ -38,3 +38,15 @@ def check_trainer_precision(plugin: Precision) -> None:
 def loss_scaler(plugin: Precision) -> torch.amp.GradScaler | None:
     """What scales the training loss and skips steps whose gradient overflowed: "16-mixed" has one, nothing else."""
     return getattr(plugin, "scaler", None)
+
+
+def check_overflow(scaler: torch.amp.GradScaler | None, step: int) -> None:
+    """Raises NonFiniteError unless a gradient is not finite for the scale of the loss, so that the step is skipped."""
+    # Clipping by an infinite norm would write NaN into every parameter.
+    if scaler is None or scaler.get_scale() <= 1:
+        scaled = "" if scaler is None else f" with the loss scaled by {scaler.get_scale():g}, which no smaller scale would mend"
+        raise NonFiniteError(
+            f"The editor's gradient is not finite in step {step}{scaled}; its parameters are as they were. "
+            "Usual causes: a base in float16 or precision '16-mixed' (use bfloat16 or float32), or a learning rate that "
+            "is too high."
+        )

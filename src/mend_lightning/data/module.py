@@ -21,7 +21,7 @@ from mend_lightning.data.records import read_records
 from mend_lightning.data.sources import check_source
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, EmptyDatasetError
-from mend_lightning.parallel.strategy import ShardedBaseStrategy, ShardedStrategy
+from mend_lightning.parallel.placing import SHARDING
 from mend_lightning.types import EditBatch
 
 
@@ -200,7 +200,7 @@ class EditDataModule(L.LightningDataModule):
 
     def _order(self, size: int, batch_size: int, shuffle: bool) -> TaskOrder:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        even = self.trainer is not None and isinstance(self.trainer.strategy, (ShardedStrategy, ShardedBaseStrategy))
+        even = self.trainer is not None and isinstance(self.trainer.strategy, SHARDING)
         return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even)
 
     def _loader(
