@@ -29,7 +29,8 @@ from benchmarks.workloads import (
     workload,
 )
 
-console = Console()
+# In a file there is room for every column.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -123,11 +124,14 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--gaps", action="store_true", help="measure with glibc's own settings")
+    parser.add_argument("--strategy", choices=list(plan.STRATEGIES), default="one", help="of several processes")
+    parser.add_argument("--processes", type=int, default=1, help="of the run; edits and memory are those of one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
 
 
 def _plan(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    one = plan.Run(options.model, options.dtype, options.edits, options.rank) if options.model else None
+    layout = {"strategy": options.strategy, "processes": options.processes}
+    one = plan.Run(options.model, options.dtype, options.edits, options.rank, **layout) if options.model else None
     lines = []
     for run in [one] if one else plan.RUNS:
         run = replace(run, threads=options.threads, gaps=options.gaps)

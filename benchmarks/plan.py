@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,18 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 BEFORE, MEASURED = 1, 2
 
 
+# What the plan calls a strategy -> what the Trainer does.
+STRATEGIES = {"one": "auto", "ddp": "ddp", "fsdp": "fsdp1", "fsdp2": "fsdp2"}
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training run; plain values, so that a fresh process can be given them. `gaps`: with glibc's own settings."""
+    """One training run; plain values, so that a fresh process can be given them.
+
+    Attributes:
+        gaps: with glibc's own settings.
+        strategy, processes: `batch_size` is that of a process, and so is the memory: of the first one.
+    """
 
     model: str
     dtype: str = "bfloat16"
@@ -44,6 +53,8 @@ class Run:
     locality: int = 1
     threads: int = 1
     gaps: bool = False
+    strategy: str = "one"
+    processes: int = 1
 
 
 GPT2, T5, QWEN = "openai-community/gpt2", "google/t5-v1_1-base", "Qwen/Qwen2.5-0.5B"
@@ -51,7 +62,9 @@ SMOLLM2, LLAMA = "HuggingFaceTB/SmolLM2-360M-Instruct", "meta-llama/Llama-3.2-1B
 RUNS = (
     Run(GPT2, "float32"), Run(GPT2, "bfloat16"), Run(GPT2, "float32", 24, 256), Run(SMOLLM2, "bfloat16", 8, 256),
     Run(SMOLLM2, "float32", 2, 256), Run(T5, "float32", 8, 256), Run(T5, "bfloat16"), Run(QWEN, "bfloat16", 4, 256),
-    Run(LLAMA, "bfloat16", 1, 512),
+    Run(LLAMA, "bfloat16", 1, 512), *(
+        Run(LLAMA, "bfloat16", 1, 512, strategy=strategy, processes=2) for strategy in ("ddp", "fsdp", "fsdp2")
+    ),
 )  # fmt: skip
 
 
@@ -59,7 +72,10 @@ class Peak(L.Callback):
     """Resident megabytes when a step begins, and the peak of the steps from there on."""
 
     def __init__(self) -> None:
-        self.before = self.peak = 0.0
+        self.loaded = self.before = self.peak = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.loaded = resident("VmHWM")
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == BEFORE:
@@ -84,11 +100,12 @@ def measure(run: Run) -> dict[str, Any]:
         if "t5" not in run.model:
             config = GPT2Config(n_embd=32, n_head=2, n_layer=4, vocab_size=8192)
         config.save_pretrained(folder)
-        fit(Run(folder, run.dtype, 2, 8))
+        fit(replace(run, model=folder, batch_size=2, rank=8))
     release()
     empty = resident("VmRSS")
+    RESET.write_text("5")
     module, data, peak = fit(run)
-    planned = plan_run(module, data, "one", 1).plan
+    planned = plan_run(module, data, run.strategy, run.processes).plan
     sizes = {name: size / MEGABYTE for name, size in planned.parts().items()}
     activations = sum(sizes[f"step: {phase}"] for phase in PHASES)
     measured = {"total": peak.peak - empty, "kept": peak.before - empty, "activations": peak.peak - peak.before}
@@ -98,7 +115,8 @@ def measure(run: Run) -> dict[str, Any]:
         "activations": activations,
     }
     off = {name: expected[name] / measured[name] - 1 for name in expected}
-    return {"planned_mb": expected, "measured_mb": measured, "off": off, "parts_mb": sizes, "process_mb": empty}
+    found = {"planned_mb": expected, "measured_mb": measured, "off": off, "parts_mb": sizes, "process_mb": empty}
+    return {**found, "loading_mb": peak.loaded - empty}
 
 
 def fit(run: Run) -> tuple[MendModule, EditDataModule, Peak]:
@@ -112,7 +130,7 @@ def fit(run: Run) -> tuple[MendModule, EditDataModule, Peak]:
     trainer = L.Trainer(
         accelerator="cpu", max_steps=BEFORE + MEASURED, callbacks=[peak], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, inference_mode=False, num_sanity_val_steps=0,
-        limit_val_batches=0, gradient_clip_val=100.0,
+        limit_val_batches=0, gradient_clip_val=100.0, devices=run.processes, strategy=STRATEGIES[run.strategy],
     )  # fmt: skip
     trainer.fit(module, data)
     return module, data, peak
@@ -120,7 +138,9 @@ def fit(run: Run) -> tuple[MendModule, EditDataModule, Peak]:
 
 def run_apart(run: Run) -> dict[str, Any]:
     """`measure` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.plan", json.dumps(asdict(run))]
+    several = ["torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}", "-m"]
+    launcher = several if run.processes > 1 else []
+    command = [sys.executable, "-m", *launcher, "benchmarks.plan", json.dumps(asdict(run))]
     settings = {"OMP_NUM_THREADS": str(run.threads), **({} if run.gaps else ALLOCATOR)}
     root, variables = Path(__file__).parents[1], {**os.environ, **settings}
     result = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, env=variables)
@@ -132,27 +152,21 @@ def run_apart(run: Run) -> dict[str, Any]:
 def show(lines: list[dict[str, Any]], console: Console) -> None:
     """A row for each run: planned, measured, and how far the plan is off."""
     table = Table(title="Planned and measured peak of a training step, MB", title_justify="left")
-    for column in (
-        "model",
-        "dtype",
-        "edits",
-        "rank",
-        "planned",
-        "measured",
-        "off",
-        "activations planned",
-        "measured",
-        "off",
-    ):
-        table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
+    for column in ("model", "dtype", "strategy"):
+        table.add_column(column)
+    for column in ("edits", "rank", "planned", "measured", "off", "activations planned", "measured", "off", "loading"):
+        table.add_column(column, justify="right")
     for line in lines:
         run, planned, measured, off = (line[key] for key in ("settings", "planned_mb", "measured_mb", "off"))
-        cells = [run["model"].rpartition("/")[2], run["dtype"], str(run["batch_size"]), str(run["rank"])]
+        strategy = run["strategy"] if run["processes"] == 1 else f"{run['strategy']} x{run['processes']}"
+        cells = [run["model"].rpartition("/")[2], run["dtype"], strategy, str(run["batch_size"]), str(run["rank"])]
         for name in ("total", "activations"):
             cells += [f"{planned[name]:.0f}", f"{measured[name]:.0f}", f"{100 * off[name]:+.1f} %"]
-        table.add_row(*cells)
+        table.add_row(*cells, f"{line['loading_mb']:.0f}")
     console.print(table)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Run(**json.loads(sys.argv[1])))))
+    found = measure(Run(**json.loads(sys.argv[1])))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(found))

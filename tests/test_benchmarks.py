@@ -160,7 +160,8 @@ def test_the_command_for_plans(tmp_path, monkeypatch, capsys):
     from benchmarks import plan
 
     sizes = {"total": 110.0, "kept": 60.0, "activations": 50.0}
-    found = {"planned_mb": sizes, "measured_mb": {**sizes, "total": 100.0}, "off": {**dict.fromkeys(sizes, 0.0), "total": 0.1}}
+    off = {**dict.fromkeys(sizes, 0.0), "total": 0.1}
+    found = {"planned_mb": sizes, "measured_mb": {**sizes, "total": 100.0}, "off": off, "loading_mb": 7.0}
     runs = []
     monkeypatch.setattr(plan, "run_apart", lambda run: runs.append(run) or found)
     line = main(["plan", "--model", "openai-community/gpt2", "--dtype", "float32", "--edits", "3", "--out", str(tmp_path)])

@@ -58,6 +58,8 @@ def wrap_blocks(model: nn.Module, device: torch.device, fill: Fill) -> None:
         stack, _, index = name.rpartition(".")
         # The layers keep weights of their own, which is what some of them ask for the dtype.
         wrapper = FullyShardedDataParallel(block, device_id=device, use_orig_params=True)
+        # The outermost one would keep what it gathered, for a backward pass at once: so it is one without weights of its own.
+        wrapper = FullyShardedDataParallel(wrapper, device_id=device, use_orig_params=True)
         model.get_submodule(stack)[int(index)] = wrapper
         for module in block.modules():
             remember_unit(module, wrapper)

@@ -60,7 +60,7 @@ def whole_weight(layer: nn.Module) -> Tensor:
     unit = layer.__dict__.get(_UNIT, lambda: None)()
     if unit is None:
         return whole(layer.weight.detach())
-    with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+    with FullyShardedDataParallel.summon_full_params(unit, writeback=False):
         return layer.weight.detach().clone()
 
 
