@@ -39,10 +39,13 @@ class Losses(L.Callback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.logged: list[dict[str, float]] = []
         self.validations: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
+        names = ("train/edit", "train/locality", "train/loss")
+        self.logged.append({name: float(trainer.callback_metrics[name]) for name in names})
 
     def on_validation_end(self, trainer, module) -> None:
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -108,6 +111,7 @@ def run(root: Path, layout: Layout) -> None:
     sharded = sum(hasattr(parameter, "full_tensor") for parameter in module.parameters())
     if trainer.is_global_zero:
         out = {"losses": losses.losses, "validations": losses.validations, "states": states, "sharded": sharded}
+        out["logged"] = losses.logged
         out["fingerprint"] = module.editor.base_fingerprint
         out["held"] = sum(held(parameter) for block in blocks_of(module.base_model).values() for parameter in block.parameters())
         torch.save(out, root / "out.pt")
@@ -173,6 +177,10 @@ def test_losses(both, layout):
     spread, alone = (out for out, _ in both)
     assert len(alone["losses"]) == STEPS * layout.accumulate
     assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    # Lightning divides what it steps with by the number of micro-batches, and not what is logged.
+    assert [line["train/loss"] / layout.accumulate for line in alone["logged"]] == alone["losses"]
+    for expected, actual in zip(alone["logged"], spread["logged"], strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_weights_and_statistics(both):

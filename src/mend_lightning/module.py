@@ -256,11 +256,16 @@ class MendModule(L.LightningModule):
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         loss, out = self._step(batch)
         check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step)
-        for name, value in out.losses().items():
-            self.log(f"train/{name}", value.mean().detach(), prog_bar=True, batch_size=len(batch))
-        self.log("train/loss", loss.detach(), batch_size=len(batch))
-        self.log("train/skipped_tokens", out.skipped.float(), prog_bar=True, batch_size=len(batch))
+        self._log_losses(loss, out, len(batch))
         return loss
+
+    def _log_losses(self, loss: Tensor, out: StepOutput, edits: int) -> None:
+        """Means over the processes, whose batches are equally large: what one process would log of the whole batch."""
+        values = {name: value.mean() for name, value in out.losses().items()}
+        values |= {"loss": loss, "skipped_tokens": out.skipped.to(loss)}
+        means = self.trainer.strategy.reduce(torch.stack([*values.values()]).detach(), reduce_op="mean")
+        for name, mean in zip(values, means.unbind()):
+            self.log(f"train/{name}", mean, prog_bar=name != "loss", batch_size=edits)
 
     def _step(self, batch: EditBatch) -> tuple[Tensor, StepOutput]:
         if self.tasks_at_once is not None and self.tasks_at_once < batch.tasks:

@@ -57,7 +57,7 @@ class StartReport(L.Callback):
         base_bytes = sum(map(stored_bytes, base.parameters()))
         shapes = {name: layer_shape(layer) for name, layer in editor.modules_in(base).items()}
         quantised = f", {module.base.quantize} by {quantising_library()}" if module.base.quantize else ""
-        lines = [f"Base model: {module.base.name}, {type(base).__name__}, {base.dtype}{quantised}"]
+        lines = [f"Base model: {module.base.name}, {own_class(base).__name__}, {base.dtype}{quantised}"]
         lines += [f"  edits {name}  {d_in} -> {d_out}" for name, (d_in, d_out) in shapes.items()]
         # The editor's gradient and Adam's two moments are as large as the editor.
         return [
