@@ -19,11 +19,11 @@ from lightning.fabric.utilities.cloud_io import _atomic_save
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
-from mend_lightning.cli import with_checkpoint_io
 from mend_lightning.errors import CheckpointNotFoundError, ConfigError, OutputPathError, StateDictError
 from mend_lightning.parallel import checkpoint_io, durable
 from mend_lightning.parallel.checkpoint_file import read_checkpoint, write_checkpoint
 from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO, snapshot
+from mend_lightning.trainer_settings import with_checkpoint_io
 
 # Children of the tests only write a file and die; they use no thread of their parent's.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

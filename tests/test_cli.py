@@ -251,6 +251,14 @@ def test_typos_in_a_config(old, new, text, config, tmp_path):
         (["--trainer.inference_mode", "true"], "inference_mode=False"),
         (["--trainer.default_root_dir", "a file/run"], "Cannot write to the folder a file/run.*Give one that you may"),
         (["--model.editor", "nowhere"], "nowhere is not a saved editor"),
+        (["--trainer.strategy", "fspd2"], "There is no strategy 'fspd2'. Did you mean 'fsdp2'.*Usable: auto, ddp"),
+        (["--trainer.strategy", "deepspeed"], "'deepspeed' cannot shard this model.*Usable: .*fsdp2"),
+        (["--trainer.strategy", "ddp_spawn"], "'ddp_spawn' copies.*Use 'ddp'"),
+        (
+            ["--trainer.strategy", "ShardedStrategy", "--trainer.strategy.tensor_parallel_size", 2],
+            "cannot be set up: tensor_parallel_size=2: tensor parallelism is not supported.*Leave it at 1.*over all devices.$",
+        ),
+        (["--trainer.devices", 0], r"cannot be set up: .*devices='0'.* is not a valid input"),
     ],
 )
 def test_what_a_run_is_refused_for(arguments, text, config, tmp_path, monkeypatch):

@@ -137,6 +137,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
     from mend_lightning.parallel.checkpoint_file import check_checkpoint_path
     from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
+    from mend_lightning.trainer_settings import refusals_named, usable_strategy, with_checkpoint_io
 
     class Parser(LightningArgumentParser):
         """Says which key was probably meant when one is unknown."""
@@ -152,16 +153,18 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             parser.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
             return parser
 
+        def instantiate_classes(self) -> None:
+            with refusals_named():
+                super().instantiate_classes()
+
         def instantiate_trainer(self, **kwargs: Any) -> Any:
             trainer_config = self.config_init[self.subcommand]["trainer"]
             root = trainer_config.get("default_root_dir") or "."
             check_writable(root)
             if trainer_config.get("logger") in (None, True):
                 kwargs["logger"] = default_loggers(root)
-            if trainer_config.get("strategy") == "fsdp":
-                # Lightning's own would gather the frozen base for every checkpoint, and shard the editor's float32 with it.
-                kwargs["strategy"] = "fsdp1"
-            kwargs["plugins"] = with_checkpoint_io(trainer_config.get("plugins"), trainer_config.get("strategy"))
+            strategy = kwargs["strategy"] = usable_strategy(trainer_config.get("strategy"))
+            kwargs["plugins"] = with_checkpoint_io(trainer_config.get("plugins"), strategy)
             if trainer_config.get("enable_progress_bar") is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))
             trainer = super().instantiate_trainer(**kwargs)
@@ -206,18 +209,6 @@ def default_loggers(root: str) -> list[Any]:
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(root, name="tensorboard"))
     return loggers
-
-
-def with_checkpoint_io(plugins: Any, strategy: Any) -> list[Any]:
-    """The Trainer's plugins as a list, with EditorCheckpointIO unless a plugin or the strategy brings a CheckpointIO."""
-    from lightning.pytorch.plugins import CheckpointIO
-
-    from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO
-
-    given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
-    if any(isinstance(plugin, CheckpointIO) for plugin in given) or getattr(strategy, "_checkpoint_io", None) is not None:
-        return given
-    return [*given, EditorCheckpointIO()]
 
 
 def _quiet() -> None:
