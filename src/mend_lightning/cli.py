@@ -137,7 +137,12 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
     from mend_lightning.parallel.checkpoint_file import check_checkpoint_path
     from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
-    from mend_lightning.trainer_settings import refusals_named, usable_strategy, with_checkpoint_io
+    from mend_lightning.trainer_settings import (
+        refusals_named,
+        terminated_is_no_success,
+        usable_strategy,
+        with_checkpoint_io,
+    )
 
     class Parser(LightningArgumentParser):
         """Says which key was probably meant when one is unknown."""
@@ -185,7 +190,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
 
     _quiet()
     end_with_first_process()
-    with lost_processes_named():
+    with lost_processes_named(), terminated_is_no_success():
         return MendCLI(
             MendModule,
             EditDataModule,

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mend_lightning.checks import check_batch, unreached_parameters
 from mend_lightning.cost import EditCost, measure_cost
@@ -101,8 +102,8 @@ class SaveEditor(L.Callback):
     """Writes the best checkpoint's editor to `<root>/editor` when training ends, and puts it into the module."""
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        """Ctrl-C keeps what was learned: the best checkpoint's editor, or the current one."""
-        if not isinstance(exception, KeyboardInterrupt) or trainer.state.fn != "fit" or module.editor is None:
+        """Ctrl-C and SIGTERM keep what was learned: the best checkpoint's editor, or the current one."""
+        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or trainer.state.fn != "fit" or module.editor is None:
             return
         # By one process, with what it has: the others may be anywhere, and never answer.
         if not trainer.is_global_zero or trainer.fast_dev_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO
@@ -77,6 +79,18 @@ def refusals_named() -> Iterator[None]:
         raise
     except (ValueError, MisconfigurationException) as error:
         raise ConfigError(f"The run cannot be set up: {_said(str(error))}") from error
+
+
+@contextmanager
+def terminated_is_no_success() -> Iterator[None]:
+    """Ends with 143 (128 + SIGTERM) where a signal ended the run: Lightning's SystemExit would say that all went well.
+
+    What started it (`fit && test`, an agent of torchrun, a scheduler) would take the run for finished.
+    """
+    try:
+        yield
+    except SIGTERMException as end:
+        raise SystemExit(128 + signal.SIGTERM) from end
 
 
 def _said(text: str) -> str:
