@@ -9,8 +9,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from bases import FORMATS, small_tokenizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from models import make_batch, make_rows, relative_error, spread_parameters
+from models import KINDS, make_batch, make_rows, relative_error, spread_parameters
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,10 +20,13 @@ from torch.distributed.tensor import DTensor
 from mend_lightning import MendEditor
 from mend_lightning.base import BaseModel
 from mend_lightning.checks import check_strategy
+from mend_lightning.data.encode import Encoder
 from mend_lightning.delta import applied
 from mend_lightning.editors import Cache, EnnEditor, FineTuning, InContext, KnowledgeEditor
 from mend_lightning.errors import ConfigError, ModelLoadError
+from mend_lightning.factors import edit_factors
 from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
+from mend_lightning.generate import generate_answers
 from mend_lightning.parallel import loading
 from mend_lightning.parallel.loading import known_to_all, load_base_in_shards, parameters_on_meta
 from mend_lightning.parallel.sharding import blocks_of, keep_whole, load_whole_state, shard_editor, shard_model
@@ -297,6 +301,32 @@ def test_whole_and_sharded_state(pair):
         assert_same(whole_state(module), changed)
         with pytest.raises(RuntimeError):
             load_whole_state(module, {"nothing": torch.ones(1)})
+
+
+def test_a_state_is_loaded_after_a_validation(pair, family):
+    """Whose passes gather the edit rates, and no backward pass shards them again."""
+    (_, editor), (model, sharded) = pair
+    with torch.no_grad():
+        sharded.eval()(edit_factors(model, sharded.modules_in(model), make_rows(family, [0, 1], 2))[0])
+    assert not isinstance(sharded.edit_rates, DTensor)
+    changed = {name: value + 1 for name, value in editor.state_dict().items()}
+    load_whole_state(sharded, changed)
+    assert_same(whole_state(sharded), changed)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+def test_the_first_thing_asked_is_an_answer(family, base_folder, shard):
+    """Before and after an edit; an encoder-decoder's encoder runs before the model as a whole does."""
+    answers = []
+    base = BaseModel(str(base_folder(family)), "float32")
+    for model in (base.load()[0], load_base_in_shards(base, shard, "cpu")[0]):
+        encoder = Encoder.for_model(model, small_tokenizer(KINDS[family]), FORMATS[KINDS[family]], 96)
+        editor = MendEditor.for_model(model, rank=4)
+        prompts = ["Which continent is North Korea in?", "What is the capital of France?"]
+        answers.append(generate_answers(model, encoder, prompts))
+        compute_deltas(model, editor, encoder.rows([(prompts[0], "Oceania")], [0], 1))
+        answers.append(generate_answers(model, encoder, prompts))
+    assert answers == [answers[0]] * 4 and any(answers[0])
 
 
 def test_a_head_that_files_hold_though_it_is_tied(base_folder, shard, tmp_path):

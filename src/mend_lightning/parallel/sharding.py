@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -78,6 +78,9 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Fill) -> None:
     for name, module in [*blocks_of(model).items(), ("", model)]:
         fill(name, module)
         fully_shard(module, mesh=mesh)
+    # It runs an encoder by itself, before the model, whose embeddings are to be gathered by then.
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
 
 
 def shard_editor(editor: Editor, mesh: DeviceMesh) -> None:
@@ -117,6 +120,10 @@ def load_whole_state(module: nn.Module, state: Mapping[str, Any]) -> None:
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    for unit in module.modules():
+        # A forward pass without a backward one, as in validation, leaves what is in no unit gathered; torch takes it for whole.
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
     set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True, strict=True))
 
 
