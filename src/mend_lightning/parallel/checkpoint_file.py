@@ -33,9 +33,10 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         with durably_written(path) as file:
             torch.save(checkpoint, file)
     except (OSError, RuntimeError) as error:
-        # torch raises RuntimeError where its own writer cannot write.
+        # torch raises RuntimeError where its own writer cannot write, and while it puts away what the system has refused.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OutputPathError(
-            f"Cannot write the checkpoint {path}: {_reason(error)}. An earlier one of that name is as it was. "
+            f"Cannot write the checkpoint {path}: {_reason(cause)}. An earlier one of that name is as it was. "
             "Make room, or give a folder that you may write to."
         ) from error
 
