@@ -204,6 +204,10 @@ def test_advice_is_what_makes_it_fit():
         assert part in said
     assert said.splitlines()[0].startswith("--trainer.strategy fsdp2")
     tight = plan_memory(sizes, {}, "fsdp2", 2)
+    # A sharded base is not quantised, nor the other way round.
+    for strategy, quantised in (("fsdp", False), ("fsdp2", False), ("ddp", True)):
+        hints = " ".join(advice(plan, sizes, strategy, 8, 8, 1920, 24 * GIB, quantised))
+        assert "rank" in hints and "quantize" not in hints and ("fsdp2" in hints) == (strategy == "fsdp")
     assert advice(tight, sizes, "fsdp2", 1, 1, None, GIB, quantised=True) == ["A smaller model, or devices with more memory."]
 
 
@@ -281,5 +285,8 @@ def test_the_strategy_is_the_trainers_unless_one_is_asked_for(tmp_path, no_netwo
 def test_what_cannot_be_planned_is_said(tmp_path, no_network):
     assert_says(call("plan", "--config", "gpt2", "--model.base.name", "foo/bar").err, "'foo/bar'.*config.json")
     assert_says(call("plan", "--config", "gpt2", "--strategy", "one", "--devices", 2).err, "2 are asked for")
+    many = ["plan", "--config", "gpt2", "--strategy", "fsdp2", "--devices", 2]
+    assert_says(call(*many, "--model.base.quantize", "int8").err, "quantize 'int8' and a sharded base cannot go together")
+    assert_says(call(*many, "--model.algorithm.class_path", "EnnEditor").err, "EnnEditor cannot work on a sharded model")
     unknown = call("plan", "--config", "gpt2", "--model.rnk", 3)
     assert unknown.code == 2 and "Did you mean 'model.rank'" in unknown.err

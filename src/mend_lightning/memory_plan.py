@@ -228,12 +228,14 @@ def advice(
     if rank and rank > SMALL_RANK:
         less = 4 * plan.editor * (rank - SMALL_RANK) // rank
         found.append((less, f"--model.rank {SMALL_RANK} instead of {rank}"))
-    if not quantised:
+    sharded = strategy in ("fsdp", "fsdp2")
+    # The two cannot go together (`quantisation.check_whole`).
+    if not quantised and not sharded:
         found.append(((sizes.base - sizes.outside) // 2 * plan.base // sizes.base, "--model.base.quantize int8"))
     if plan.kept + plan.calibration == plan.total > plan.step:
         found.append((plan.total - plan.step, "--model.precondition null, so that nothing is calibrated"))
     said = [f"{text}: about {gib(less)} GiB less" for less, text in sorted(found, reverse=True) if less > GIB // 100]
-    count = None if strategy == "fsdp2" else devices_needed(sizes, plan.activations, memory)
+    count = None if strategy == "fsdp2" or quantised else devices_needed(sizes, plan.activations, memory)
     if count:
         said.insert(0, f"--trainer.strategy fsdp2 --trainer.devices {count}: base and editor, shared by {count} devices, fit")
     return said or ["A smaller model, or devices with more memory."]

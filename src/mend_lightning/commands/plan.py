@@ -24,6 +24,8 @@ from mend_lightning.files import check_writable, write_json
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.memory_plan import GIB, MemoryPlan, Sizes, Strategy, advice, gib, plan_memory, sizes_of
 from mend_lightning.module import MendModule
+from mend_lightning.parallel.sharding import check_shardable
+from mend_lightning.quantisation import check_whole
 from mend_lightning.random_base import empty_model, local_tokenizer, stand_in_tokenizer
 from mend_lightning.report import console, versions
 from mend_lightning.step_plan import BatchCounts, step_bytes
@@ -146,13 +148,18 @@ def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, proce
 
     Raises:
         ModelLoadError: the base's shape is not known on this machine.
+        ConfigError: `fit` would refuse to shard this base or editor.
     """
-    base = module.base
+    base, sharded = module.base, strategy in ("fsdp", "fsdp2")
+    if sharded:
+        check_whole(base.quantize)
     architecture = known_architecture(base.name, base.revision, base.trust_remote_code)
     kind = base.kind or kind_of_config(architecture)
     encoder, whose = _encoder(base, architecture, data, kind)
     model = empty_model(architecture, pick_dtype(base.dtype), kind, base.trust_remote_code).eval().requires_grad_(False)
     editor = empty_editor(module, model)
+    if sharded:
+        check_shardable(editor)
     counts = measured_counts(data, encoder, module.locality_positions) if encoder is not None else None
     lengths = (
         f"measured on the training data with {whose}" if counts else f"max_length ({data.max_length}) of every row"
