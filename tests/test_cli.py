@@ -258,6 +258,7 @@ def test_typos_in_a_config(old, new, text, config, tmp_path):
             ["--trainer.strategy", "ShardedStrategy", "--trainer.strategy.tensor_parallel_size", 2],
             "cannot be set up: tensor_parallel_size=2: tensor parallelism is not supported.*Leave it at 1.*over all devices.$",
         ),
+        (["--ckpt_path", "best"], "known to the process that trained alone.*--model.editor RUN/editor.*--ckpt_path last"),
         (["--trainer.devices", 0], r"cannot be set up: .*devices='0'.* is not a valid input"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 from mend_lightning import __version__
 from mend_lightning.config.files import DEFAULT_ROOT
 from mend_lightning.config.overlays import resolved_configs
-from mend_lightning.errors import MendError
+from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.files import check_writable
 
 TRAINER_COMMANDS = {
@@ -28,7 +28,7 @@ TRAINER_COMMANDS = {
     "predict": "ask every test question before and after its edit",
 }
 # What --ckpt_path may say instead of a file.
-CHECKPOINT_NAMES = ("last", "best", "hpc")
+CHECKPOINT_NAMES = ("last", "hpc")
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a file; --check says if it is safe",
     "apply": "ask the edited model questions, beside the base model's answers",
@@ -181,6 +181,11 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         def _parse_ckpt_path(self) -> None:
             # Lightning's reads hyperparameters from the checkpoint, of which ours have none, and fails in its own words.
             path = str(self.config[self.config.subcommand].get("ckpt_path") or "")
+            if path == "best":
+                raise ConfigError(
+                    "--ckpt_path best: which checkpoint is the best is known to the process that trained alone. Its editor is "
+                    "in the run's folder: --model.editor RUN/editor. To go on training: --ckpt_path last, or a file."
+                )
             if path and path not in CHECKPOINT_NAMES and "://" not in path:
                 check_checkpoint_path(path)
 
