@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,10 @@ TRAINER_COMMANDS = {
 }
 # What --ckpt_path may say instead of a file.
 CHECKPOINT_NAMES = ("last", "hpc")
+BEST_UNKNOWN = (
+    "--ckpt_path best: which checkpoint is the best is known to the process that trained alone. Its editor is in the run's "
+    "folder: --model.editor RUN/editor. To go on training: --ckpt_path last, or a file."
+)
 COMMANDS = {
     "edit": "change one fact (or several): before and after, and the edit as a file; --check says if it is safe",
     "apply": "ask the edited model questions, beside the base model's answers",
@@ -138,6 +141,8 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
     from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
     from mend_lightning.trainer_settings import (
+        default_loggers,
+        note_sigterm_only,
         refusals_named,
         terminated_is_no_success,
         usable_strategy,
@@ -173,6 +178,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             if trainer_config.get("enable_progress_bar") is not False:
                 self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))
             trainer = super().instantiate_trainer(**kwargs)
+            note_sigterm_only(trainer)
             for callback in trainer.checkpoint_callbacks:
                 # One place for all runs in this folder, so that `--ckpt_path last` finds the last one.
                 callback.dirpath = callback.dirpath or str(Path(root, "checkpoints"))
@@ -182,10 +188,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             # Lightning's reads hyperparameters from the checkpoint, of which ours have none, and fails in its own words.
             path = str(self.config[self.config.subcommand].get("ckpt_path") or "")
             if path == "best":
-                raise ConfigError(
-                    "--ckpt_path best: which checkpoint is the best is known to the process that trained alone. Its editor is "
-                    "in the run's folder: --model.editor RUN/editor. To go on training: --ckpt_path last, or a file."
-                )
+                raise ConfigError(BEST_UNKNOWN)
             if path and path not in CHECKPOINT_NAMES and "://" not in path:
                 check_checkpoint_path(path)
 
@@ -209,16 +212,6 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
                 "callbacks": [StartReport(), SaveEditor(), CurvePlot(), ResultsReport()],
             },
         )
-
-
-def default_loggers(root: str) -> list[Any]:
-    """CSV always (curves.png is drawn from it), TensorBoard if it is installed."""
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-    loggers: list[Any] = [CSVLogger(root, name="logs")]
-    if find_spec("tensorboard") is not None:
-        loggers.append(TensorBoardLogger(root, name="tensorboard"))
-    return loggers
 
 
 def _quiet() -> None:

@@ -6,9 +6,12 @@ import difflib
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -54,6 +57,14 @@ def usable_strategy(given: Any) -> Any:
     return "fsdp1" if name == "fsdp" else given
 
 
+def default_loggers(root: str) -> list[Any]:
+    """CSV always (curves.png is drawn from it), TensorBoard if it is installed."""
+    loggers: list[Any] = [CSVLogger(root, name="logs")]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(root, name="tensorboard"))
+    return loggers
+
+
 def with_checkpoint_io(plugins: Any, strategy: Any) -> list[Any]:
     """The Trainer's plugins as a list, with EditorCheckpointIO unless a plugin or the strategy brings a CheckpointIO."""
     given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
@@ -79,6 +90,23 @@ def refusals_named() -> Iterator[None]:
         raise
     except (ValueError, MisconfigurationException) as error:
         raise ConfigError(f"The run cannot be set up: {_said(str(error))}") from error
+
+
+def note_sigterm_only(trainer: Trainer) -> None:
+    """Has SIGTERM noted and passed on to the processes that this one started; the run ends after the step it is in.
+
+    Lightning's own handler (2.6) also sends a tensor to all processes, from whatever place the signal found it at: where
+    another one was waiting in some other collective, both waited for ever.
+    """
+    connector = trainer._signal_connector
+
+    def note(signum: int, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if not connector.received_sigterm and launcher is not None:
+            launcher.kill(signum)
+        connector.received_sigterm = True
+
+    connector._sigterm_notifier_fn = note
 
 
 @contextmanager
