@@ -42,6 +42,7 @@ _HOME = {
     "CollidingEditWarning": "errors",
     "LowConfidenceWarning": "errors",
     "LowRankDelta": "delta",
+    "MendCallback": "callback",
     "MendEditor": "editors",
     "MendError": "errors",
     "MendModule": "module",

@@ -49,6 +49,10 @@ class ModelLoadError(MendError, OSError):
     """A base model could not be found, downloaded or verified."""
 
 
+class ModelNotFoundError(MendError, AttributeError):
+    """A LightningModule has no model at the attribute path that was given."""
+
+
 class BaseModelMismatchError(MendError, ValueError):
     """An editor, edit or checkpoint belongs to another base model or to other shapes."""
 

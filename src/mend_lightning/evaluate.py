@@ -90,6 +90,13 @@ def score_rows(model: nn.Module, edited: Edited, rows: Rows) -> RowScores:
     return _compare(before, edited.logits_at(model, rows, mask, trunk), rows, mask)
 
 
+def hard_rows(batch: EditBatch) -> Tensor:
+    """Which rows of `x_out` have their edit's relation: `[rows]` bool. Tasks list their hard ones first."""
+    flags = [index < text.hard for text in batch.texts for index in range(len(text.locality))]
+    device = batch.x_out.task.device
+    return torch.tensor(flags or [False] * len(batch.x_out), dtype=torch.bool, device=device)
+
+
 def _compare(before: Tensor, after: Tensor, rows: Rows, mask: Tensor) -> RowScores:
     targets = rows.labels[mask]
     index = (row_of(mask), len(rows))

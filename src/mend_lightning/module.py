@@ -34,7 +34,7 @@ from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.storage import read_description
 from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
-from mend_lightning.evaluate import evaluate_batch
+from mend_lightning.evaluate import evaluate_batch, hard_rows
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
@@ -375,10 +375,3 @@ class MendModule(L.LightningModule):
         if self._random_states is not None:
             set_own_random_states(self._random_states, self.global_rank)
             self._random_states = None
-
-
-def hard_rows(batch: EditBatch) -> Tensor:
-    """Which rows of `x_out` have their edit's relation: `[rows]` bool. Tasks list their hard ones first."""
-    flags = [index < text.hard for text in batch.texts for index in range(len(text.locality))]
-    device = batch.x_out.task.device
-    return torch.tensor(flags or [False] * len(batch.x_out), dtype=torch.bool, device=device)

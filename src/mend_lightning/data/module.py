@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 from mend_lightning.data.collate import collate_groups
 from mend_lightning.data.columns import Columns
 from mend_lightning.data.encode import Encoder, ModelKind
 from mend_lightning.data.generation import check_running_text
+from mend_lightning.data.guest import Guest
 from mend_lightning.data.locality import Locality, read_locality
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.prompts import PromptFormat
@@ -40,7 +42,8 @@ class EditDataModule(L.LightningDataModule):
         locality_data: where unrelated facts come from instead of the same set: a source of questions and answers, of
             which each split gets a share of its own, or one source a split (`{train: …, test: …}`).
         require_rephrases: False keeps records without rephrases; they are measured on the question itself.
-        tokenizer: a Hugging Face tokenizer; None takes the base model's in `fit`, `validate`, `test`, `predict`.
+        tokenizer: a Hugging Face tokenizer, or the folder or hub id of one; None takes the base model's in `fit`, `validate`,
+            `test`, `predict`, and in a `MendCallback` the host's `tokenizer`.
         prompt: template of a question, with `{input}`.
         target: template of an answer, with `{target}`.
         stop: text that ends an answer; "" means the end-of-sequence token, None that nothing does (running text).
@@ -113,7 +116,8 @@ class EditDataModule(L.LightningDataModule):
         if isinstance(locality_data, dict) and set(locality_data) - set(self.files):
             given = ", ".join(locality_data)
             raise ConfigError(f"locality_data names {given}; its splits are {', '.join(self.files)}.")
-        self.tokenizer, self.kind = tokenizer, kind
+        self._tokenizer, self.kind = tokenizer, kind
+        self._guest: Guest | None = None
         # Evaluated batches are of about eval_batch_size edits: how tasks are put together changes no number there.
         self.batch_size, self.eval_batch_size = batch_size, max(1, eval_batch_size // edits_at_once)
         self.edits_at_once = edits_at_once
@@ -133,12 +137,24 @@ class EditDataModule(L.LightningDataModule):
             if source is not None:
                 check_source(source)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What was given; loaded where that was a name."""
+        given = self._tokenizer
+        return AutoTokenizer.from_pretrained(given) if isinstance(given, (str, Path)) else given
+
+    def visit(self, guest: Guest) -> None:
+        """From now on the tasks are for this model: where there is no Trainer with a MendModule that says so (`MendCallback`)."""
+        self._guest = guest
+
     @property
     def encoder(self) -> Encoder:
         """Text to ids, for this data and the base model it is used with."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        base = getattr(module, "base_model", None)
-        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
+        base, found = getattr(module, "base_model", None), getattr(module, "tokenizer", None)
+        if self._guest is not None:
+            base, found = self._guest.model, self._guest.tokenizer
+        tokenizer = self.tokenizer if self.tokenizer is not None else found
         if tokenizer is None:
             raise ConfigError("EditDataModule has no tokenizer. Pass tokenizer=..., or use it with a MendModule.")
         if base is None:
@@ -199,6 +215,9 @@ class EditDataModule(L.LightningDataModule):
         return self._loader(DataLoader, sampler, order, self.eval_batch_size, edits)
 
     def _order(self, size: int, batch_size: int, shuffle: bool) -> TaskOrder:
+        if self._guest is not None:
+            guest = self._guest
+            return TaskOrder(size, batch_size, shuffle, self.seed, guest.rank, guest.world_size, guest.even)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         even = self.trainer is not None and isinstance(self.trainer.strategy, SHARDING)
         return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even)
