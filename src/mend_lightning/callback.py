@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,16 @@ from mend_lightning.data.module import EditDataModule
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.errors import ConfigError, ModelNotFoundError, NoEffectWarning
+from mend_lightning.errors import ConfigError, ModelNotFoundError
+from mend_lightning.guest.beside import Beside
 from mend_lightning.guest.checks import check_budget, check_host_strategy, check_numbers
 from mend_lightning.guest.clock import Clock
-from mend_lightning.guest.feed import Feed
 from mend_lightning.guest.patch import Patch, facts_to_edit, saved_edits
 from mend_lightning.guest.schedule import Schedule
-from mend_lightning.guest.training import EditorTraining, LearningSettings
+from mend_lightning.guest.training import LearningSettings
 from mend_lightning.guest.visit import Visit
 from mend_lightning.optimization import Decay
-from mend_lightning.report import console, counted
+from mend_lightning.report import console
 from mend_lightning.step import LocalityPositions
 
 
@@ -118,10 +117,8 @@ class MendCallback(L.Callback):
             lr, edit_rate_lr, warmup_steps, decay, clip, c_edit, locality_positions, tasks_at_once
         )
         self.clock = Clock()
-        # Of the editor's last step, and of the last measurement.
-        self.losses: dict[str, Any] = {}
         self.results: dict[str, float] = {}
-        self._training: EditorTraining | None = None
+        self._beside: Beside | None = None
         self._patch, self._saved_edits = Patch(), []
         # The last word of the training: of a checkpoint, or of the end of `fit`.
         self._kept: dict[str, Any] = {}
@@ -196,22 +193,11 @@ class MendCallback(L.Callback):
         if not self.train or not self.editor.trainable:
             return
         total = trainer.estimated_stepping_batches
-        self._schedule = Schedule(self.clock, self.every_n_steps, self.time_budget, trainer.global_step, total)
-        with self.clock.ours(), self._visit.borrowed():
-            self._begin()
-
-    def _begin(self) -> None:
-        # What the editor was bound to is about to move.
-        self.editor.base_fingerprint = ""
-        self._training = EditorTraining(self.editor, self._learning)
-        if "optimizer" in self._kept:
-            self._training.load_state_dict(self._kept["optimizer"])
-        if self._resumed:
-            self._schedule.load_state_dict(self._kept["schedule"])
+        schedule = Schedule(self.clock, self.every_n_steps, self.time_budget, trainer.global_step, total)
+        self._beside = Beside(
+            self._visit, self._learning, schedule, self.clock, self.calibration_batches, self._kept, self._resumed
+        )
         self._resumed = False
-        if not self.editor.calibrated:
-            self._visit.calibrate(self.calibration_batches)
-        self._feed = Feed(self._visit.edits.train_dataloader(), self._kept.get("place"))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -222,16 +208,10 @@ class MendCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step of the editor where one is due: after the host's optimiser has stepped, not in the midst of accumulation."""
-        if self._training is None:
-            return
-        if self._schedule.is_due(trainer.global_step, time.perf_counter() - self._began):
-            with self.clock.ours(step=True), self._visit.borrowed(self._training.steps):
-                batch = self._feed.next().to(self._visit.device)
-                self.losses = self._training.step(self.model, batch, self._schedule.progress)
-            self._visit.ready = True
-            self._schedule.stepped(self._visit.device)
-        values = self._named({**self.losses, "time_share": self.clock.share})
-        pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        if self._beside is not None:
+            self._beside.host_stepped(trainer.global_step, time.perf_counter() - self._began)
+            values = self._named({**self._beside.losses, "time_share": self.clock.share})
+            pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
@@ -280,14 +260,10 @@ class MendCallback(L.Callback):
         with torch.inference_mode(False):
             self._patch.put_on(self.model, [*self._saved_edits, *made], self.patch_force)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _take_off(self, *args: Any, **kwargs: Any) -> None:
         self._patch.take_off()
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._patch.take_off()
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._patch.take_off()
+    on_validation_end = on_test_end = on_predict_end = teardown = _take_off
 
     # Leaving
 
@@ -297,34 +273,17 @@ class MendCallback(L.Callback):
         self._finish()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        training = self._training
+        beside = self._beside
         self._finish()
-        if training is None or not trainer.is_global_zero:
-            return
-        if training.steps == 0:
-            warnings.warn(
-                f"The editor took no step: the host's optimisers stepped {self._schedule.host_steps} time(s), and it waits for "
-                f"{self._schedule.next_step}. Lower every_n_steps, or train longer.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-        skipped = f", {training.skipped} of them left out" if training.skipped else ""
-        console().print(
-            f"MendCallback({self.path!r}): {counted(training.steps, 'editor step')}{skipped}, {self.clock.guest:.1f} s of "
-            f"{self.clock.total:.1f} s ({self.clock.share:.1%} of the time)",
-            highlight=False,
-        )
+        if beside is not None and trainer.is_global_zero:
+            console().print(f"MendCallback({self.path!r}): {beside.summary()}", highlight=False)
 
     def _finish(self) -> None:
-        if self._training is None:
-            return
-        self.clock.stop()
-        self._kept = self._training_state()
-        self._training = self._feed = None
-        self._visit.bind()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._patch.take_off()
+        """The end of a training: the editor is for the weights as they are now."""
+        if self._beside is not None:
+            self.clock.stop()
+            self._kept, self._beside = self._beside.state_dict(), None
+            self._visit.bind()
 
     # Checkpoints
 
@@ -332,20 +291,14 @@ class MendCallback(L.Callback):
     def state_key(self) -> str:
         return self._generate_state_key(model=self.path, prefix=self.prefix)
 
-    def _training_state(self) -> dict[str, Any]:
-        if self._training is None:
-            return self._kept
-        return {
-            "optimizer": self._training.state_dict(), "schedule": self._schedule.state_dict(), "place": self._feed.state_dict(),
-        }  # fmt: skip
-
     def state_dict(self) -> dict[str, Any]:
         """The editor and its training, as tensors and builtins; empty before there is one."""
         if self.editor is None:
             return {}
-        return {"editor": self._visit.state_dict(), "training": self._training_state()}
+        kept = self._kept if self._beside is None else self._beside.state_dict()
+        return {"editor": self._visit.state_dict(), "training": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._visit.load_state_dict(state_dict["editor"])
         self._kept = dict(state_dict["training"])
-        self._resumed = "schedule" in self._kept
+        self._resumed = bool(self._kept)

@@ -116,12 +116,14 @@ class EditorTraining:
         self.skipped += 1
         for tensor, value in zip(statistics, before):
             tensor.copy_(value)
-        warnings.warn(
-            f"The editor's gradient is not finite in its step {self.steps}: the step is left out, and the editor is as it was. "
-            "Usual causes: a model in float16, or whose training has diverged; a learning rate (lr) that is too high.",
-            NoEffectWarning,
-            stacklevel=3,
-        )
+        if self.skipped == 1:
+            warnings.warn(
+                f"The editor's gradient is not finite in its step {self.steps}: the step is left out, and the editor is as it was. "
+                "Usual causes: a model in float16, or whose training has diverged; a learning rate (lr) that is too high. "
+                "Steps after this one that are left out are counted, and told at the end.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser and the counters, as tensors and builtins."""
