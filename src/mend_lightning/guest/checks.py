@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.types import Rows
 
 # By class name: some of them cannot be imported everywhere.
 _WAYS_OUT = {
@@ -59,19 +59,19 @@ def check_budget(budget: float | None) -> None:
 
 
 @torch.no_grad()
-def check_forward_pass(model: nn.Module, rows: Rows, path: str) -> None:
-    """Runs the model on rows of edits, and raises ConfigError where it cannot or returns no logits for them."""
+def check_forward_pass(model: nn.Module, inputs: Mapping[str, Tensor], path: str) -> None:
+    """Runs the model on `inputs` of an edit, and raises ConfigError where it cannot or returns no logits for them."""
     name = type(model).__name__
     try:
-        output = model(**rows.to(next(model.parameters()).device).inputs)
+        output = model(**inputs)
     except Exception as error:
         raise ConfigError(
-            f"model={path!r}: the forward of {name} does not take a batch of edits with {', '.join(rows.inputs)}: "
+            f"model={path!r}: the forward of {name} does not take a batch of edits with {', '.join(inputs)}: "
             f"{type(error).__name__}: {error}. Give the path of a Hugging Face model that does; of a model that reads more than "
             "text, the path of its language model."
         ) from error
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[0] != len(rows):
+    if not isinstance(logits, Tensor) or logits.shape[0] != len(inputs["input_ids"]):
         raise ConfigError(
             f"model={path!r}: the forward of {name} returns no logits ({type(output).__name__}), so there is no answer to edit. "
             "Give the path of a model with its output head, such as ...ForCausalLM or ...ForConditionalGeneration."

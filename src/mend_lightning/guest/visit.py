@@ -111,7 +111,13 @@ class Visit:
         encoder = self.edits.encoder
         check_forward(self.model, encoder.kind, self.path, host)
         task = self.edits.sampler("train").task(0, 0)
-        check_forward_pass(self.model, encoder.rows([(task.prompt, task.target)], [0], 1), self.path)
+        if encoder.kind == "classifier":
+            # Also a model without any head looks like one, and then the target is none of its classes.
+            ids = torch.tensor([encoder.prompt_ids(task.prompt)])
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            inputs = encoder.rows([(task.prompt, task.target)], [0], 1).inputs
+        check_forward_pass(self.model, {name: value.to(self.device) for name, value in inputs.items()}, self.path)
 
     def _take_editor(self) -> None:
         if self.editor is None:
