@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
     *REMARKS,
     r"ignore:Be aware that when using `ckpt_path`, callbacks.*",
     "ignore:.*resuming from a checkpoint that ended.*",
+    "ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning",
 )
 
 
@@ -263,3 +264,18 @@ def test_a_gradient_that_is_not_finite_costs_a_step_and_not_the_run(facts):
         fit(facts, callback, Breaks(), max_epochs=1, limit_val_batches=0)
     assert all(bool(value.isfinite().all()) for value in callback.editor.state_dict().values())
     assert callback._kept["training"]["skipped"] == 2
+
+
+def test_adapters_on_the_edited_layers(facts):
+    """Of LoRA on the very layers that are edited: the adapters' part is in what the editor sees."""
+    peft = pytest.importorskip("peft")
+    host = Host("llama")
+    config = peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    host.model = peft.get_peft_model(host.model, config).train()
+    callback = guest(facts)
+    fit(facts, callback, host, max_epochs=1)
+    layers = callback.editor.modules_in(callback.model)
+    assert hasattr(layers["model.layers.3.mlp.down_proj"], "lora_A") and "model.layers.3.mlp.down_proj" in layers
+    assert {name for name, p in host.named_parameters() if p.requires_grad} == {
+        name for name, _ in host.named_parameters() if "lora_" in name
+    }
