@@ -207,14 +207,16 @@ def test_measured_at_test_and_at_validate(trained, facts):
     assert "mend/edit_success" in trainer.validate(host, loader, **checkpoint, verbose=False)[0]
 
 
-def test_every_n_epochs_and_without_a_validation_of_the_host(facts):
+def test_every_n_epochs_and_without_a_validation_of_the_host(facts, tmp_path):
     callback, host = guest(facts, measure_every_n_epochs=2), Host()
     trainer = trainer_for([callback], max_epochs=4)
     trainer.fit(host, host_loader(host, facts), host_loader(host, facts, shuffle=False))
     assert [row["epoch"] for row in trainer.logger.rows if "mend/drawdown" in row] == [1, 3]
-    alone = trainer_for([guest(facts)], max_epochs=2)
+    best = ModelCheckpoint(tmp_path, "best", monitor="mend/locality_kl")
+    alone = trainer_for([guest(facts), best], max_epochs=2)
     alone.fit(host, host_loader(host, facts))
-    assert [row["epoch"] for row in alone.logger.rows if "mend/drawdown" in row] == [0, 1]
+    measured = {row["epoch"]: row["mend/locality_kl"] for row in alone.logger.rows if "mend/locality_kl" in row}
+    assert list(measured) == [0, 1] and float(best.best_model_score) == min(measured.values())
 
 
 def test_several_at_once(facts, tmp_path):

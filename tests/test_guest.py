@@ -54,17 +54,21 @@ def test_what_is_borrowed_comes_back(breaks):
     model = Counting().train()
     model.dropout.eval()
     model.linear.weight.grad = torch.ones(2, 2)
+    model.linear._compiled_call_impl = None if breaks else model.linear._call_impl
+    compiled = model.linear._compiled_call_impl
     last, states = model.last, (random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1].tolist())
     draws = []
     for _ in range(2):
         with pytest.raises(ZeroDivisionError) if breaks else torch.inference_mode(), borrowed(model, seed=3):
             assert not model.training and not any(p.requires_grad for p in model.parameters())
+            assert model.linear._compiled_call_impl is None
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             model(torch.ones(1, 2))
             draws.append((random.random(), numpy.random.rand(), float(torch.rand(()))))
             if breaks:
                 raise ZeroDivisionError
     assert draws[0] == draws[1]
+    assert model.linear._compiled_call_impl is compiled
     assert model.training and model.linear.training and not model.dropout.training
     assert model.linear.weight.requires_grad and not model.linear.bias.requires_grad
     assert model.calls == 0 and model.last is last and model.linear.weight.grad.equal(torch.ones(2, 2))

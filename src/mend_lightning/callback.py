@@ -171,11 +171,11 @@ class MendCallback(L.Callback):
         plugin = trainer.precision_plugin
         # In float16 the editor's gradients would be nothing: there it works in the weights' own dtype.
         mixed = isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed"
-        self._visit.arrive(
+        arrived = self._visit.arrive(
             pl_module, trainer.global_rank, trainer.world_size, torch.bfloat16 if mixed else None,
             check=not self._checked, editing=self._edits_something(),
         )  # fmt: skip
-        self._checked = True
+        self._checked = self._checked or arrived
 
     def _edits_something(self) -> bool:
         given = self._visit
@@ -192,7 +192,9 @@ class MendCallback(L.Callback):
         self.clock = Clock(self._visit.device)
         if not self.train or not self.editor.trainable:
             return
+        # -1 where neither the number of steps nor the length of an epoch is known.
         total = trainer.estimated_stepping_batches
+        total = total if total > 0 else float("inf")
         schedule = Schedule(self.clock, self.every_n_steps, self.time_budget, trainer.global_step, total)
         self._beside = Beside(
             self._visit, self._learning, schedule, self.clock, self.calibration_batches, self._kept, self._resumed

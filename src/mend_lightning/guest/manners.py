@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def borrowed(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -> Iterator[None]:
-    """The host's model for use in editing: frozen, in eval mode, outside of inference mode, with random numbers of its own.
+    """The host's model for use in editing: frozen, in eval mode, uncompiled, outside of inference mode, with own random numbers.
 
     Afterwards, whatever happens, all of that is what it was before. Hooks that others put on the model stay, and run.
 
@@ -37,6 +37,7 @@ def borrowed(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -
         stack.enter_context(own_random_numbers(seed, devices))
         stack.enter_context(kept_buffers(model))
         stack.enter_context(eval_mode(model))
+        stack.enter_context(eager(model))
         stack.enter_context(frozen(model))
         for kind in sorted(types):
             stack.enter_context(torch.autocast(kind, dtype=autocast, enabled=autocast is not None))
@@ -108,6 +109,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """What `module.compile()` compiled runs uncompiled: hooks that come and go would have it compiled anew each time."""
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Visit:
         autocast: torch.dtype | None = None,
         check: bool = True,
         editing: bool = True,
-    ) -> None:
+    ) -> bool:
         """Finds the model, and brings the editor to where it is: as it was, as a checkpoint has it, or a new one.
 
         Args:
@@ -96,16 +96,22 @@ class Visit:
             autocast: see `manners.borrowed`.
             check: whether the model is run once, to see that it takes edits.
             editing: whether there is use for an editor.
+
+        Returns:
+            Whether the model has its weights; on the meta device nothing is checked or built yet.
         """
         self.model = find_model(host, self.path)
         self._tokenizer, self._autocast = getattr(host, "tokenizer", None), autocast
         if self.edits is not None:
             self.edits.visit(Guest(self.model, self._tokenizer, rank, world_size, is_sharded(self.model)))
+        if self.device.type == "meta":
+            return False
         with self.borrowed():
             if check and self.edits is not None:
                 self._check(host)
             if editing:
                 self._take_editor()
+        return True
 
     def _check(self, host: nn.Module) -> None:
         encoder = self.edits.encoder
