@@ -49,7 +49,7 @@ def collate(tokenizer, pairs):
     return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
 
 
-def main(model: str = "runs/small-t5", steps: int = 1200, batch_size: int = 32, lr: float = 3e-4) -> L.Trainer:
+def main(model: str = "runs/small-t5", steps: int = 800, batch_size: int = 32, lr: float = 5e-4) -> L.Trainer:
     """Fine-tunes `model` (a folder or hub id)."""
     L.seed_everything(0)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -11,6 +11,7 @@ from bases import REMARKS, assert_same_state, state_copy, tiny_base
 from hosts import Host, ManualHost, compare, guest, host_loader, train_host, trainer_for
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
+from mend_lightning.callback import MendCallback
 from mend_lightning.data.guest import Guest
 from mend_lightning.edit import Edit
 from mend_lightning.editors import MendEditor
@@ -281,3 +282,30 @@ def test_adapters_on_the_edited_layers(facts):
     assert {name for name, p in host.named_parameters() if p.requires_grad} == {
         name for name, _ in host.named_parameters() if "lora_" in name
     }
+
+
+def test_a_patch_alone_and_a_saved_editor_alone(facts, tmp_path):
+    """Without facts: only saved edits, no editor is built; or a saved editor, which makes its edit with the host's tokenizer."""
+    callback = guest(facts)
+    host, _ = fit(facts, callback, max_epochs=1)
+    path = callback.edit("In which country is Lyon?", "Peru").save(tmp_path / "lyon.safetensors")
+    callback.editor.save_pretrained(tmp_path / "editor")
+    loader = host_loader(host, facts, shuffle=False)
+    alone = MendCallback("model", patch=[str(path)])
+    made = MendCallback(
+        "model", editor=tmp_path / "editor", patch=[("In which country is Lyon?", "Peru")], prefix="made"
+    )
+    losses = [
+        trainer_for([each]).test(host, loader, verbose=False)[0]["test_loss"]
+        for each in (alone, made, MendCallback("model"))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    assert alone.editor is None and alone.state_dict() == {}
+    with pytest.raises(ConfigError, match="no trained editor to make edits with"):
+        alone.edit("In which country is Lyon?", "Peru")
+    # In training such a callback does nothing, and its weights are then others than the edit's.
+    fit(facts, alone, host, max_epochs=1)
+    with pytest.raises(BaseModelMismatchError, match="other weights"):
+        trainer_for([alone]).test(host, loader, verbose=False)
+    trainer_for([MendCallback("model", patch=[path], patch_force=True)]).test(host, loader, verbose=False)
+    assert not any(module._forward_hooks for module in host.modules())

@@ -245,7 +245,8 @@ def test_a_training_too_short_for_a_step_says_so(facts):
 def test_the_cost_is_told(facts, capsys):
     host = Host()
     trainer_for([guest(facts)], max_epochs=1).fit(host, host_loader(host, facts))
-    assert "MendCallback('model'): 2 editor steps; " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "MendCallback('model'): 2 editor steps; " in told and "nothing was measured" not in told
 
 
 def test_from_yaml(facts, tmp_path):

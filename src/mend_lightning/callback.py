@@ -18,11 +18,11 @@ from mend_lightning.data.module import EditDataModule
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.errors import ConfigError, ModelNotFoundError
+from mend_lightning.errors import ModelNotFoundError
 from mend_lightning.guest.beside import Beside
-from mend_lightning.guest.checks import check_budget, check_host_strategy, check_numbers
+from mend_lightning.guest.checks import check_budget, check_host_strategy, check_numbers, check_prefixes
 from mend_lightning.guest.clock import Clock
-from mend_lightning.guest.patch import Patch, facts_to_edit, saved_edits
+from mend_lightning.guest.patch import Patch
 from mend_lightning.guest.schedule import Schedule
 from mend_lightning.guest.training import LearningSettings
 from mend_lightning.guest.visit import Visit
@@ -106,7 +106,6 @@ class MendCallback(L.Callback):
         self.path, self.prefix, self.every_n_steps, self.time_budget = model, prefix, every_n_steps, time_budget
         self.measure, self.measure_every_n_epochs = measure, measure_every_n_epochs
         self.train, self.calibration_batches = train and edits is not None, calibration_batches
-        self.patch, self.patch_force = list(patch or []), patch_force
         algorithm = algorithm or partial(
             MendEditor, rank=rank, edit_rate=edit_rate, confidence=confidence, precondition=precondition,
             rephrase_ridge=rephrase_ridge,
@@ -119,7 +118,7 @@ class MendCallback(L.Callback):
         self.clock = Clock()
         self.results: dict[str, float] = {}
         self._beside: Beside | None = None
-        self._patch, self._saved_edits = Patch(), []
+        self._patch = Patch(patch or [], patch_force)
         # The last word of the training: of a checkpoint, or of the end of `fit`.
         self._kept: dict[str, Any] = {}
         self._checked = self._resumed = False
@@ -147,12 +146,13 @@ class MendCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Checks the Trainer, the model, the data and the layers, and builds the editor."""
         check_host_strategy(trainer.strategy)
-        self._check_companions(trainer)
+        check_prefixes([each.prefix for each in trainer.callbacks if isinstance(each, MendCallback)])
         self._patch.take_off()
         self._checked = False
         if self._visit.edits is not None:
             self._visit.edits.setup(stage)
-        self._saved_edits = [] if stage == "fit" else [Edit.load(path) for path in saved_edits(self.patch)]
+        if stage != "fit":
+            self._patch.load()
         try:
             self._arrive(trainer, pl_module)
         except ModelNotFoundError:
@@ -160,26 +160,15 @@ class MendCallback(L.Callback):
             if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
                 raise
 
-    def _check_companions(self, trainer: L.Trainer) -> None:
-        others = [each for each in trainer.callbacks if isinstance(each, MendCallback) and each is not self]
-        if any(each.prefix == self.prefix for each in others):
-            raise ConfigError(
-                f"Two MendCallbacks log under the prefix {self.prefix!r}. Give each its own: MendCallback(..., prefix='...')."
-            )
-
     def _arrive(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         plugin = trainer.precision_plugin
         # In float16 the editor's gradients would be nothing: there it works in the weights' own dtype.
         mixed = isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed"
         arrived = self._visit.arrive(
             pl_module, trainer.global_rank, trainer.world_size, torch.bfloat16 if mixed else None,
-            check=not self._checked, editing=self._edits_something(),
+            check=not self._checked, editing=bool(self._patch.facts),
         )  # fmt: skip
         self._checked = self._checked or arrived
-
-    def _edits_something(self) -> bool:
-        given = self._visit
-        return given.edits is not None or given.has_folder or bool(facts_to_edit(self.patch))
 
     # Training
 
@@ -237,13 +226,15 @@ class MendCallback(L.Callback):
             self._measure(pl_module, "validation")
 
     def _measure(self, pl_module: L.LightningModule, split: str) -> None:
-        edits = self._visit.edits
-        if not self.measure or edits is None or edits.files[split] is None or not self._visit.ready:
+        if not (self.measure and self._visit.ready and self._can_measure(split)):
             return
         with self.clock.ours():
             self.results = self._visit.measure(split)
         # The same on all processes already; without sync_dist Lightning would warn of each.
         pl_module.log_dict(self._named(self.results), sync_dist=True, batch_size=1)
+
+    def _can_measure(self, split: str) -> bool:
+        return self._visit.edits is not None and self._visit.edits.files[split] is not None
 
     # Patching
 
@@ -257,10 +248,7 @@ class MendCallback(L.Callback):
         self._put_on()
 
     def _put_on(self) -> None:
-        facts = facts_to_edit(self.patch)
-        made = [self._visit.edit(facts)] if facts else []
-        with torch.inference_mode(False):
-            self._patch.put_on(self.model, [*self._saved_edits, *made], self.patch_force)
+        self._patch.put_on(self.model, self._visit.edit)
 
     def _take_off(self, *args: Any, **kwargs: Any) -> None:
         self._patch.take_off()
@@ -278,7 +266,12 @@ class MendCallback(L.Callback):
         beside = self._beside
         self._finish()
         if beside is not None and trainer.is_global_zero:
-            console().print(f"MendCallback({self.path!r}): {beside.summary()}", highlight=False)
+            measured = (
+                ""
+                if not self.measure or self._can_measure("validation")
+                else "; nothing was measured: there are no validation facts"
+            )
+            console().print(f"MendCallback({self.path!r}): {beside.summary()}{measured}", highlight=False)
 
     def _finish(self) -> None:
         """The end of a training: the editor is for the weights as they are now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,15 @@ def check_sharded(editor: Editor) -> None:
         raise ConfigError(
             f"{type(editor).__name__} cannot work on a sharded model: it reads weights outside of their modules' forward, or decides "
             "from the data how often the model runs. Use MendEditor (leave out `algorithm`), or strategy='ddp'."
+        )
+
+
+def check_prefixes(prefixes: Sequence[str]) -> None:
+    """Raises ConfigError where two callbacks of one Trainer log under one prefix."""
+    twice = [prefix for prefix in prefixes if prefixes.count(prefix) > 1]
+    if twice:
+        raise ConfigError(
+            f"Two MendCallbacks log under the prefix {twice[0]!r}. Give each its own: MendCallback(..., prefix='...')."
         )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from mend_lightning.edit import Edit
@@ -14,33 +15,41 @@ from mend_lightning.edit import Edit
 PatchEntry = str | Path | tuple[str, str]
 
 
-def saved_edits(entries: Sequence[PatchEntry]) -> list[Path]:
-    """The entries that are paths.
+class Patch:
+    """Edits on a model, off again as one.
+
+    Args:
+        entries: paths of saved edits, and facts.
+        force: apply saved edits to other weights than they were made for.
 
     Example:
-        >>> saved_edits(["a.safetensors", ("Capital of Peru?", "Cusco")])
-        [PosixPath('a.safetensors')]
+        >>> Patch(["a.safetensors", ("Capital of Peru?", "Cusco")]).facts
+        [('Capital of Peru?', 'Cusco')]
     """
-    return [Path(entry) for entry in entries if isinstance(entry, (str, Path))]
 
-
-def facts_to_edit(entries: Sequence[PatchEntry]) -> list[tuple[str, str]]:
-    """The entries that are (prompt, target) pairs."""
-    return [tuple(entry) for entry in entries if not isinstance(entry, (str, Path))]
-
-
-class Patch:
-    """Edits on a model, off again as one."""
-
-    def __init__(self) -> None:
+    def __init__(self, entries: Sequence[PatchEntry], force: bool = False) -> None:
+        self._paths = [Path(entry) for entry in entries if isinstance(entry, (str, Path))]
+        self.facts = [tuple(entry) for entry in entries if not isinstance(entry, (str, Path))]
+        self._force = force
+        self._saved: list[Edit] = []
         self._stack = ExitStack()
 
-    def put_on(self, model: nn.Module, edits: Sequence[Edit], force: bool = False) -> None:
-        """Applies the edits until `take_off`; all of them or, where one does not fit, none."""
+    def load(self) -> None:
+        """Reads the saved edits."""
+        self._saved = [Edit.load(path) for path in self._paths]
+
+    def put_on(self, model: nn.Module, make: Callable[[Sequence[tuple[str, str]]], Edit]) -> None:
+        """Applies the edits until `take_off`; all of them or, where one does not fit, none.
+
+        Args:
+            model: the host's.
+            make: makes one edit of the facts.
+        """
         self.take_off()
-        with ExitStack() as stack:
-            for edit in edits:
-                stack.enter_context(edit.applied(model, force))
+        made = [make(self.facts)] if self.facts else []
+        with torch.inference_mode(False), ExitStack() as stack:
+            for edit in (*self._saved, *made):
+                stack.enter_context(edit.applied(model, self._force))
             self._stack = stack.pop_all()
 
     def take_off(self) -> None:

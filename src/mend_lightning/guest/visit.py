@@ -67,11 +67,6 @@ class Visit:
         self._pending: dict[str, Any] | None = None
 
     @property
-    def has_folder(self) -> bool:
-        """Whether there is a saved editor to start from."""
-        return self._folder is not None
-
-    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -86,7 +81,7 @@ class Visit:
         world_size: int = 1,
         autocast: torch.dtype | None = None,
         check: bool = True,
-        editing: bool = True,
+        editing: bool = False,
     ) -> bool:
         """Finds the model, and brings the editor to where it is: as it was, as a checkpoint has it, or a new one.
 
@@ -95,7 +90,7 @@ class Visit:
             rank, world_size: this process among all.
             autocast: see `manners.borrowed`.
             check: whether the model is run once, to see that it takes edits.
-            editing: whether there is use for an editor.
+            editing: whether there is use for an editor even without facts or a saved one.
 
         Returns:
             Whether the model has its weights; on the meta device nothing is checked or built yet.
@@ -109,7 +104,7 @@ class Visit:
         with self.borrowed():
             if check and self.edits is not None:
                 self._check(host)
-            if editing:
+            if editing or self.edits is not None or self._folder is not None:
                 self._take_editor()
         return True
 
