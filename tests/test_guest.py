@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import lightning as L
 import numpy
@@ -12,13 +13,21 @@ import yaml
 from bases import REMARKS, SIZES, tiny_base
 from hosts import Host, guest, host_loader, trainer_for
 from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
 from mend_lightning.callback import MendCallback
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors import EnnEditor, MendEditor
-from mend_lightning.errors import ConfigError, DataFileError, LayerNotFoundError, ModelNotFoundError, NoEffectWarning
+from mend_lightning.errors import (
+    ConfigError,
+    DataFileError,
+    LayerNotFoundError,
+    MendError,
+    ModelNotFoundError,
+    NoEffectWarning,
+)
 from mend_lightning.guest.checks import check_host_strategy, check_sharded
 from mend_lightning.guest.clock import Clock, steps_between
 from mend_lightning.guest.find import find_model
@@ -85,6 +94,16 @@ def test_buffers_that_came_about_under_inference_mode():
         x = torch.ones(2, requires_grad=True)
         (x * model.last).sum().backward()
     assert model.last is last and last.is_inference()
+
+
+def test_packed_weights_are_not_copied(monkeypatch):
+    monkeypatch.setattr("mend_lightning.guest.manners.LARGEST_COUNTER", 2)
+    model = nn.Module()
+    model.register_buffer("packed", torch.zeros(3, dtype=torch.int32))
+    with borrowed(model, seed=0):
+        pass
+    with pytest.raises(MendError, match="changed its buffer 'packed', 3 integers"), borrowed(model, seed=0):
+        model.packed += 1
 
 
 def test_find_a_model(facts):
@@ -239,7 +258,17 @@ def test_steps_by_a_budget(monkeypatch):
 def test_a_training_too_short_for_a_step_says_so(facts):
     host = Host()
     with pytest.warns(NoEffectWarning, match=r"took no step: the host's optimisers stepped 2 time.*waits for 50"):
-        trainer_for([guest(facts, every_n_steps=50)], max_steps=2, max_epochs=-1).fit(host, host_loader(host, facts))
+        trainer_for([guest(facts, every_n_steps=50, measure=False)], max_steps=2, max_epochs=-1).fit(
+            host, host_loader(host, facts)
+        )
+
+
+def test_an_editor_that_learned_nothing_is_not_measured(facts):
+    host = Host()
+    trainer = trainer_for([guest(facts)])
+    with pytest.warns(NoEffectWarning, match="Nothing is measured: the editor has taken no step yet"):
+        found = trainer.test(host, host_loader(host, facts, shuffle=False), verbose=False)[0]
+    assert list(found) == ["test_loss"]
 
 
 def test_the_cost_is_told(facts, capsys):
@@ -249,23 +278,45 @@ def test_the_cost_is_told(facts, capsys):
     assert "MendCallback('model'): 2 editor steps; " in told and "nothing was measured" not in told
 
 
-def test_from_yaml(facts, tmp_path):
-    """As anybody's LightningCLI builds it."""
-    edits = {split: str(facts / f"{split}.jsonl") for split in SIZES}
-    config = {
-        "class_path": "mend_lightning.MendCallback",
-        "init_args": {
-            "model": "student.encoder", "every_n_steps": 4, "time_budget": 0.1,
-            "edits": {"class_path": "mend_lightning.EditDataModule", "init_args": {**edits, "tokenizer": "somewhere"}},
-            "patch": ["a.safetensors", ["In which country is Lyon?", "Peru"]],
-            "algorithm": {"class_path": "mend_lightning.EnnEditor"},
-        },
-    }  # fmt: skip
-    path = tmp_path / "trainer.yaml"
-    path.write_text(yaml.safe_dump({"callbacks": [config]}))
+class FromCli(Host):
+    """A host of a LightningCLI, with a loader of its own."""
+
+    def __init__(self, facts: str, lr: float = 1e-3) -> None:
+        super().__init__(lr=lr)
+        self.facts = Path(facts)
+
+    def train_dataloader(self):
+        return host_loader(self, self.facts)
+
+
+def callback_config(facts: Path, **settings) -> dict:
+    edits = {split: str(facts / f"{split}.jsonl") for split in SIZES} | {"max_length": 96, "validation_edits": 2}
+    given = {"edits": {"class_path": "mend_lightning.EditData", "init_args": edits}, **settings}
+    return {"class_path": "mend_lightning.MendCallback", "init_args": given}
+
+
+def test_in_the_yaml_of_a_lightning_cli(facts, tmp_path, monkeypatch):
+    """Which takes data modules in its config for its own, whatever they are for."""
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer["callbacks"] = [callback_config(facts, every_n_steps=2, rank=8)]
+    path = tmp_path / "host.yaml"
+    path.write_text(yaml.safe_dump({"seed_everything": 0, "trainer": trainer, "model": {"facts": str(facts)}}))
+    monkeypatch.setattr("sys.argv", ["host", "fit", "--config", str(path)])
+    cli = LightningCLI(FromCli, save_config_callback=None)
+    (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, MendCallback))
+    assert callback._kept["training"]["steps"] == 2 and "mend/edit_success" in cli.trainer.callback_metrics
+
+
+def test_every_argument_from_yaml(facts, tmp_path):
+    patch = ["a.safetensors", ["In which country is Lyon?", "Peru"]]
+    algorithm = {"class_path": "mend_lightning.EnnEditor"}
+    config = callback_config(facts, model="student.encoder", time_budget=0.1, patch=patch, algorithm=algorithm)
+    (tmp_path / "trainer.yaml").write_text(yaml.safe_dump({"callbacks": [config]}))
     parser = ArgumentParser()
     parser.add_argument("--callbacks", type=list[L.Callback])
-    (callback,) = parser.instantiate_classes(parser.parse_path(path)).callbacks
+    (callback,) = parser.instantiate_classes(parser.parse_path(tmp_path / "trainer.yaml")).callbacks
     assert isinstance(callback, MendCallback) and (callback.path, callback.time_budget) == ("student.encoder", 0.1)
-    assert callback._visit.edits.files["test"] == edits["test"]
+    assert callback._visit.edits.files["test"] == str(facts / "test.jsonl")
+    assert callback._patch.facts == [("In which country is Lyon?", "Peru")]
     assert isinstance(callback._visit._algorithm({"fc": (2, 3)}), EnnEditor)

@@ -32,6 +32,7 @@ _HOME = {
     "Factors": "types",
     "FineTuning": "editors",
     "Rows": "types",
+    "EditData": "data.module",
     "EditDataModule": "data.module",
     "ShardedStrategy": "parallel.strategy",
     "ShardedBaseStrategy": "parallel.strategy",

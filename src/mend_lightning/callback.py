@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.module import EditData, EditDataModule
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
@@ -41,7 +41,8 @@ class MendCallback(L.Callback):
     Args:
         model: attribute path of a Hugging Face model in the LightningModule, such as "student.encoder"; "": the
             LightningModule itself, or the only such model in it.
-        edits: facts to learn and to be measured on. With `validation` it is measured, with `test` also by `trainer.test`.
+        edits: facts to learn and to be measured on. With `validation` it is measured, with `test` also by `trainer.test`. In the
+            YAML of a LightningCLI an `EditData`.
         every_n_steps: the editor takes a step after every so many of the host's optimiser steps.
         time_budget: share of the wall time that the editor's steps may take; it chooses `every_n_steps`, as it goes.
         train: False: the editor is not trained, but measured or used.
@@ -68,7 +69,7 @@ class MendCallback(L.Callback):
     def __init__(
         self,
         model: str = "model",
-        edits: EditDataModule | None = None,
+        edits: EditDataModule | EditData | None = None,
         every_n_steps: int = 10,
         time_budget: float | None = None,
         train: bool = True,
@@ -111,7 +112,8 @@ class MendCallback(L.Callback):
             rephrase_ridge=rephrase_ridge,
         )  # fmt: skip
         # A copy, so that one data module serves several callbacks, each with its own model.
-        self._visit = Visit(model, copy.copy(edits), algorithm, editor, layers, last_blocks, seed)
+        edits = copy.copy(edits.module if isinstance(edits, EditData) else edits)
+        self._visit = Visit(model, edits, algorithm, editor, layers, last_blocks, seed)
         self._learning = LearningSettings(
             lr, edit_rate_lr, warmup_steps, decay, clip, c_edit, locality_positions, tasks_at_once
         )
@@ -148,7 +150,7 @@ class MendCallback(L.Callback):
         check_host_strategy(trainer.strategy)
         check_prefixes([each.prefix for each in trainer.callbacks if isinstance(each, MendCallback)])
         self._patch.take_off()
-        self._checked = False
+        self._checked = self._resumed = False
         if self._visit.edits is not None:
             self._visit.edits.setup(stage)
         if stage != "fit":
@@ -178,7 +180,7 @@ class MendCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes ready for training; by now a checkpoint has been read, whatever the strategy."""
         self._arrive(trainer, pl_module)
-        self.clock = Clock(self._visit.device)
+        self.clock, self._began = Clock(self._visit.device), time.perf_counter()
         if not self.train or not self.editor.trainable:
             return
         # -1 where neither the number of steps nor the length of an epoch is known.
@@ -226,7 +228,7 @@ class MendCallback(L.Callback):
             self._measure(pl_module, "validation")
 
     def _measure(self, pl_module: L.LightningModule, split: str) -> None:
-        if not (self.measure and self._visit.ready and self._can_measure(split)):
+        if not (self.measure and self._can_measure(split)):
             return
         with self.clock.ours():
             self.results = self._visit.measure(split)
@@ -254,8 +256,6 @@ class MendCallback(L.Callback):
         self._patch.take_off()
 
     on_validation_end = on_test_end = on_predict_end = teardown = _take_off
-
-    # Leaving
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """What the editor has learned is kept."""

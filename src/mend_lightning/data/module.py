@@ -242,3 +242,21 @@ class EditDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: EditBatch, device: Any, dataloader_idx: int) -> EditBatch:
         return batch.to(device)
+
+
+class EditData:
+    """An `EditDataModule` for YAML of somebody's LightningCLI, which takes every data module in its config for its own.
+
+    Args:
+        **settings: see `EditDataModule`.
+
+    Attributes:
+        module: the data module.
+
+    Example:
+        >>> EditData(train="world_facts/train", locality=4).module.files["train"]
+        'world_facts/train'
+    """
+
+    def __init__(self, **settings) -> None:
+        self.module = EditDataModule(**settings)

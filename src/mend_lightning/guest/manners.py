@@ -10,6 +10,11 @@ import numpy
 import torch
 from torch import nn
 
+from mend_lightning.errors import MendError
+
+# Integer buffers up to this many entries are taken for counters and positions, larger ones for packed weights.
+LARGEST_COUNTER = 2**18
+
 
 @contextmanager
 def borrowed(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -> Iterator[None]:
@@ -139,18 +144,41 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers that gradients can pass; afterwards the same tensors with the same values."""
-    before = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [None if buffer is None else buffer.clone() for _, _, buffer in before]
-    versions = [None if buffer is None or buffer.is_inference() else buffer._version for _, _, buffer in before]
+    """Buffers that gradients can pass; afterwards the same tensors with the same values.
+
+    Raises:
+        MendError: a buffer that holds packed weights, which are not copied, was changed.
+    """
+    before = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    values = [None if _is_packed(buffer) else buffer.clone() for _, _, buffer in before]
+    versions = [None if buffer.is_inference() else buffer._version for _, _, buffer in before]
     try:
         for (module, name, buffer), value in zip(before, values):
             # What came about in a validation under inference mode cannot be part of a graph; its clone can.
-            if buffer is not None and buffer.is_inference():
+            if buffer.is_inference() and value is not None:
                 module._buffers[name] = value.clone()
         yield
     finally:
         for (module, name, buffer), value, version in zip(before, values, versions):
             module._buffers[name] = buffer
             if version is not None and buffer._version != version:
-                buffer.copy_(value)
+                _put_back(module, name, buffer, value)
+
+
+def _is_packed(buffer: torch.Tensor) -> bool:
+    """Whether this is a quantised weight: far too large to be copied each time, and changed by no forward pass."""
+    return not buffer.is_floating_point() and buffer.numel() > LARGEST_COUNTER
+
+
+def _put_back(module: nn.Module, name: str, buffer: torch.Tensor, value: torch.Tensor | None) -> None:
+    if value is None:
+        raise MendError(
+            f"The forward of {type(module).__name__} changed its buffer {name!r}, {buffer.numel()} integers, which were taken for "
+            "packed weights and not copied. A MendCallback cannot leave this model as it was."
+        )
+    buffer.copy_(value)

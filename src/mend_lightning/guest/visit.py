@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from mend_lightning.calibration import collect_moments
 from mend_lightning.data.guest import Guest
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor, EditorFactory
-from mend_lightning.errors import ConfigError
+from mend_lightning.errors import ConfigError, NoEffectWarning
 from mend_lightning.guest.checks import check_forward_pass, check_sharded
 from mend_lightning.guest.find import check_forward, find_model
 from mend_lightning.guest.keeping import editor_state, load_editor_state
@@ -149,7 +150,19 @@ class Visit:
         self.editor.calibrate(moments)
 
     def measure(self, split: str) -> dict[str, float]:
-        """name -> value of every metric, on the "validation" or the "test" facts."""
+        """name -> value of every metric, on the "validation" or the "test" facts.
+
+        Warns:
+            NoEffectWarning: the editor has learned nothing yet, and nothing is measured.
+        """
+        if not self.ready:
+            warnings.warn(
+                "Nothing is measured: the editor has taken no step yet. In validate and test give ckpt_path= of a training that "
+                "had this callback, or editor=FOLDER.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
+            return {}
         loader = self.edits.val_dataloader() if split == "validation" else self.edits.test_dataloader()
         with self.borrowed():
             return measure_editor(self.model, self.editor, loader)
