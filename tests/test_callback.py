@@ -143,6 +143,20 @@ def test_fit_twice_trains_on(facts):
     assert not all(torch.equal(value, before[name]) for name, value in editor.state_dict().items())
 
 
+def test_one_trainer_for_everything(facts):
+    """Fit, fit on, and test with a patch that the editor makes then."""
+    callback, host = guest(facts, patch=[("In which country is Osaka?", "Chile")]), Host()
+    trainer, loader = trainer_for([callback], max_epochs=1), host_loader(host, facts, shuffle=False)
+    trainer.fit(host, host_loader(host, facts), loader)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(host, host_loader(host, facts), loader)
+    assert trainer.global_step == 8 and callback._kept["training"]["steps"] == 4
+    before = trainer_for([]).test(host, loader, verbose=False)[0]["test_loss"]
+    found = trainer.test(host, loader, verbose=False)[0]
+    assert found["test_loss"] != before and "mend/edit_success" in found
+    callback.editor.check_base(host.model)
+
+
 def test_patch_in_every_stage_and_off_again(trained, facts, tmp_path):
     """Saved edits and facts, under the Trainer's inference mode; the loss is that of the edited model, and then the old one."""
     callback, host, _ = trained

@@ -11,6 +11,8 @@ import torch
 from bases import REMARKS
 
 from mend_lightning.callback import MendCallback
+from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.records import read_records
 from mend_lightning.errors import LowConfidenceWarning
 
 pytest_plugins = ["bases"]
@@ -21,23 +23,26 @@ pytestmark = [
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name: str, base: Path, monkeypatch, folder: Path):
-    """The Trainer of a few steps of an example, on the first facts of each split."""
-    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    example = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(example)
-    if hasattr(example, "EditDataModule"):
-        data = example.EditDataModule
-        monkeypatch.setattr(example, "EditDataModule", lambda *a, **k: data(*a, **{**k, "validation_edits": 2}))
-    monkeypatch.chdir(folder)
-    return example.main(str(base), steps=5, batch_size=2)
+@pytest.fixture
+def run(base_folder, facts, monkeypatch, tmp_path):
+    """`run(name, family)`: the Trainer of a few steps of an example, on a few facts."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, family: str):
+        specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        example = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(example)
+        example.read_records = lambda source: read_records(facts / f"{Path(source).name}.jsonl")
+        files = [facts / "train.jsonl", facts / "validation.jsonl"]
+        example.EditDataModule = lambda train, validation, **given: EditDataModule(*files, **given)
+        return example.main(str(base_folder(family)), steps=5, batch_size=2)
+
+    return run
 
 
 @pytest.mark.parametrize(("name", "family"), [("fine_tune_t5", "t5"), ("fine_tune_causal", "llama")])
-def test_the_loss_is_the_same_to_the_last_bit(name, family, base_folder, monkeypatch, tmp_path):
-    plain, visited = (
-        run(script, base_folder(family), monkeypatch, tmp_path) for script in (name, f"{name}_with_editor")
-    )
+def test_the_loss_is_the_same_to_the_last_bit(name, family, run):
+    plain, visited = (run(script, family) for script in (name, f"{name}_with_editor"))
     assert torch.equal(plain.callback_metrics["loss"], visited.callback_metrics["loss"])
     for name, value in plain.lightning_module.state_dict().items():
         assert torch.equal(value, visited.lightning_module.state_dict()[name]), name
@@ -51,10 +56,10 @@ def test_what_the_editor_takes_are_a_few_lines(name):
     assert sum(line.startswith("+ ") for line in changes) <= 5
 
 
-def test_lora(base_folder, monkeypatch, tmp_path):
+def test_lora(run):
     """The adapters learn, the editor is of the model with them, and an edit of it can be applied to that."""
     pytest.importorskip("peft")
-    trainer = run("fine_tune_lora_with_editor", base_folder("llama"), monkeypatch, tmp_path)
+    trainer = run("fine_tune_lora_with_editor", "llama")
     (callback,) = (each for each in trainer.callbacks if isinstance(each, MendCallback))
     assert "mend/edit_success" in trainer.callback_metrics and callback.model is not trainer.lightning_module.model
     assert all(name.startswith("model.layers.") for name in callback.editor.layers)

@@ -183,7 +183,7 @@ def test_said_before_training_starts(case, facts):
     assert not started
 
 
-def test_a_tokenizer_is_needed(facts, base_folder):
+def test_a_tokenizer_is_needed(facts, tmp_path):
     """The host's own, or one that is given, also by name as from YAML."""
     host = Host()
     loader = host_loader(host, facts)
@@ -191,7 +191,8 @@ def test_a_tokenizer_is_needed(facts, base_folder):
     with pytest.raises(ConfigError, match="has no tokenizer. Pass tokenizer="):
         trainer_for([guest(facts)]).fit(host, loader)
     host.tokenizer = tokenizer
-    data = EditDataModule(facts / "train.jsonl", tokenizer=str(base_folder("gpt2")))
+    tokenizer.save_pretrained(tmp_path)
+    data = EditDataModule(facts / "train.jsonl", tokenizer=str(tmp_path))
     assert data.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 

@@ -203,8 +203,9 @@ class MendCallback(L.Callback):
         """A step of the editor where one is due: after the host's optimiser has stepped, not in the midst of accumulation."""
         if self._beside is not None:
             self._beside.host_stepped(trainer.global_step, time.perf_counter() - self._began)
-            values = self._named({**self._beside.losses, "time_share": self.clock.share})
-            pl_module.log_dict(values, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+            now = {"on_step": True, "on_epoch": False, "batch_size": 1}
+            pl_module.log_dict(self._named(self._beside.losses), **now)
+            pl_module.log(f"{self.prefix}/time_share", self.clock.share, prog_bar=True, **now)
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
