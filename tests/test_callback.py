@@ -9,7 +9,7 @@ import pytest
 import torch
 from bases import REMARKS, assert_same_state, state_copy, tiny_base
 from hosts import Host, ManualHost, compare, guest, host_loader, train_host, trainer_for
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mend_lightning.callback import MendCallback
 from mend_lightning.data.guest import Guest
@@ -253,11 +253,12 @@ def test_several_at_once(facts, tmp_path):
 
 def test_weight_averaging(facts):
     """The averaged weights are the model at the end, and what the editor is for; the average is that without the callback."""
+    averages = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
     weights = []
     for guests in ([], [guest(facts)]):
         L.seed_everything(7, verbose=False)
         host = Host()
-        averaging = WeightAveraging(avg_fn=lambda old, new, count: old + 0.5 * (new - old))
+        averaging = averages.WeightAveraging(avg_fn=lambda old, new, count: old + 0.5 * (new - old))
         trainer = trainer_for([*guests, averaging], max_epochs=2)
         trainer.fit(host, host_loader(host, facts), host_loader(host, facts, shuffle=False))
         weights.append(state_copy(host))
