@@ -263,6 +263,7 @@ def test_weight_averaging(facts):
         trainer.fit(host, host_loader(host, facts), host_loader(host, facts, shuffle=False))
         weights.append(state_copy(host))
     assert_same_state(*weights)
+    assert guests[0].editor.base_fingerprint
     guests[0].editor.check_base(host.model)
 
 
