@@ -1,6 +1,6 @@
 """Fine-tunes a T5 on the questions of world_facts: an ordinary Lightning script.
 
-    python scripts/train_small_t5.py --steps 500      # a small T5 that half knows them; or take any other T5
+    python scripts/train_small_t5.py --steps 500      # a small T5 that knows a quarter of them; or any T5
     python examples/fine_tune_t5.py
 
 fine_tune_t5_with_editor.py is the same with an editor in it, and ends with the same loss to the last bit.
