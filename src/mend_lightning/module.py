@@ -41,12 +41,12 @@ from mend_lightning.optimization import Decay, lr_factor, parameter_groups
 from mend_lightning.parallel.checkpoint_file import BASE_PREFIX
 from mend_lightning.parallel.placing import SHARDING, load_for
 from mend_lightning.parallel.whole import whole
-from mend_lightning.parts import edit_step_in_parts
+from mend_lightning.parts import step_loss
 from mend_lightning.precision import check_overflow, check_trainer_precision, loss_scaler
 from mend_lightning.random_states import gathered_random_states, set_own_random_states
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
-from mend_lightning.step import LocalityPositions, StepOutput, edit_step
+from mend_lightning.step import LocalityPositions, StepOutput
 from mend_lightning.types import EditBatch
 
 
@@ -254,7 +254,8 @@ class MendModule(L.LightningModule):
         )  # fmt: skip
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        loss, out = self._step(batch)
+        settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
+        loss, out = step_loss(self.base_model, self.editor, batch, *settings)
         check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step)
         self._log_losses(loss, out, len(batch))
         return loss
@@ -266,13 +267,6 @@ class MendModule(L.LightningModule):
         means = self.trainer.strategy.reduce(torch.stack([*values.values()]).detach(), reduce_op="mean")
         for name, mean in zip(values, means.unbind()):
             self.log(f"train/{name}", mean, prog_bar=name != "loss", batch_size=edits)
-
-    def _step(self, batch: EditBatch) -> tuple[Tensor, StepOutput]:
-        if self.tasks_at_once is not None and self.tasks_at_once < batch.tasks:
-            settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
-            return edit_step_in_parts(self.base_model, self.editor, batch, *settings)
-        out = edit_step(self.base_model, self.editor, batch, self.locality_positions)
-        return out.total(self.c_edit), out
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.step import LocalityPositions, StepOutput, outer_losses
+from mend_lightning.step import LocalityPositions, StepOutput, edit_step, outer_losses
 from mend_lightning.types import EditBatch
 
 
@@ -75,6 +75,21 @@ def edit_step_in_parts(
     names = ("edit", "locality", "inner")
     joined = StepOutput(*(torch.cat([getattr(each, name) for each in losses]) for name in names), made.skipped)
     return known_loss(joined.total(c_edit), gradients, tensors), joined
+
+
+def step_loss(
+    model: nn.Module,
+    editor: Editor,
+    batch: EditBatch,
+    c_edit: float,
+    tasks_at_once: int | None = None,
+    locality_positions: LocalityPositions = "all",
+) -> tuple[Tensor, StepOutput]:
+    """The loss of a training step, and its parts: of the whole batch, or where `tasks_at_once` are fewer, in parts."""
+    if tasks_at_once is not None and tasks_at_once < batch.tasks:
+        return edit_step_in_parts(model, editor, batch, c_edit, tasks_at_once, locality_positions)
+    out = edit_step(model, editor, batch, locality_positions)
+    return out.total(c_edit), out
 
 
 def known_loss(loss: Tensor, gradients: list[Tensor], tensors: list[Tensor]) -> Tensor:

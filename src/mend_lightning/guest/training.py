@@ -14,8 +14,8 @@ from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import NoEffectWarning
 from mend_lightning.normalizer import RunningNormalizer
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
-from mend_lightning.parts import edit_step_in_parts
-from mend_lightning.step import LocalityPositions, StepOutput, edit_step
+from mend_lightning.parts import step_loss
+from mend_lightning.step import LocalityPositions
 from mend_lightning.types import EditBatch
 
 
@@ -72,7 +72,10 @@ class EditorTraining:
         before = [tensor.clone() for tensor in statistics]
         self.editor.train()
         try:
-            loss, out = self._losses(model, batch)
+            settings = self.settings
+            loss, out = step_loss(
+                model, self.editor, batch, settings.c_edit, settings.tasks_at_once, settings.locality_positions
+            )
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
         finally:
             self.editor.eval()
@@ -86,15 +89,6 @@ class EditorTraining:
             self._skip(statistics, before)
         losses = {f"{name}_loss": value.mean().detach() for name, value in out.losses().items()}
         return {**losses, "loss": loss.detach(), "grad_norm": norm}
-
-    def _losses(self, model: nn.Module, batch: EditBatch) -> tuple[Tensor, StepOutput]:
-        settings = self.settings
-        if settings.tasks_at_once is not None and settings.tasks_at_once < batch.tasks:
-            return edit_step_in_parts(
-                model, self.editor, batch, settings.c_edit, settings.tasks_at_once, settings.locality_positions
-            )
-        out = edit_step(model, self.editor, batch, settings.locality_positions)
-        return out.total(settings.c_edit), out
 
     def _set_rates(self, progress: float) -> None:
         settings = self.settings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mend_lightning.calibration import collect_moments
+from mend_lightning.calibration import calibrate
 from mend_lightning.data.guest import Guest
 from mend_lightning.edit import Edit
 from mend_lightning.editors.editor import Editor, EditorFactory
@@ -26,7 +26,6 @@ from mend_lightning.guest.measuring import measure_editor
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.making import make_edit
 from mend_lightning.parallel.whole import is_sharded
-from mend_lightning.precondition import InputMoments
 
 if TYPE_CHECKING:
     from mend_lightning.data.module import EditDataModule
@@ -143,11 +142,8 @@ class Visit:
 
     def calibrate(self, batches: int) -> None:
         """Estimates the editor's preconditioning from so many batches of training edits; the model is borrowed."""
-        moments: dict[str, InputMoments] = {}
-        layers = self.editor.modules_in(self.model)
-        for batch in islice(self.edits.train_dataloader(), batches):
-            collect_moments(self.model, layers, batch.to(self.device), moments, self.editor.follows_rephrases)
-        self.editor.calibrate(moments)
+        given = (batch.to(self.device) for batch in islice(self.edits.train_dataloader(), batches))
+        calibrate(self.model, self.editor, given)
 
     def measure(self, split: str) -> dict[str, float]:
         """name -> value of every metric, on the "validation" or the "test" facts.
