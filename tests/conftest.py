@@ -43,6 +43,14 @@ def _one_deterministic_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_group_is_left():
+    """A Trainer with a strategy of several processes leaves its group behind, and Lightning then takes every run for one."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ class Layout:
 LAYOUTS = {
     2: [
         Layout(2, "ddp"), Layout(2, "fsdp2"), Layout(2, "ddp", accumulate=2), Layout(2, "fsdp2", accumulate=2),
-        Layout(2, "fsdp2", family="t5"), Layout(2, "fsdp2", family="gpt2"), Layout(2, "fsdp1", family="t5"),
+        Layout(2, "fsdp2", family="t5"), Layout(2, "fsdp2", family="gpt2"),
         Layout(2, "fsdp1", family="gpt2"), *([Layout(2, "ddp", quantize="int8")] if find_spec("optimum") else []),
     ],
     4: [Layout(4, "ddp")],
