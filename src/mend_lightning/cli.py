@@ -140,6 +140,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
     from mend_lightning.parallel.checkpoint_file import check_checkpoint_path
     from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
+    from mend_lightning.run_parser import RunParser
     from mend_lightning.trainer_settings import (
         default_loggers,
         note_sigterm_only,
@@ -149,19 +150,11 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         with_checkpoint_io,
     )
 
-    class Parser(LightningArgumentParser):
-        """Says which key was probably meant when one is unknown."""
-
-        def error(self, message: str, *rest: Any) -> None:
-            super().error(with_near_editor(with_near_key(message, known_keys(self))), *rest)
-
     class MendCLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
             header = [f"mend-lightning {__version__}", *(f"from {path}" for path in configs)]
             kwargs.setdefault("dump_header", header)
-            parser = Parser(**kwargs)
-            parser.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
-            return parser
+            return RunParser(**kwargs)
 
         def instantiate_classes(self) -> None:
             with refusals_named():

@@ -14,7 +14,6 @@ from rich.table import Table
 from mend_lightning.architectures import known_architecture
 from mend_lightning.base import BaseModel, kind_of_config, pick_dtype
 from mend_lightning.batch_counts import measured_counts, most_counts
-from mend_lightning.cli import known_keys, with_near_editor, with_near_key
 from mend_lightning.config.overlays import resolved_configs
 from mend_lightning.data.encode import Encoder, ModelKind
 from mend_lightning.data.module import EditDataModule
@@ -90,14 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 def read_run(arguments: Sequence[str]) -> tuple[Any, MendModule, EditDataModule]:
     """The config that `fit` would run with these arguments, its module (nothing is loaded) and its data."""
     from lightning.pytorch import Trainer
-    from lightning.pytorch.cli import LightningArgumentParser
 
-    class Parser(LightningArgumentParser):
-        def error(self, message: str, *rest: Any) -> None:
-            super().error(with_near_editor(with_near_key(message, known_keys(self))), *rest)
+    from mend_lightning.run_parser import RunParser
 
-    parser = Parser(prog="mend-lightning plan")
-    parser.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
+    parser = RunParser(prog="mend-lightning plan")
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_argument("--ckpt_path", type=str | None, default=None)
     parser.add_lightning_class_args(MendModule, "model")
