@@ -17,7 +17,7 @@ from golden.checks import (
 from golden.running import Run, logits, parameters_by_original_name, run_case
 
 from mend_lightning.factors import edit_factors
-from mend_lightning.step import compute_deltas, edit_step, locality_mask
+from mend_lightning.step import compute_deltas, edit_step, locality_positions_of
 from mend_lightning.trunk import TrunkOutputs
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=REASON)
@@ -129,7 +129,7 @@ def test_losses(run, stage):
 @pytest.mark.parametrize("stage", ["train", "eval"])
 def test_locality_positions(run, stage):
     x_out = run.case.batch(stage).x_out
-    positions = int(locality_mask(x_out, "all").sum())
+    positions = len(locality_positions_of(x_out, "all"))
     if run.case.is_classifier:
         # The original notes the input tokens, but averages over the rows' single logits.
         assert positions == len(x_out)

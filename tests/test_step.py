@@ -11,7 +11,7 @@ from mend_lightning.editors import MendEditor
 from mend_lightning.errors import EmptyEditError
 from mend_lightning.factors import edit_factors
 from mend_lightning.forward import attended_mask
-from mend_lightning.step import compute_deltas, edit_step, locality_mask
+from mend_lightning.step import compute_deltas, edit_step, locality_positions_of
 from mend_lightning.types import EditBatch
 
 C_EDIT = 0.1
@@ -121,13 +121,19 @@ def test_locality_positions(family, positions):
     check_against_reference(model, spread_editor(model), [make_batch(family)], positions)
 
 
-def test_locality_mask_by_hand():
+def test_locality_positions_by_hand():
+    def mask(rows, positions: str) -> torch.Tensor:
+        found = torch.zeros_like(rows.labels, dtype=torch.bool)
+        where = locality_positions_of(rows, positions)
+        found[where.row, where.column] = True
+        return found
+
     x_out = make_rows("llama", [0, 1], 2)
-    assert torch.equal(locality_mask(x_out, "all"), x_out.inputs["attention_mask"].bool())
-    assert torch.equal(locality_mask(x_out, "answer"), x_out.labels != -100)
+    assert torch.equal(mask(x_out, "all"), x_out.inputs["attention_mask"].bool())
+    assert torch.equal(mask(x_out, "answer"), x_out.labels != -100)
     x_out = make_rows("t5", [0, 1], 2)
     assert torch.equal(attended_mask(x_out), x_out.inputs["decoder_attention_mask"].bool())
-    assert locality_mask(make_rows("bert", [0, 1], 2), "all").tolist() == [[True], [True]]
+    assert mask(make_rows("bert", [0, 1], 2), "all").tolist() == [[True], [True]]
 
 
 def test_share_of_skipped_tokens():

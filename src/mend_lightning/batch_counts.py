@@ -10,7 +10,7 @@ from mend_lightning.data.collate import collate_tasks
 from mend_lightning.data.encode import Encoder, ModelKind
 from mend_lightning.data.sources import find_data_file, split_name
 from mend_lightning.errors import DataFileError, TruncationWarning
-from mend_lightning.step import LocalityPositions, locality_mask
+from mend_lightning.step import LocalityPositions, locality_positions_of
 from mend_lightning.step_plan import BatchCounts, RowCounts
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
@@ -23,7 +23,7 @@ BATCHES = 24
 
 def batch_counts(batch: EditBatch, positions: LocalityPositions) -> BatchCounts:
     """The size of one batch."""
-    locality = int(locality_mask(batch.x_out, positions).sum())
+    locality = len(locality_positions_of(batch.x_out, positions))
     return BatchCounts(batch.tasks, *map(row_counts, (batch.z_edit, batch.x_in, batch.x_out)), locality)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mend_lightning.attention import quick_backward
 from mend_lightning.capture import kept_factors, record_factors
 from mend_lightning.delta import Delta, applied
 from mend_lightning.errors import NonFiniteError
 from mend_lightning.forward import labelled, logits_at
+from mend_lightning.head import head_nll, states_at
 from mend_lightning.losses import mean_by_task, token_nll
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs, replayed
@@ -43,14 +44,18 @@ def edit_factors(
     Raises:
         NonFiniteError: a layer's input or gradient is too large for the model's float16.
     """
-    mask, targets, task = labelled(z_edit, "The edit")
+    where, targets, task = labelled(z_edit, "The edit")
     trunk = trunk or run_trunk(model, z_edit, layers)
     # torch's fused attention kernels have no second derivative.
-    attention = sdpa_kernel(SDPBackend.MATH) if keep_graph else nullcontext()
+    attention = sdpa_kernel(SDPBackend.MATH) if keep_graph else quick_backward(model, z_edit)
     changed = applied(layers, deltas or {}, z_edit.task_of_row)
     # The deltas' hooks come first: the tape must see outputs that hold them.
     with replayed(trunk, slice(None)), changed, attention, record_factors(layers, keep_graph) as tape:
-        nll = mean_by_task(token_nll(logits_at(model, z_edit, mask), targets), task, z_edit.tasks)
+        # Nor has the loss that makes its gradient along with itself.
+        if keep_graph:
+            nll = mean_by_task(token_nll(logits_at(model, z_edit, where), targets), task, z_edit.tasks)
+        else:
+            nll = head_nll(states_at(model, z_edit, where), targets, task, z_edit.tasks)
         raw = tape.gradients(nll.sum(), loss_scale(task, z_edit.tasks) if tape.float16 else 1.0)
     if tape.float16:
         _check_finite(raw)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import EmptyEditError
+from mend_lightning.positions import Positions
 from mend_lightning.types import IGNORED_LABEL, Rows
 
 
@@ -34,14 +35,8 @@ def row_of(mask: Tensor) -> Tensor:
 
 
 def attended_mask(rows: Rows) -> Tensor:
-    """Real (not padding) positions of the sequence that the logits belong to: `[rows, length]` bool.
-
-    The decoder's mask if there is one, else the attention mask: where the original measures its KL.
-    """
-    for name in ("decoder_attention_mask", "attention_mask"):
-        if name in rows.inputs and rows.inputs[name].shape == rows.labels.shape:
-            return rows.inputs[name].bool()
-    return torch.ones_like(rows.labels, dtype=torch.bool)
+    """Real (not padding) positions of the sequence that the logits belong to: `[rows, length]` bool; see `Rows`."""
+    return rows.attended_mask
 
 
 def run_model(model: nn.Module, rows: Rows) -> Tensor:
@@ -50,20 +45,20 @@ def run_model(model: nn.Module, rows: Rows) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def logits_at(model: nn.Module, rows: Rows, mask: Tensor) -> Tensor:
-    """Logits at the positions of `mask` `[rows, length]`: `[n, vocabulary]`, row by row.
+def logits_at(model: nn.Module, rows: Rows, mask: Tensor | Positions) -> Tensor:
+    """Logits at the positions of `mask` (`[rows, length]` bool, or `Positions`): `[n, vocabulary]`, row by row.
 
     The hidden states are gathered before the output head, so a large vocabulary costs only the
     positions that matter. Everything the model does after its head (scale, soft cap, bias) works on
     `[n, vocabulary]` as well. Classifiers have one position a row.
     """
-    head = output_head(model)
+    head, where = output_head(model), mask if isinstance(mask, Positions) else Positions.of(mask)
     if head is None:
-        return run_model(model, rows)[mask.any(-1)]
+        return run_model(model, rows).index_select(0, where.row)
     if head._forward_hooks:
         # The head itself is edited: capture and delta tell the tasks apart by row, so it must see whole rows.
-        return run_model(model, rows)[mask]
-    with _only_positions(head, mask):
+        return where.take(run_model(model, rows))
+    with _only_positions(head, where):
         return run_model(model, rows)
 
 
@@ -86,30 +81,27 @@ def contiguous_head(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _only_positions(head: nn.Module, mask: Tensor) -> Iterator[None]:
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][mask], *args[1:]))
+def _only_positions(head: nn.Module, where: Positions) -> Iterator[None]:
+    handle = head.register_forward_pre_hook(lambda module, args: (where.take(args[0]), *args[1:]))
     try:
         yield
     finally:
         handle.remove()
 
 
-def labelled(rows: Rows, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def labelled(rows: Rows, name: str) -> tuple[Positions, Tensor, Tensor]:
     """Label positions, targets and tasks of `rows`.
 
     Returns:
-        mask `[rows, length]`, targets `[n]`, task of each target `[n]`.
+        positions of n labels, targets `[n]`, task of each target `[n]`.
 
     Raises:
         EmptyEditError: a task has no label at all.
     """
-    mask = label_mask(rows)
-    task = rows.task[:, None].expand_as(mask)[mask]
-    empty = torch.bincount(task, minlength=rows.tasks) == 0
-    if bool(empty.any()):
+    if rows.unlabelled_task is not None:
         raise EmptyEditError(
-            f"{name} of task {int(empty.nonzero()[0])} has no label token: every label is "
+            f"{name} of task {rows.unlabelled_task} has no label token: every label is "
             f"{IGNORED_LABEL}. The target was empty, or was cut off by the length limit."
         )
-    return mask, rows.labels[mask], task
-
+    where = rows.label_positions
+    return where, where.take(rows.labels), rows.task.index_select(0, where.row)

@@ -41,6 +41,27 @@ def mean_by_task(values: Tensor, task: Tensor, tasks: int) -> Tensor:
     return sums / counts
 
 
+def mean_shares(task: Tensor, tasks: int) -> Tensor:
+    """The weight of every value in the mean of its task: `[n]` float32.
+
+    Example:
+        >>> mean_shares(torch.tensor([0, 0, 1]), 2).tolist()
+        [0.5, 0.5, 1.0]
+    """
+    return _counts(task, tasks).reciprocal().index_select(0, task)
+
+
+def sum_shares(weighted: Tensor, task: Tensor, tasks: int) -> Tensor:
+    """`mean_by_task` of values that were multiplied by `mean_shares` already."""
+    sums = weighted.new_zeros(tasks).index_add(0, task, weighted)
+    return torch.where(_counts(task, tasks) > 0, sums, torch.nan)
+
+
+def _counts(task: Tensor, tasks: int) -> Tensor:
+    # Not bincount: it asks the device how many there are.
+    return torch.zeros(tasks, device=task.device).index_add(0, task, torch.ones(task.shape[0], device=task.device))
+
+
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each target: `[n]` float32.
 

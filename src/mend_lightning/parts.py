@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.step import LocalityPositions, StepOutput, edit_step, outer_losses
+from mend_lightning.prefix import run_trunk
+from mend_lightning.step import LocalityPositions, StepOutput, Trunk, edit_step, outer_losses
 from mend_lightning.types import EditBatch
 
 
@@ -39,11 +40,12 @@ def edit_step_in_parts(
     c_edit: float,
     tasks_at_once: int,
     locality_positions: LocalityPositions = "all",
+    trunk_of: Trunk | None = None,
 ) -> tuple[Tensor, StepOutput]:
     """`edit_step(...).total(c_edit)`, with the outer pass of `tasks_at_once` tasks in memory at a time.
 
     Args:
-        model, editor, batch, locality_positions: see `edit_step`.
+        model, editor, batch, locality_positions, trunk_of: see `edit_step`.
         c_edit: weight of the edit loss.
         tasks_at_once: tasks of a part.
 
@@ -58,7 +60,8 @@ def edit_step_in_parts(
             f"tasks_at_once={tasks_at_once}: {type(editor).__name__} trains the base as well, which takes the whole batch. Leave "
             "tasks_at_once out, and lower data.batch_size."
         )
-    made = editor.make_deltas(model, batch.z_edit)
+    layers = editor.modules_in(model)
+    made = editor.make_deltas(model, batch.z_edit, (trunk_of or run_trunk)(model, batch.z_edit, layers))
     tensors, shape = tree_flatten(dict(made.deltas))
     gradients = [torch.empty_like(tensor) for tensor in tensors]
     losses: list[StepOutput] = []
@@ -66,7 +69,7 @@ def edit_step_in_parts(
         tasks = slice(start, min(start + tasks_at_once, batch.tasks))
         leaves = [tensor[tasks].detach().requires_grad_() for tensor in tensors]
         edit, locality = outer_losses(
-            model, editor.modules_in(model), _of(batch, tasks), tree_unflatten(leaves, shape), locality_positions
+            model, layers, _of(batch, tasks), tree_unflatten(leaves, shape), locality_positions, trunk_of
         )
         losses.append(StepOutput(edit.detach(), locality.detach(), made.inner[tasks], made.skipped))
         total = (c_edit * edit + locality).sum() / batch.tasks
@@ -84,11 +87,12 @@ def step_loss(
     c_edit: float,
     tasks_at_once: int | None = None,
     locality_positions: LocalityPositions = "all",
+    trunk_of: Trunk | None = None,
 ) -> tuple[Tensor, StepOutput]:
     """The loss of a training step, and its parts: of the whole batch, or where `tasks_at_once` are fewer, in parts."""
     if tasks_at_once is not None and tasks_at_once < batch.tasks:
-        return edit_step_in_parts(model, editor, batch, c_edit, tasks_at_once, locality_positions)
-    out = edit_step(model, editor, batch, locality_positions)
+        return edit_step_in_parts(model, editor, batch, c_edit, tasks_at_once, locality_positions, trunk_of)
+    out = edit_step(model, editor, batch, locality_positions, trunk_of)
     return out.total(c_edit), out
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.attention import quick_backward
 from mend_lightning.delta import Delta, applied
 from mend_lightning.editors.editor import Editor
-from mend_lightning.forward import attended_mask, label_mask, logits_at
-from mend_lightning.losses import mean_by_task, token_kl, token_nll
+from mend_lightning.head import HeadStates, head_kl, head_nll, states_at
+from mend_lightning.positions import Positions, joined
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import EditBatch, Rows, concatenate_rows
 
 LocalityPositions = Literal["all", "answer"]
 
-
+# What gives the trunk's outputs of rows: `run_trunk`, or something that knows them already.
+Trunk = Callable[[nn.Module, Rows, Mapping[str, nn.Module]], TrunkOutputs]
 @dataclass(frozen=True)
 class StepOutput:
     """Losses of one meta-learning step.
@@ -56,30 +58,35 @@ def compute_deltas(model: nn.Module, editor: Editor, z_edit: Rows) -> dict[str, 
     return dict(editor.make_deltas(model, z_edit).deltas)
 
 
-def locality_mask(x_out: Rows, positions: LocalityPositions) -> Tensor:
+def locality_positions_of(x_out: Rows, positions: LocalityPositions) -> Positions:
     """Where the locality loss looks: every real position (the original's) or the answer's."""
-    return attended_mask(x_out) if positions == "all" else label_mask(x_out)
+    return x_out.attended_positions if positions == "all" else x_out.label_positions
 
 
 def edit_step(
-    model: nn.Module, editor: Editor, batch: EditBatch, locality_positions: LocalityPositions = "all"
+    model: nn.Module,
+    editor: Editor,
+    batch: EditBatch,
+    locality_positions: LocalityPositions = "all",
+    trunk_of: Trunk | None = None,
 ) -> StepOutput:
     """Edits with every `z_edit` of the batch at once and measures what came of it.
 
-    The trunk below the edited layers runs once over every row; the blocks above it run forward and
+    The trunk below the edited layers runs once, over all rows; the blocks above it run forward and
     backward for `z_edit`, forward for the unedited `x_out`, and once more, edited, for `x_in` and `x_out`.
+    (One pass of them for `z_edit` and the unedited `x_out` would run backward through `x_out` in vain.)
 
     Args:
         model: the frozen base model, in eval mode.
         editor: a trainable editor.
         batch: the edit tasks.
-        locality_positions: see `locality_mask`.
+        locality_positions: see `locality_positions_of`.
+        trunk_of: what runs the trunk; None: `run_trunk`.
     """
     layers = editor.modules_in(model)
-    # The edits have a pass of their own: what an edit is must not depend, not even in its rounding, on the
-    # rows that happen to share its batch.
-    made = editor.make_deltas(model, batch.z_edit)
-    outer = _outer(model, layers, batch, locality_positions)
+    z_edit, trunk, rows, rest = _shared_trunk(model, layers, batch, trunk_of)
+    made = editor.make_deltas(model, z_edit, trunk)
+    outer = _outer(model, batch, rows, rest, locality_positions)
     resting, drift = editor.resting_deltas(), None
     if resting is not None:
         unedited, drift = _resting(model, layers, resting, outer)
@@ -88,15 +95,40 @@ def edit_step(
     return StepOutput(edit, locality, made.inner, made.skipped, drift, editor.c_base)
 
 
+def _shared_trunk(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: EditBatch, trunk_of: Trunk | None
+) -> tuple[Rows, TrunkOutputs, Rows, TrunkOutputs]:
+    """`z_edit` and its trunk outputs, and those of `x_out` and `x_in` together, from one pass over all."""
+    parts = batch.z_edit, concatenate_rows([batch.x_out, batch.x_in])
+    rows = concatenate_rows(parts)
+    trunk = (trunk_of or run_trunk)(model, rows, layers)
+    own = [_widths(rows, part) for part in parts]
+    edits, others = slice(0, len(batch.z_edit)), slice(len(batch.z_edit), len(rows))
+    if None in own:
+        # As long as all rows then; of the edits, what says which row is whose stays.
+        parts = replace(batch.z_edit, inputs=rows.part(edits).inputs, labels=rows.labels[edits]), rows.part(others)
+    return parts[0], trunk.part(edits, own[0] or {}), parts[1], trunk.part(others, own[1] or {})
+
+
+def _widths(rows: Rows, part: Rows) -> dict[int, int] | None:
+    """A length of `rows` -> that of `part`; None where one length stands for two: input and output of equal length."""
+    pairs = {(rows.inputs[name].shape[1], tensor.shape[1]) for name, tensor in part.inputs.items()}
+    widths = dict(pairs)
+    return widths if len(widths) == len(pairs) else None
+
+
 def outer_losses(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batch: EditBatch,
     deltas: Mapping[str, Delta],
     locality_positions: LocalityPositions = "all",
+    trunk_of: Trunk | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc of edits that are made already, each `[tasks]`; arguments as in `edit_step`."""
-    return _edited_losses(model, layers, deltas, _outer(model, layers, batch, locality_positions))
+    rows = concatenate_rows([batch.x_out, batch.x_in])
+    trunk = (trunk_of or run_trunk)(model, rows, layers)
+    return _edited_losses(model, layers, deltas, _outer(model, batch, rows, trunk, locality_positions))
 
 
 @dataclass(frozen=True)
@@ -106,25 +138,32 @@ class _Outer:
     Attributes:
         rows: `x_out`, then `x_in`.
         trunk: the trunk's outputs for them.
-        locality: `[x_out rows, length]` bool, where L_loc looks.
-        unedited: `[n, vocabulary]` the logits there that L_loc compares with.
+        x_out: rows of them that are `x_out`.
+        locality: positions where L_loc looks, all in `x_out`.
+        edit: label positions of `x_in`.
+        unedited: the states there that L_loc compares with.
     """
 
     rows: Rows
     trunk: TrunkOutputs
-    locality: Tensor
-    unedited: Tensor
+    x_out: slice
+    locality: Positions
+    edit: Positions
+    unedited: HeadStates
+
+    def task(self, where: Positions) -> Tensor:
+        """The task of each position: `[n]`."""
+        return self.rows.task.index_select(0, where.row)
 
 
 def _outer(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: EditBatch, locality_positions: LocalityPositions
+    model: nn.Module, batch: EditBatch, rows: Rows, trunk: TrunkOutputs, locality_positions: LocalityPositions
 ) -> _Outer:
-    rows = concatenate_rows([batch.x_out, batch.x_in])
-    trunk = run_trunk(model, rows, layers)
-    mask = _widened(locality_mask(batch.x_out, locality_positions), rows)
+    locality = locality_positions_of(batch.x_out, locality_positions)
+    edit = batch.x_in.label_positions.behind(len(batch.x_out))
     x_out = slice(0, len(batch.x_out))
     with replayed(trunk, x_out), torch.no_grad():
-        return _Outer(rows, trunk, mask, logits_at(model, rows.part(x_out), mask))
+        return _Outer(rows, trunk, x_out, locality, edit, states_at(model, rows.part(x_out), locality))
 
 
 def _resting(
@@ -132,18 +171,12 @@ def _resting(
     layers: Mapping[str, nn.Module],
     deltas: Mapping[str, Delta],
     outer: _Outer,
-) -> tuple[Tensor, Tensor]:
-    """Logits of the resting model at the locality positions, for comparison only, and L_base per task."""
-    rows, locality = outer.rows, outer.locality
-    x_out = slice(0, locality.shape[0])
-    with replayed(outer.trunk, x_out), applied(layers, deltas):
-        logits = logits_at(model, rows.part(x_out), locality)
-    task = rows.task[x_out, None].expand_as(locality)[locality]
-    return logits.detach(), mean_by_task(token_kl(outer.unedited, logits), task, rows.tasks)
-
-
-def _widened(mask: Tensor, rows: Rows) -> Tensor:
-    return torch.nn.functional.pad(mask, (0, rows.labels.shape[1] - mask.shape[1]))
+) -> tuple[HeadStates, Tensor]:
+    """States of the resting model at the locality positions, for comparison only, and L_base per task."""
+    with replayed(outer.trunk, outer.x_out), applied(layers, deltas), quick_backward(model, outer.rows):
+        resting = states_at(model, outer.rows.part(outer.x_out), outer.locality)
+    drift = head_kl(outer.unedited, resting, outer.task(outer.locality), outer.rows.tasks)
+    return resting.detach(), drift
 
 
 def _edited_losses(
@@ -153,14 +186,9 @@ def _edited_losses(
     outer: _Outer,
 ) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc per task, from one pass of the edited model over `x_out` and `x_in`."""
-    rows, locality = outer.rows, outer.locality
-    count, seen = locality.shape[0], outer.unedited.shape[0]
-    edit = label_mask(rows)[count:]
-    with replayed(outer.trunk, slice(None)), applied(layers, deltas, rows.task_of_row):
-        logits = logits_at(model, rows, torch.cat([locality, edit]))
-    # split, not two slices: each slice's backward would allocate a padded matrix of full size.
-    out_logits, in_logits = logits.split([seen, logits.shape[0] - seen])
-    task = rows.task[:, None].expand_as(rows.labels)
-    kl = mean_by_task(token_kl(outer.unedited, out_logits), task[:count][locality], rows.tasks)
-    nll = mean_by_task(token_nll(in_logits, rows.labels[count:][edit]), task[count:][edit], rows.tasks)
-    return nll, kl
+    rows = outer.rows
+    with replayed(outer.trunk, slice(None)), applied(layers, deltas, rows.task_of_row), quick_backward(model, rows):
+        edited = states_at(model, rows, joined([outer.locality, outer.edit]))
+    at_locality, at_edit = edited.split(len(outer.locality))
+    kl = head_kl(outer.unedited, at_locality, outer.task(outer.locality), rows.tasks)
+    return head_nll(at_edit, outer.edit.take(rows.labels), outer.task(outer.edit), rows.tasks), kl

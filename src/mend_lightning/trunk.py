@@ -41,6 +41,34 @@ class TrunkOutputs:
     rows: int
     stacks: dict[str, StackOutput] = field(default_factory=dict)
 
+    def part(self, rows: slice, widths: Mapping[int, int]) -> TrunkOutputs:
+        """Those of some of the rows, as if they alone had run; `widths`: see `cut`."""
+        stacks = {
+            name: StackOutput(stack.blocks, cut(take_rows(stack.output, self.rows, rows), widths))
+            for name, stack in self.stacks.items()
+        }
+        return TrunkOutputs(len(range(self.rows)[rows]), stacks)
+
+
+def cut(value: Any, widths: Mapping[int, int]) -> Any:
+    """Takes the padding off that rows got beside longer ones, in whatever a block returned.
+
+    Args:
+        value: states `[rows, length, width]`, biases and masks `[rows, heads, queries, keys]`, others, or a tuple of those.
+        widths: a length -> what remains of it.
+
+    Example:
+        >>> [each.shape for each in cut((torch.ones(2, 5, 9), torch.ones(2, 1, 5, 7)), {5: 4, 7: 6})]
+        [torch.Size([2, 4, 9]), torch.Size([2, 1, 4, 6])]
+    """
+    if isinstance(value, Tensor):
+        for dim in {3: (1,), 4: (2, 3)}.get(value.dim(), ()):
+            value = value.narrow(dim, 0, widths.get(value.shape[dim], value.shape[dim]))
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(cut(item, widths) for item in value)
+    return value
+
 
 def record_trunk(
     run: Callable[[], Any], rows: int, stacks: Mapping[str, nn.ModuleList], layers: Mapping[str, nn.Module]
@@ -107,22 +135,38 @@ def replayed(trunk: TrunkOutputs, rows: Tensor | slice) -> Iterator[None]:
         trunk: from `record_trunk` or `run_trunk`.
         rows: which of the recorded rows the forward passes inside will hold, in order.
     """
+    outputs = {}
+    for stack in trunk.stacks.values():
+        output = take_rows(stack.output, trunk.rows, rows)
+        outputs |= dict.fromkeys(stack.blocks, output)
+    with returning(outputs):
+        yield
+
+
+@contextmanager
+def returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Makes modules return `outputs` without running, while the block runs.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with returning({layer: "known"}):
+        ...     layer(torch.ones(2))
+        'known'
+    """
     saved: list[tuple[nn.Module, str, Any]] = []
     try:
-        for stack in trunk.stacks.values():
-            output = take_rows(stack.output, trunk.rows, rows)
-            for block in stack.blocks:
-                # An instance attribute shadows the class's; one that was there comes back.
-                name = _shadowed(block)
-                saved.append((block, name, block.__dict__.get(name)))
-                block.__dict__[name] = _Returns(output)
+        for module, output in outputs.items():
+            # An instance attribute shadows the class's; one that was there comes back.
+            name = _shadowed(module)
+            saved.append((module, name, module.__dict__.get(name)))
+            module.__dict__[name] = _Returns(output)
         yield
     finally:
-        for block, name, before in saved:
+        for module, name, before in saved:
             if before is None:
-                block.__dict__.pop(name, None)
+                module.__dict__.pop(name, None)
             else:
-                block.__dict__[name] = before
+                module.__dict__[name] = before
 
 
 def _shadowed(block: nn.Module) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mend_lightning.positions import Positions
 
 IGNORED_LABEL = -100
 
@@ -43,11 +46,39 @@ class Rows:
         return int(self.task.shape[0])
 
     def to(self, *args, **kwargs) -> Rows:
-        """Moves every tensor; called by Lightning's batch transfer."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        """Moves every tensor, and the positions, which are counted before; called by Lightning's batch transfer."""
+        moved = self._map(lambda tensor: tensor.to(*args, **kwargs))
+        for name in ("label_positions", "attended_positions"):
+            moved.__dict__[name] = getattr(self, name).to(*args, **kwargs)
+        moved.__dict__["unlabelled_task"] = self.unlabelled_task
+        return moved
 
     def pin_memory(self) -> Rows:
         return self._map(Tensor.pin_memory)
+
+    @cached_property
+    def label_positions(self) -> Positions:
+        """Where there is a label, in the order of `labels[labels != -100]`."""
+        return Positions.of(self.labels != IGNORED_LABEL)
+
+    @cached_property
+    def unlabelled_task(self) -> int | None:
+        """The first task without any label; None: there is none."""
+        labels = torch.bincount(self.task[self.label_positions.row], minlength=self.tasks)
+        return next((task for task, count in enumerate(labels.tolist()) if not count), None)
+
+    @cached_property
+    def attended_positions(self) -> Positions:
+        """Real (not padding) positions of the sequence that the logits belong to: where the original measures its KL."""
+        return Positions.of(self.attended_mask)
+
+    @property
+    def attended_mask(self) -> Tensor:
+        """The decoder's mask if there is one, else the attention mask: `[rows, length]` bool."""
+        for name in ("decoder_attention_mask", "attention_mask"):
+            if name in self.inputs and self.inputs[name].shape == self.labels.shape:
+                return self.inputs[name].bool()
+        return torch.ones_like(self.labels, dtype=torch.bool)
 
     def _map(self, function) -> Rows:
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
@@ -56,7 +87,8 @@ class Rows:
     def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
         part = self._map(lambda tensor: tensor[rows])
-        chosen = torch.arange(len(self), device=self.task.device)[rows].tolist()
+        # Of a slice this is known without asking the device.
+        chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self), device=rows.device)[rows].tolist()
         return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen) if self.texts else ())
 
     def of_tasks(self, chosen: Tensor) -> tuple[Rows, Tensor]:
