@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.delta import Delta, applied
 from mend_lightning.errors import ConfigError
-from mend_lightning.forward import label_mask, logits_at, row_of
 from mend_lightning.functional import rows_sum
-from mend_lightning.losses import token_nll
+from mend_lightning.head import head_nll, states_at
+from mend_lightning.parallel.lockstep import smallest
+from mend_lightning.positions import Positions, joined
 from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import Rows
 
 # Multiples of the learned edit rate that are tried. Always all of them: under FSDP every process must run the same
 # number of forward passes, and a loop that stops early would wait for the device.
 SCALES = (0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0)
+# So many tokens share a pass, whatever their scales: few rows at a time leave a processor idle, all of them take memory.
+TOKENS_AT_ONCE = 4096
 
 
 def check_confidence(confidence: float | None) -> None:
@@ -37,10 +41,18 @@ def check_confidence(confidence: float | None) -> None:
         )
 
 
-def target_nll(model: nn.Module, rows: Rows) -> Tensor:
-    """−log p of every row's whole target, summed over its tokens: `[rows]` float32."""
-    mask = label_mask(rows)
-    return rows_sum(token_nll(logits_at(model, rows, mask), rows.labels[mask]), row_of(mask), len(rows))
+def target_nll(model: nn.Module, rows: Rows, where: Positions | None = None) -> Tensor:
+    """−log p of every row's whole target, summed over its tokens: `[rows]` float32.
+
+    Args:
+        model: what is asked.
+        rows: questions and targets.
+        where: `rows.label_positions`, where they are known already.
+    """
+    where = where or rows.label_positions
+    states, targets = states_at(model, rows, where), where.take(rows.labels)
+    tokens = rows_sum(torch.ones_like(targets), where.row, len(rows))
+    return torch.where(tokens > 0, head_nll(states, targets, where.row, len(rows)) * tokens, 0.0)
 
 
 def worst_of_task(values: Tensor, rows: Rows) -> Tensor:
@@ -72,13 +84,41 @@ def confident_scales(
         `[tasks]` float32 between the first and the last of `SCALES`, interpolated between them. Where none is enough, the
         one that comes closest.
     """
+    count = len(z_edit)
+    together = smallest(max(1, TOKENS_AT_ONCE // z_edit.labels.numel()), model)
     tried = []
-    with replayed(trunk, slice(None)):
-        for scale in SCALES:
-            larger = {name: delta.scaled(scale) for name, delta in deltas.items()}
-            with applied(layers, larger, z_edit.task_of_row):
-                tried.append(worst_of_task(target_nll(model, z_edit), z_edit))
+    for scales in torch.tensor(SCALES, device=z_edit.task.device).split(together):
+        rows = torch.arange(count, device=z_edit.task.device).repeat(len(scales))
+        repeated, factor = replace(z_edit, texts=()).part(rows), scales.repeat_interleave(count)
+        where = joined([z_edit.label_positions.behind(count * i) for i in range(len(scales))])
+        larger = {name: _ScaledRows(delta, factor, z_edit.task.repeat(len(scales))) for name, delta in deltas.items()}
+        with replayed(trunk, rows), applied(layers, larger):
+            nll = target_nll(model, repeated, where).view(len(scales), count)
+        tried += [worst_of_task(values, z_edit) for values in nll]
     return first_crossing(torch.stack(tried), -math.log(confidence))
+
+
+@dataclass(frozen=True)
+class _ScaledRows:
+    """A delta of which every row sees a multiple.
+
+    Attributes:
+        delta: of all tasks.
+        factor: `[rows]`.
+        task: `[rows]` int64, whose ΔW each row sees.
+    """
+
+    delta: Delta
+    factor: Tensor
+    task: Tensor
+
+    @property
+    def tasks(self) -> int:
+        return self.delta.tasks
+
+    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
+        product = self.delta.output(x, self.task)
+        return product * self.factor.view(-1, *(1,) * (product.dim() - 1))
 
 
 def first_crossing(nll: Tensor, wanted: float) -> Tensor:

@@ -87,9 +87,11 @@ class Rows:
     def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
         part = self._map(lambda tensor: tensor[rows])
+        if not self.texts:
+            return replace(part, grouped=False)
         # Of a slice this is known without asking the device.
         chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self), device=rows.device)[rows].tolist()
-        return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen) if self.texts else ())
+        return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen))
 
     def of_tasks(self, chosen: Tensor) -> tuple[Rows, Tensor]:
         """The rows of the tasks `chosen` `[n]` (ascending), numbered anew from 0; and where those rows are in this set.
