@@ -12,22 +12,22 @@ import torch
 
 from benchmarks.models import tiny_variant
 from benchmarks.workloads import Settings, build, workload
-from mend_lightning.cost import RESET, resident_peak
+from mend_lightning.cost import MEGABYTE, RESET, peak_beyond, resident_peak
 
 ROUNDS = 2
 
 
 def peak_memory(settings: Settings, variant: str) -> dict[str, float] | None:
-    """Megabytes beyond base, editor, gradients and optimiser state; None where Linux's /proc is missing.
+    """Megabytes beyond base, editor, gradients and optimiser state; None on a CPU where Linux's /proc is missing.
 
     Args:
         settings: what to run.
-        variant: "ours" or "reference".
+        variant: "ours", "reference" or "floor".
 
     Returns:
         `before`: resident when all of that exists; `beyond`: how far the peak of two runs lies above it.
     """
-    if not RESET.exists():
+    if settings.device == "cpu" and not RESET.exists():
         return None
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(settings)), variant]
     root = Path(__file__).parents[1]
@@ -44,11 +44,14 @@ def measure(settings: Settings, variant: str) -> dict[str, float]:
     _run_tiny(settings, variant)
     bench = build(settings)
     run = workload(bench, settings.command, variant)
-    return resident_peak(run, ROUNDS)
+    if settings.device == "cpu":
+        return resident_peak(run, ROUNDS)
+    before = torch.cuda.memory_allocated(settings.device) / MEGABYTE
+    return {"before": before, "beyond": peak_beyond(run, torch.device(settings.device))}
 
 
 def _run_tiny(settings: Settings, variant: str) -> None:
-    tiny = replace(settings, model=tiny_variant(settings.model), edits=2, tokens=8, rank=8)
+    tiny = replace(settings, model=tiny_variant(settings.model), edits=2, tokens=8, rank=8, dtype="float32")
     run = workload(build(tiny), tiny.command, variant)
     for _ in range(ROUNDS):
         run()

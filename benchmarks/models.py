@@ -1,4 +1,4 @@
-"""The benchmark's models, of the real shapes but with random weights, and batches of random ids for them."""
+"""The benchmark's models, most of the real shapes but with random weights, and batches of random ids for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from mend_lightning.architectures import known_architecture, local_name
+from mend_lightning.base import Architecture, load_base, model_class
 from mend_lightning.editors import MendEditor
+from mend_lightning.random_base import random_model
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
 TARGET_TOKENS = 6
@@ -29,21 +32,41 @@ MODELS = {
 }
 
 
+# Larger ones, drawn without their class's own slow initialisation.
+SHAPES = {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M",
+    "llama-1b": "meta-llama/Llama-3.2-1B",
+    "t5-large": "google/t5-v1_1-large",
+    "t5-xl": "google/t5-xl-ssm-nq",
+    "gpt-j": "EleutherAI/gpt-j-6B",
+}
+
+
 def tiny_variant(name: str) -> str:
-    """The small model of the same architecture."""
+    """A small model of the same kind."""
     return "tiny-t5" if "t5" in name else "tiny-gpt2"
 
 
-def make_model(name: str, seed: int = 0) -> nn.Module:
-    """A frozen float32 model in eval mode; nothing is downloaded.
+def make_model(name: str, seed: int = 0, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """A frozen model in eval mode.
 
     Args:
-        name: key of `MODELS`.
-        seed: of its weights.
+        name: key of `MODELS` or `SHAPES`, whose weights are random; else a model's name or folder, with its own.
+        seed: of the random weights of `MODELS`; those of `SHAPES` are always the same.
+        dtype: of the weights.
+        device: where they lie.
     """
-    model_class, config_class, settings = MODELS[name]
-    torch.manual_seed(seed)
-    return model_class(config_class(**settings)).eval().requires_grad_(False)
+    if name in MODELS:
+        torch.manual_seed(seed)
+        model_type, config_type, settings = MODELS[name]
+        model = model_type(config_type(**settings)).to(getattr(torch, dtype))
+    elif name in SHAPES:
+        config = known_architecture(SHAPES[name])
+        parts = (config, None, model_class(config), getattr(torch, dtype))
+        model = random_model(Architecture(local_name(SHAPES[name]), *parts, {"trust_remote_code": False}))
+    else:
+        model = load_base(name, dtype)[0]
+    return model.to(device).eval().requires_grad_(False)
 
 
 def make_editor(model: nn.Module, rank: int, seed: int = 1) -> MendEditor:
@@ -58,7 +81,7 @@ def make_editor(model: nn.Module, rank: int, seed: int = 1) -> MendEditor:
             # U V h is then about a tenth of h, whatever the width and rank.
             nn.init.normal_(layer.u, std=0.1 / layer.u.numel() ** 0.5)
             nn.init.normal_(layer.bias, std=0.01)
-    return editor
+    return editor.to(next(model.parameters()).device)
 
 
 def make_batch(model: nn.Module, edits: int, tokens: int, seed: int = 2) -> EditBatch:
@@ -72,7 +95,8 @@ def make_batch(model: nn.Module, edits: int, tokens: int, seed: int = 2) -> Edit
     target, other = _ids(model, generator, edits, TARGET_TOKENS), _ids(model, generator, edits, TARGET_TOKENS)
     rows_of = _t5_rows if model.config.is_encoder_decoder else _causal_rows
     # The rephrase asks for the target of the edit.
-    return EditBatch(*(rows_of(_ids(model, generator, edits, tokens), each) for each in (target, other, target)))
+    batch = EditBatch(*(rows_of(_ids(model, generator, edits, tokens), each) for each in (target, other, target)))
+    return batch.to(next(model.parameters()).device)
 
 
 def _ids(model: nn.Module, generator: torch.Generator, rows: int, length: int) -> Tensor:

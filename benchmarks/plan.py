@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, T5Config
 
+from benchmarks.report import append, machine, when
 from mend_lightning.base import BaseModel
 from mend_lightning.commands.plan import plan_run
 from mend_lightning.cost import MEGABYTE, RESET, release, resident
@@ -164,6 +166,39 @@ def show(lines: list[dict[str, Any]], console: Console) -> None:
             cells += [f"{planned[name]:.0f}", f"{measured[name]:.0f}", f"{100 * off[name]:+.1f} %"]
         table.add_row(*cells, f"{line['loading_mb']:.0f}")
     console.print(table)
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "plan", help="the memory plan beside the measured peak of training steps, for several models",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", help="a model whose shape ships with the package, or a folder; default: a list of runs")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
+    parser.add_argument("--edits", type=int, default=8, help="of a step")
+    parser.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--gaps", action="store_true", help="measure with glibc's own settings")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="one", help="of several processes")
+    parser.add_argument("--processes", type=int, default=1, help="of the run; edits and memory are those of one")
+    parser.set_defaults(run=command)
+
+
+def command(options: argparse.Namespace, arguments: list[str], console: Console) -> dict[str, Any]:
+    """Measures, prints a table, appends a line; returns the line."""
+    layout = {"strategy": options.strategy, "processes": options.processes}
+    one = Run(options.model, options.dtype, options.edits, options.rank, **layout) if options.model else None
+    lines = []
+    for run in [one] if one else RUNS:
+        run = replace(run, threads=options.threads, gaps=options.gaps)
+        console.print(f"{run.model}, {run.dtype}, {run.batch_size} edit(s), rank {run.rank} ...", highlight=False)
+        line = {**when(arguments), "settings": asdict(run), **run_apart(run), **machine()}
+        path = append(options.out, "plan", line)
+        lines.append(line)
+    show(lines, console)
+    console.print(f"Appended to {path}")
+    return lines[-1]
 
 
 if __name__ == "__main__":

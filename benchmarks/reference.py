@@ -119,8 +119,8 @@ class ReferenceMend:
         weights = {}
         for name, rate in zip(self.layers, self.editor.edit_rates):
             u, delta = self._transformed(name, *factors[name], training)
-            update = -rate * (delta.T @ u)
             layer = self.layers[name]
+            update = (-rate * (delta.T @ u)).to(layer.weight.dtype)
             weights[f"{name}.weight"] = layer.weight + (update.T if isinstance(layer, Conv1D) else update)
         return weights, inner
 
@@ -135,7 +135,7 @@ class ReferenceMend:
         for name in self.layers:
             u, delta = inputs[name].flatten(0, 1), deltas[name].flatten(0, 1)
             kept = (u != 0).any(-1) & (delta != 0).any(-1)
-            factors[name] = u[kept], delta[kept]
+            factors[name] = u[kept].float(), delta[kept].float()
         return factors, loss.detach()
 
     @contextmanager
@@ -183,10 +183,10 @@ def row_inputs(rows: Rows, index: int) -> tuple[dict[str, Tensor], Tensor]:
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the label tokens."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
 
 
 def kl(base_logits: Tensor, edited_logits: Tensor, mask: Tensor) -> Tensor:
     """KL(base ‖ edited), the mean over real positions."""
-    log_p, log_q = F.log_softmax(base_logits, -1), F.log_softmax(edited_logits, -1)
+    log_p, log_q = F.log_softmax(base_logits.float(), -1), F.log_softmax(edited_logits.float(), -1)
     return ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum() / mask.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import append, machine, when
 from benchmarks.timing import Timing
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +87,29 @@ def show(found: dict[str, Any], title: str, console: Console) -> None:
         figures = (f"{each[key]:.2f}" for key in ("median", "min", "max"))
         table.add_row(count, *figures, f"{found['times_the_first'][count]:.2f}")
     console.print(table)
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "scaling", help="edits per second of fit on one process and on several, one thread each",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", default="quickstart", help="what is trained; batch_size is that of a process")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="compared with the first")
+    parser.add_argument("--strategy", default="ddp", help="of several processes")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps that do not count")
+    parser.add_argument("--steps", type=int, default=16, help="steps that count")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
+    parser.set_defaults(run=command)
+
+
+def command(options: argparse.Namespace, arguments: list[str], console: Console) -> dict[str, Any]:
+    """Measures, prints a table, appends a line; returns the line."""
+    names = ("config", "processes", "strategy", "warm_up", "steps", "repeats")
+    settings = {name: getattr(options, name) for name in names}
+    found = measure(**settings)
+    line = {**when(arguments), "settings": settings, **found, **machine()}
+    show(found, f"{options.config}, {options.strategy}, one thread a process", console)
+    console.print(f"Appended to {append(options.out, 'scaling', line)}")
+    return line

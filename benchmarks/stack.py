@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 import time
@@ -14,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.models import MODELS, make_model
+from benchmarks.report import append, machine, when
 from benchmarks.timing import Timing
 from mend_lightning import Edit, EditStack, LowRankDelta, load_base
 from mend_lightning.fingerprint import layer_fingerprints
@@ -136,3 +138,33 @@ def show(found: dict[str, Any], title: str, console: Console) -> None:
     for count, each in found["forward"].items():
         table.add_row(count, f"{1e3 * each['seconds']:.2f}", f"{each['ratio']:.3f}")
     console.print(table)
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "stack", help="edits on a model: adding, removing, and what a forward pass costs",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", default="smollm2-135m-instruct", help="a model's name or folder, or random shapes")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
+    parser.add_argument("--layers", nargs="*", help="edited layers; default: the paper's")
+    parser.add_argument("--rank", type=int, default=34, help="of an edit: its tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="of the forward pass")
+    parser.add_argument("--changes", type=int, default=1000, help="edits that are added and removed")
+    parser.add_argument("--stacked", type=int, nargs="+", default=[1, 100], help="edits of the forward passes")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    parser.add_argument("--repeats", type=int, default=50, help="paired forward passes")
+    parser.set_defaults(run=command)
+
+
+def command(options: argparse.Namespace, arguments: list[str], console: Console) -> dict[str, Any]:
+    """Measures, prints a table, appends a line; returns the line."""
+    torch.set_num_threads(options.threads)
+    names = ("model", "dtype", "layers", "rank", "tokens", "changes", "stacked", "repeats")
+    settings = {name: getattr(options, name) for name in names}
+    found = run(**settings)
+    line = {**when(arguments), "settings": {**settings, "threads": options.threads}, **found, **machine()}
+    show(found, f"{options.model}, {options.dtype}", console)
+    console.print(f"Appended to {append(options.out, 'stack', line)}")
+    return line

@@ -1,4 +1,4 @@
-"""Seconds of two variants measured in turn."""
+"""Seconds of several variants measured in turn."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ class Timing:
         return cls(statistics.median(seconds) / per, min(seconds) / per, max(seconds) / per)
 
 
-def in_turn(variants: Mapping[str, Callable[[], object]], repeats: int) -> Iterator[tuple[str, float | None]]:
+def in_turn(
+    variants: Mapping[str, Callable[[], object]], repeats: int, wait: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, float | None]]:
     """Runs A B A B ..., so that a machine that slows down meanwhile slows both.
 
     Args:
         variants: name -> function.
         repeats: rounds that count; one more comes first and does not.
+        wait: for a device that works on while Python goes on.
 
     Yields:
         (name, seconds) after every run; None for the warm-up.
@@ -45,8 +48,10 @@ def in_turn(variants: Mapping[str, Callable[[], object]], repeats: int) -> Itera
             for name, run in variants.items():
                 # What an earlier variant left behind must not be collected on this one's clock.
                 gc.collect()
+                wait()
                 start = time.perf_counter()
                 run()
+                wait()
                 seconds = time.perf_counter() - start
                 yield name, seconds if round_ else None
     finally:

@@ -5,6 +5,7 @@ Run as a module of its own it measures one size: `python -m benchmarks.width SIZ
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.models import make_batch, make_editor
 from benchmarks.reference import ReferenceMend
+from benchmarks.report import append, machine, when
 from mend_lightning.cost import resident_peak
 from mend_lightning.step import edit_step
 
@@ -99,6 +101,26 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         cells = (row["variant"], str(row["edits"]), str(row["tokens"]), str(row["width"]), f"{row['beyond_mb']:.0f}")
         table.add_row(*cells, "" if row["times"] is None else f"{row['times']:.2f}")
     console.print(table)
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "width", help="peak memory of a step above the loaded base, as the base gets wider",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], help="multiples of 64")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32, 64], help="of every row")
+    parser.set_defaults(run=command)
+
+
+def command(options: argparse.Namespace, arguments: list[str], console: Console) -> dict[str, Any]:
+    """Measures, prints a table, appends a line; returns the line."""
+    rows = compare(options.widths, options.tokens)
+    line = {**when(arguments), "settings": {"widths": options.widths, "tokens": options.tokens}, "rows": rows, **machine()}
+    show(rows, console)
+    console.print(f"Appended to {append(options.out, 'width', line)}")
+    return line
 
 
 if __name__ == "__main__":

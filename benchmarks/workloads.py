@@ -1,4 +1,4 @@
-"""What is measured: a training step and one edit, by the package and by the reference, on the same parameters."""
+"""What is measured: a training step and one edit, by the package, the reference and bare torch, on the same parameters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.floor import Floor
 from benchmarks.models import make_batch, make_editor, make_model
 from benchmarks.reference import ReferenceMend, row_inputs
 from mend_lightning.delta import applied
@@ -17,7 +18,8 @@ from mend_lightning.step import compute_deltas, edit_step
 from mend_lightning.types import EditBatch
 
 C_EDIT, LEARNING_RATE = 0.1, 1e-6
-VARIANTS = ("ours", "reference")
+# What ours can be compared with.
+OTHERS = ("reference", "floor")
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Settings:
     rank: int = 1920
     threads: int = 2
     reference_gradients: str = "all"
+    dtype: str = "float32"
+    device: str = "cpu"
 
 
 @dataclass
 class Bench:
-    """A model, an editor whose parameters both variants use, and a batch."""
+    """A model, an editor whose parameters all variants use, and a batch."""
 
     model: nn.Module
     editor: MendEditor
@@ -45,7 +49,7 @@ class Bench:
 
 def build(settings: Settings) -> Bench:
     """The same for the same settings, in every process."""
-    model = make_model(settings.model)
+    model = make_model(settings.model, dtype=settings.dtype, device=settings.device)
     editor = make_editor(model, settings.rank)
     edits = settings.edits if settings.command == "step" else 1
     batch = make_batch(model, edits, settings.tokens)
@@ -56,8 +60,8 @@ def build(settings: Settings) -> Bench:
 def workload(bench: Bench, command: str, variant: str) -> Callable[[], object]:
     """A function without arguments that does it once; gradients and Adam's state exist and are touched."""
     makers = {
-        ("step", "ours"): _our_step, ("step", "reference"): _reference_step,
-        ("apply", "ours"): _our_apply, ("apply", "reference"): _reference_apply,
+        ("step", "ours"): _our_step, ("step", "reference"): _reference_step, ("step", "floor"): _floor_step,
+        ("apply", "ours"): _our_apply, ("apply", "reference"): _reference_apply, ("apply", "floor"): _floor_apply,
     }  # fmt: skip
     bench.editor.train(command == "step")
     return makers[command, variant](bench)
@@ -83,6 +87,22 @@ def _reference_step(bench: Bench) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def _floor_step(bench: Bench) -> Callable[[], None]:
+    optimizer = _optimizer(bench.editor, fused=True)
+    floor = Floor(bench.model, bench.editor, bench.batch, C_EDIT)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        floor.step()
+        optimizer.step()
+
+    return step
+
+
+def _floor_apply(bench: Bench) -> Callable[[], Tensor]:
+    return Floor(bench.model, bench.editor, bench.batch, C_EDIT).apply
 
 
 def _optimizer(editor: MendEditor, **settings) -> torch.optim.Optimizer:
@@ -118,7 +138,7 @@ def _reference_apply(bench: Bench) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def warm_up_statistics(bench: Bench) -> None:
-    """Both variants take in the same tokens, each with its own code; in sum their statistics are then equal."""
+    """Ours and the reference take in the same tokens, each with its own code; in sum their statistics are then equal."""
     bench.editor.train()
     compute_deltas(bench.model, bench.editor, bench.batch.z_edit)
     for index in range(bench.batch.tasks):
@@ -128,7 +148,7 @@ def warm_up_statistics(bench: Bench) -> None:
 
 @torch.no_grad()
 def compare_losses(bench: Bench) -> dict[str, dict[str, float]]:
-    """Loss name -> means over the edits of both variants, and the largest difference of one edit.
+    """Loss name -> means over the edits of ours and the reference, and the largest difference of one edit.
 
     With the statistics frozen; call `warm_up_statistics` first.
     """

@@ -16,8 +16,9 @@ pytest_plugins = ["bases"]
 # The benchmark is a program beside the package, run from the repository's root, and is not installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import width  # noqa: E402
+from benchmarks import compared, width  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.floor import Floor  # noqa: E402
 from benchmarks.memory import peak_memory  # noqa: E402
 from benchmarks.timing import Timing, in_turn  # noqa: E402
 from benchmarks.workloads import (  # noqa: E402
@@ -31,6 +32,7 @@ from benchmarks.workloads import (  # noqa: E402
     workload,
 )
 from mend_lightning.cost import RESET, resident_peak  # noqa: E402
+from mend_lightning.factors import edit_factors  # noqa: E402
 from mend_lightning.step import edit_step  # noqa: E402
 
 LOSS, GRADIENT = 1e-4, 1e-3
@@ -72,7 +74,7 @@ def test_ours_and_reference_apply_the_same_edit(model):
 
 
 @pytest.mark.parametrize("command", ["step", "apply"])
-@pytest.mark.parametrize("variant", ["ours", "reference"])
+@pytest.mark.parametrize("variant", ["ours", "reference", "floor"])
 def test_a_workload_leaves_the_base_as_it_was(command, variant):
     bench = tiny_bench("tiny-gpt2", command)
     before = {name: value.clone() for name, value in bench.model.state_dict().items()}
@@ -117,12 +119,55 @@ def test_the_command_prints_a_table_and_appends_a_json_line(command, model, tmp_
     assert line["settings"]["model"] == model and line["settings"]["threads"] == 1
     assert line["settings"]["edits"] == (3 if command == "step" else 1)
     assert f"benchmarks {command} --model {model}" in line["command_line"]
-    assert set(line["seconds_per_edit"]) == {"ours", "reference"}
-    assert line["largest_difference"] < LOSS
+    assert set(line["seconds_per_edit"]) == {"ours", "reference", "floor"}
+    assert line["largest_difference"] < LOSS and line["of_floor"] > 0
     assert {"torch", "transformers", "mend_lightning", "python"} <= set(line["versions"])
     assert line["cpu"] and line["date"] and line["times_faster"] > 0
     printed = capsys.readouterr().out
-    assert "reference" in printed and "times faster" in printed
+    assert "reference" in printed and "times faster" in printed and "times the floor's time" in printed
+
+
+def test_variants_are_chosen(tmp_path, capsys):
+    line = main(["step", "--model", "tiny-gpt2", *OPTIONS, "--no-memory", "--compare", "floor", "--out", str(tmp_path)])
+    assert set(line["seconds_per_edit"]) == {"ours", "floor"} and "times_faster" not in line
+    with pytest.raises(SystemExit):
+        main(["step", "--compare", "flor"])
+    assert "'flor' is not known; compare with reference or floor, or both" in capsys.readouterr().err
+
+
+def test_memory_alone(tmp_path, monkeypatch):
+    """Without the measurement, which takes a process of its own for each variant."""
+    monkeypatch.setattr(compared, "peak_memory", lambda settings, variant: {"before": 9.0, "beyond": 2.0 + (variant == "ours")})
+    line = main(["memory", "--model", "tiny-gpt2", *OPTIONS, "--compare", "floor", "--out", str(tmp_path)])
+    assert not line["seconds_per_edit"] and line["memory_of_floor"] == 1.5
+    assert json.loads((tmp_path / "memory.jsonl").read_text()) == line
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_the_floor_runs_the_same_tensors(model):
+    """Its edits' loss is ours; and each of the editor's matrices gets a gradient, as in ours."""
+    bench = tiny_bench(model)
+    floor = Floor(bench.model, bench.editor, bench.batch, C_EDIT)
+    ours = edit_step(bench.model, bench.editor, bench.batch)
+    assert float(floor.inner_loss()) == pytest.approx(float(ours.inner.mean()), rel=1e-6)
+    factors = edit_factors(bench.model, bench.editor.modules_in(bench.model), bench.batch.z_edit)[0]
+    assert {name: len(places) for name, places in floor.kept.items()} == {name: len(each.u) for name, each in factors.items()}
+    floor.step()
+    matrices = [p for name, p in bench.editor.named_parameters() if name.endswith((".u", ".v"))]
+    assert matrices and all(p.grad is not None and p.grad.any() for p in matrices)
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_without_normalising_and_clamps_the_floor_is_ours(model, monkeypatch):
+    """What the floor leaves out taken from ours: the losses are equal then, so nothing else is missing."""
+    bench = tiny_bench(model)
+    bench.editor.eval()
+    for transform in bench.editor.transforms:
+        transform.normalize = False
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda self, min=None, max=None: self)
+    ours = edit_step(bench.model, bench.editor, bench.batch).total(C_EDIT)
+    floor = Floor(bench.model, bench.editor, bench.batch, C_EDIT).step()
+    assert float(floor) == pytest.approx(float(ours.detach()), rel=1e-5)
 
 
 def test_rows_too_short_for_their_targets_are_refused():
