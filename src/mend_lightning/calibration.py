@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
-from mend_lightning.forward import attended_mask, label_mask, logits_at
+from mend_lightning.forward import attended_mask, label_mask
+from mend_lightning.layers import find_stacks
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
-from mend_lightning.trunk import replayed
+from mend_lightning.trunk import ending_after_edits, replayed
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows, concatenate_rows
 
 
@@ -74,8 +75,8 @@ def _paired_rows(batch: EditBatch) -> tuple[Tensor, Tensor]:
 def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dict[str, list[Tensor]]:
     """name -> the layer's inputs, one `[rows, tokens, d_in]` for every call of it, in one forward pass."""
     trunk = run_trunk(model, rows, layers)
-    with replayed(trunk, slice(None)), _watched(layers) as seen:
-        logits_at(model, rows, label_mask(rows))
+    with replayed(trunk, slice(None)), _watched(layers) as seen, ending_after_edits(find_stacks(model), layers):
+        model(**rows.inputs)
     return seen
 
 

@@ -106,14 +106,38 @@ def record_trunk(
     return trunk
 
 
+@contextmanager
+def ending_after_edits(stacks: Mapping[str, nn.ModuleList], layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Ends passes of the model, and with them the block, where the last of the edited blocks has returned.
+
+    For passes that want to see the edited layers only. Where some layer lies in no block, the whole model runs.
+    """
+    holders = [_holders(stack, layers) for stack in stacks.values()]
+    if {layer for held in holders for _, inside in held for layer in inside} != set(layers.values()):
+        yield
+        return
+    last = [held for held in holders if held][-1][-1][0]
+    handle = last.register_forward_hook(_stop)
+    try:
+        yield
+    except _TrunkDone:
+        pass
+    finally:
+        handle.remove()
+
+
+def _holders(stack: nn.ModuleList, layers: Mapping[str, nn.Module]) -> list[tuple[nn.Module, set[nn.Module]]]:
+    """The blocks with edited layers, each with those."""
+    chosen = set(layers.values())
+    return [(block, found) for block in stack if (found := chosen & set(block.modules()))]
+
+
 def _stops(stacks: Mapping[str, nn.ModuleList], layers: Mapping[str, nn.Module]) -> list[nn.Module]:
     """Blocks that hold an edited layer, and the layers themselves (some may be in no block)."""
-    chosen = set(layers.values())
-    blocks = [block for stack in stacks.values() for block in stack]
-    return [block for block in blocks if any(module in chosen for module in block.modules())] + list(layers.values())
+    return [block for stack in stacks.values() for block, _ in _holders(stack, layers)] + list(layers.values())
 
 
-def _stop(module: nn.Module, args: tuple) -> None:
+def _stop(module: nn.Module, *args: Any) -> None:
     raise _TrunkDone
 
 
