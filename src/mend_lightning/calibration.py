@@ -13,6 +13,7 @@ from mend_lightning.forward import attended_mask, label_mask
 from mend_lightning.layers import find_stacks
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
+from mend_lightning.step import Trunk
 from mend_lightning.trunk import ending_after_edits, replayed
 from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows, concatenate_rows
 
@@ -24,6 +25,7 @@ def collect_moments(
     batch: EditBatch,
     moments: dict[str, InputMoments],
     pairs: bool = True,
+    trunk_of: Trunk = run_trunk,
 ) -> None:
     """Adds the layers' inputs on all rows of a batch to `moments` (name -> InputMoments).
 
@@ -33,11 +35,12 @@ def collect_moments(
         batch: edit tasks.
         moments: filled where a layer is missing.
         pairs: whether edits are paired with their rephrases, which only `rephrase_ridge` needs.
+        trunk_of: runs the trunk, or finds its outputs: a `CachedTrunk`.
     """
     rows = concatenate_rows([batch.z_edit, batch.x_in, batch.x_out])
     paired = _paired_rows(batch) if pairs else None
     answers, attended, encoder = label_mask(rows), attended_mask(rows), _encoder_modules(model)
-    for name, calls in record_inputs(model, layers, rows).items():
+    for name, calls in record_inputs(model, layers, rows, trunk_of).items():
         for u in calls:
             u = u.reshape(len(rows), -1, u.shape[-1]).float()
             if name not in moments:
@@ -48,12 +51,14 @@ def collect_moments(
                 _add_answers(moments[name], u, answers, paired)
 
 
-def calibrate(model: nn.Module, editor: Editor, batches: Iterable[EditBatch]) -> None:
+def calibrate(
+    model: nn.Module, editor: Editor, batches: Iterable[EditBatch], trunk_of: Trunk = run_trunk
+) -> None:
     """Fixes the preconditioning of `editor` by what its layers see in `batches`, of all processes together."""
     moments: dict[str, InputMoments] = {}
     layers = editor.modules_in(model)
     for batch in batches:
-        collect_moments(model, layers, batch, moments, editor.follows_rephrases)
+        collect_moments(model, layers, batch, moments, editor.follows_rephrases, trunk_of)
     editor.calibrate(moments)
 
 
@@ -72,9 +77,11 @@ def _paired_rows(batch: EditBatch) -> tuple[Tensor, Tensor]:
     return edits, rephrases + len(batch.z_edit)
 
 
-def record_inputs(model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dict[str, list[Tensor]]:
+def record_inputs(
+    model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows, trunk_of: Trunk = run_trunk
+) -> dict[str, list[Tensor]]:
     """name -> the layer's inputs, one `[rows, tokens, d_in]` for every call of it, in one forward pass."""
-    trunk = run_trunk(model, rows, layers)
+    trunk = trunk_of(model, rows, layers)
     with replayed(trunk, slice(None)), _watched(layers) as seen, ending_after_edits(find_stacks(model), layers):
         model(**rows.inputs)
     return seen

@@ -76,6 +76,10 @@ class EditNameError(MendError, KeyError):
     __str__ = Exception.__str__
 
 
+class TrunkCacheError(MendError, ValueError):
+    """A folder of trunk caches is damaged, or of another trunk or version."""
+
+
 class ConfigError(MendError, ValueError):
     """A setting, or a combination of settings, cannot work."""
 
@@ -102,6 +106,10 @@ class ProcessLostError(MendError, RuntimeError):
 
 class NoEffectWarning(UserWarning):
     """An operation ran but changed nothing."""
+
+
+class TrunkCacheWarning(UserWarning):
+    """A trunk cache is not used, is damaged in part, or grows no further; training goes on and is slower."""
 
 
 class TruncationWarning(UserWarning):

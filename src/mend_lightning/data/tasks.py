@@ -87,6 +87,11 @@ class TaskSampler:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def pool(self) -> Sequence[Record]:
+        """The facts that unrelated ones are drawn from."""
+        return self._pool
+
     def group(self, epoch: int, index: int, edits_at_once: int, limit: int | None = None) -> tuple[EditTask, ...]:
         """Edits that are made at once; what is drawn as unrelated to one of them, none of the others edits.
 

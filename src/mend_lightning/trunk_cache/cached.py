@@ -1,0 +1,218 @@
+"""`run_trunk` with a memory on disk: rows that were seen before do not run again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.errors import ConfigError, TrunkCacheWarning
+from mend_lightning.layers import find_stacks
+from mend_lightning.parallel.whole import is_sharded, own_class
+from mend_lightning.prefix import run_trunk, shares_prefixes
+from mend_lightning.trunk import StackOutput, TrunkOutputs
+from mend_lightning.trunk_cache.folder import open_store
+from mend_lightning.trunk_cache.key import MASK_OF, autocast_dtype, row_key, row_texts, trunk_identity
+from mend_lightning.trunk_cache.observe import (
+    NotCacheable,
+    StackShape,
+    TrunkShape,
+    first_block_more,
+    observe_trunk,
+    with_more,
+)
+from mend_lightning.trunk_cache.rows import StoredRows
+from mend_lightning.types import Rows
+
+
+@dataclass
+class CacheUse:
+    """What a cache was good for, in this process.
+
+    Attributes:
+        rows: rows that were asked for.
+        found: those of them that did not run.
+    """
+
+    rows: int = 0
+    found: int = 0
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A cache and what it is open for."""
+
+    model: nn.Module
+    layers: tuple[str, ...]
+    autocast: str | None
+    shape: TrunkShape
+    rows: StoredRows
+
+
+class CachedTrunk:
+    """Takes the place of `run_trunk`: outputs of rows that were seen before, in this run or another, come from the disk.
+
+    The first call opens the cache: it hashes the trunk's weights and runs the trunk on a few tokens to see what it
+    returns. The base's weights must not change afterwards. Outputs are zero at padding, which nothing may read.
+
+    Args:
+        folder: of caches, one for each trunk; made where it is not there.
+        tokenizer: the one that makes the rows; part of what a cache belongs to.
+
+    Raises:
+        OutputPathError: the folder cannot be used; of the first call as well.
+        ConfigError: the model is sharded (of the call).
+
+    Warns:
+        TrunkCacheWarning: this model's trunk cannot be cached, and runs as without; or see `RowStore`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=32)).eval()
+        >>> ids = torch.arange(6).view(2, 3)
+        >>> rows = Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, torch.tensor([0, 1]), 2)
+        >>> layers = {"transformer.h.2.mlp.c_fc": model.transformer.h[2].mlp.c_fc}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trunk_of = CachedTrunk(folder)
+        ...     for _ in range(2):
+        ...         trunk = trunk_of(model, rows, layers)
+        >>> trunk_of.use
+        CacheUse(rows=4, found=2)
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Any = None) -> None:
+        self.folder, self.tokenizer = Path(folder).expanduser(), tokenizer
+        self.use = CacheUse()
+        self._opened: _Opened | None = None
+        self._refused = False
+
+    def __call__(self, model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> TrunkOutputs:
+        """The trunk's outputs for `rows`; see `run_trunk`."""
+        if self._refused:
+            return run_trunk(model, rows, layers)
+        opened = self._opened
+        if opened is None or not _is_open_for(opened, model, layers, rows):
+            opened = self._open(model, rows, layers)
+        return run_trunk(model, rows, layers) if opened is None else self._outputs(opened, rows, layers)
+
+    def size(self) -> int:
+        """Bytes on disk of the cache in use, of all processes; 0 before the first call."""
+        return self._opened.rows.store.size() if self._opened else 0
+
+    def _open(self, model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> _Opened | None:
+        if is_sharded(model):
+            raise ConfigError(
+                "A trunk cache cannot serve a sharded base: its processes run each block together, whichever rows they have. "
+                "Leave trunk_cache out, or use --trainer.strategy ddp."
+            )
+        try:
+            shape = observe_trunk(model, layers, rows.inputs)
+            if not shape.stacks:
+                raise NotCacheable("a layer of the first block is edited, so nothing lies below")
+            identity = trunk_identity(model, shape, self.tokenizer)
+        except NotCacheable as reason:
+            self._refused = True
+            warnings.warn(
+                f"trunk_cache has no effect: the trunk of {own_class(model).__name__} cannot be cached, for {reason}. It runs "
+                "for every batch, as without.",
+                TrunkCacheWarning,
+                stacklevel=4,
+            )
+            return None
+        stored = StoredRows(open_store(self.folder, identity), shape, shares_prefixes(model) and len(shape.stacks) == 1)
+        self._opened = _Opened(model, tuple(layers), identity["autocast"], shape, stored)
+        return self._opened
+
+    def _outputs(self, opened: _Opened, rows: Rows, layers: Mapping[str, nn.Module]) -> TrunkOutputs:
+        texts = row_texts(rows, opened.shape.inputs)
+        keys = [row_key(text) for text in texts]
+        found, missing = opened.rows.look_up(keys, texts)
+        self.use.rows += len(keys)
+        self.use.found += sum(key in found for key in keys)
+        hidden = {name: _from_disk(name, opened.shape, rows, keys, found, texts) for name in opened.shape.stacks}
+        more: dict[str, Any] = {}
+        if missing:
+            part = rows if len(missing) == len(rows) else _trimmed(rows.part(torch.tensor(missing)))
+            fresh = _split(run_trunk(opened.model, part, layers), opened.shape, part)
+            opened.rows.add(
+                [keys[i] for i in missing], [texts[i] for i in missing], {n: h for n, (h, _) in fresh.items()}
+            )
+            for name, (computed, _) in fresh.items():
+                _put(hidden[name], computed, keys, [keys[i] for i in missing])
+            more = {name: rest for name, (_, rest) in fresh.items()} if part is rows else {}
+        return _joined(opened, rows, hidden, more)
+
+
+def _is_open_for(opened: _Opened, model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> bool:
+    autocast = autocast_dtype(next(iter(rows.inputs.values())).device.type)
+    return opened.model is model and opened.layers == tuple(layers) and opened.autocast == autocast
+
+
+def _trimmed(rows: Rows) -> Rows:
+    """Without the padding behind the longest of the rows."""
+    inputs = dict(rows.inputs)
+    for ids, mask in MASK_OF.items():
+        if mask in inputs:
+            length = int(inputs[mask].bool().any(0).nonzero().max()) + 1
+            inputs |= {name: inputs[name][:, :length] for name in (ids, mask)}
+    return replace(rows, inputs=inputs)
+
+
+def _split(trunk: TrunkOutputs, shape: TrunkShape, rows: Rows) -> dict[str, tuple[Tensor, Any]]:
+    """Stack -> hidden states, 0 at padding, and what the blocks returned behind them."""
+    split = {}
+    for name, stack in trunk.stacks.items():
+        hidden, more = (stack.output, None) if isinstance(stack.output, Tensor) else (stack.output[0], stack.output[1:])
+        mask = rows.inputs.get(MASK_OF[shape.stacks[name].positions])
+        hidden = hidden if mask is None else hidden.masked_fill(~mask.bool()[..., None], 0)
+        split[name] = hidden, more
+    return split
+
+
+def _from_disk(
+    name: str,
+    shape: TrunkShape,
+    rows: Rows,
+    keys: Sequence[bytes],
+    found: Mapping[bytes, Mapping[str, np.ndarray]],
+    texts: Sequence[Sequence[np.ndarray]],
+) -> Tensor:
+    """`[rows, length, width]` the hidden states of a stack that were found, and 0."""
+    stack, ids = shape.stacks[name], rows.inputs[shape.stacks[name].positions]
+    size = (*ids.shape, stack.width)
+    if not found:
+        return torch.zeros(size, dtype=stack.dtype, device=ids.device)
+    hidden = torch.zeros(size, dtype=stack.dtype, pin_memory=ids.device.type == "cuda")
+    raw = hidden.view(torch.uint8).numpy()
+    for row, key in enumerate(keys):
+        if key in found:
+            data = found[key][name]
+            raw[row, : len(data)] = data
+    return hidden.to(ids.device, non_blocking=True)
+
+
+def _put(hidden: Tensor, computed: Tensor, keys: Sequence[bytes], computed_keys: Sequence[bytes]) -> None:
+    """Writes computed rows to all places where their keys are."""
+    number = {key: i for i, key in enumerate(computed_keys)}
+    pairs = [(row, number[key]) for row, key in enumerate(keys) if key in number]
+    to, of = torch.tensor(pairs, device=hidden.device).unbind(1)
+    hidden[to, : computed.shape[1]] = computed[of]
+
+
+def _joined(opened: _Opened, rows: Rows, hidden: Mapping[str, Tensor], more: Mapping[str, Any]) -> TrunkOutputs:
+    stacks, done = find_stacks(opened.model), {}
+    for name, stack in opened.shape.stacks.items():
+        rest = more[name] if name in more else _more(opened, rows, done, name, stack)
+        done[name] = StackOutput(list(stacks[name][: stack.blocks]), with_more(hidden[name], rest))
+    return TrunkOutputs(len(rows), done)
+
+
+def _more(opened: _Opened, rows: Rows, done: Mapping[str, StackOutput], name: str, stack: StackShape) -> Any:
+    return first_block_more(opened.model, rows.inputs, done, name) if stack.makes_tensors else stack.more
