@@ -291,7 +291,7 @@ def test_inputs_that_are_no_token_ids(tmp_path):
 
 def test_a_sharded_base_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("mend_lightning.trunk_cache.cached.is_sharded", lambda model: True)
-    with pytest.raises(ConfigError, match="cannot serve a sharded base.*ddp"):
+    with pytest.raises(ConfigError, match="cannot serve a base in shards.*ddp"):
         CachedTrunk(tmp_path)(tiny_model("llama"), make_rows("llama", [0], 1), {})
 
 

@@ -149,6 +149,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         usable_strategy,
         with_checkpoint_io,
     )
+    from mend_lightning.trunk_in_training import TrunkReport
 
     class MendCLI(LightningCLI):
         def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -202,7 +203,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
                 # Edits need gradients in validation and test too.
                 "inference_mode": False,
                 "default_root_dir": DEFAULT_ROOT,
-                "callbacks": [StartReport(), SaveEditor(), CurvePlot(), ResultsReport()],
+                "callbacks": [StartReport(), TrunkReport(), SaveEditor(), CurvePlot(), ResultsReport()],
             },
         )
 

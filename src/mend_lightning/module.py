@@ -43,10 +43,13 @@ from mend_lightning.parallel.placing import SHARDING, load_for
 from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import step_loss
 from mend_lightning.precision import check_overflow, check_trainer_precision, loss_scaler
+from mend_lightning.prefix import run_trunk
 from mend_lightning.random_states import gathered_random_states, set_own_random_states
 from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
 from mend_lightning.step import LocalityPositions, StepOutput
+from mend_lightning.trunk_cache import CachedTrunk
+from mend_lightning.trunk_in_training import check_trunk_cache
 from mend_lightning.types import EditBatch
 
 
@@ -76,6 +79,9 @@ class MendModule(L.LightningModule):
         locality_positions: positions the locality loss looks at: "all" (the original) or "answer".
         tasks_at_once: edits of a batch whose outer pass is in memory at a time; None: all. The step is the same with any, which
             it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_parts`).
+        trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
+            for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
+            where it would pay. None: they run every time.
 
     Example:
         >>> module = MendModule(rank=256, lr=1e-5)
@@ -109,6 +115,7 @@ class MendModule(L.LightningModule):
         c_edit: float = 0.1,
         locality_positions: LocalityPositions = "all",
         tasks_at_once: int | None = None,
+        trunk_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
@@ -128,6 +135,8 @@ class MendModule(L.LightningModule):
         self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
+        # What runs the trunk in training; `on_fit_start` puts the cache here.
+        self.trunk_cache, self.trunk_of = trunk_cache, run_trunk
         self.base_model = self.tokenizer = self.editor = None
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
@@ -196,6 +205,8 @@ class MendModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Checks the Trainer, before gigabytes load."""
         check_trainer_precision(self.trainer.precision_plugin)
+        if stage == "fit" and self.trunk_cache is not None:
+            check_trunk_cache(self.trunk_cache, self.trainer.strategy)
         if self._inference_mode():
             raise InferenceModeError(
                 "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
@@ -228,6 +239,8 @@ class MendModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
         self._trained = True
+        if self.trunk_cache is not None:
+            self.trunk_of = CachedTrunk(self.trunk_cache, self.tokenizer)
         if not self.editor.trainable:
             # Nothing to do; `on_fit_end` puts it back.
             self._max_epochs, self.trainer.fit_loop.max_epochs = self.trainer.fit_loop.max_epochs, 0
@@ -241,6 +254,9 @@ class MendModule(L.LightningModule):
         self._calibrate(self.trainer.datamodule.train_dataloader())
 
     def on_fit_end(self) -> None:
+        if isinstance(self.trunk_of, CachedTrunk):
+            self.trunk_of.close()
+        self.trunk_of = run_trunk
         if not self.editor.trainable:
             self.trainer.fit_loop.max_epochs = self._max_epochs
 
@@ -251,11 +267,12 @@ class MendModule(L.LightningModule):
         calibrate(
             self.base_model, self.editor,
             track(chosen, "Estimating the preconditioning", total, console=console(), disable=hidden),
+            self.trunk_of,
         )  # fmt: skip
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
-        loss, out = step_loss(self.base_model, self.editor, batch, *settings)
+        loss, out = step_loss(self.base_model, self.editor, batch, *settings, self.trunk_of)
         check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step)
         self._log_losses(loss, out, len(batch))
         return loss

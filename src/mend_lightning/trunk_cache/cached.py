@@ -30,6 +30,11 @@ from mend_lightning.trunk_cache.observe import (
 from mend_lightning.trunk_cache.rows import StoredRows
 from mend_lightning.types import Rows
 
+SHARDED = (
+    "trunk_cache cannot serve a base in shards: its processes run each block together, whichever rows they have. Leave "
+    "trunk_cache out, or use --trainer.strategy ddp."
+)
+
 
 @dataclass
 class CacheUse:
@@ -106,12 +111,15 @@ class CachedTrunk:
         """Bytes on disk of the cache in use, of all processes; 0 before the first call."""
         return self._opened.rows.store.size() if self._opened else 0
 
+    def close(self) -> None:
+        """Closes the files; the next call opens them again."""
+        if self._opened is not None:
+            self._opened.rows.store.close()
+            self._opened = None
+
     def _open(self, model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> _Opened | None:
         if is_sharded(model):
-            raise ConfigError(
-                "A trunk cache cannot serve a sharded base: its processes run each block together, whichever rows they have. "
-                "Leave trunk_cache out, or use --trainer.strategy ddp."
-            )
+            raise ConfigError(SHARDED)
         try:
             shape = observe_trunk(model, layers, rows.inputs)
             if not shape.stacks:
@@ -126,6 +134,7 @@ class CachedTrunk:
                 stacklevel=4,
             )
             return None
+        self.close()
         stored = StoredRows(open_store(self.folder, identity), shape, shares_prefixes(model) and len(shape.stacks) == 1)
         self._opened = _Opened(model, tuple(layers), identity["autocast"], shape, stored)
         return self._opened
