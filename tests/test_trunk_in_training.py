@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mend_lightning import trunk_in_training
 from mend_lightning.data.records import read_records
 from mend_lightning.data.tasks import TaskSampler
-from mend_lightning.editors import MendEditor
-from mend_lightning.errors import ConfigError
+from mend_lightning.editors import FineTuning, MendEditor
+from mend_lightning.errors import ConfigError, NoEffectWarning
 from mend_lightning.parallel.strategy import ShardedStrategy
 from mend_lightning.prefix import run_trunk
 from mend_lightning.step import edit_step
@@ -154,6 +154,12 @@ def test_who_is_told_that_it_pays(mend, edit_data, trainer, monkeypatch, capsys)
     assert not told(1)
     disk.free = 1000
     assert not told(12)
+
+
+def test_an_editor_that_needs_no_training(mend, edit_data, trainer, tmp_path):
+    module = mend("gpt2", trunk_cache=tmp_path / "caches", algorithm=FineTuning)
+    with pytest.warns(NoEffectWarning, match="trunk_cache has no effect: FineTuning needs no training"):
+        trainer(max_steps=1, callbacks=[TrunkReport()]).fit(module, edit_data())
 
 
 def test_what_is_said():

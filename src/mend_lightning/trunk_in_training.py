@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import lightning as L
 import torch
 
 from mend_lightning.data.module import EditDataModule
-from mend_lightning.errors import ConfigError
+from mend_lightning.errors import ConfigError, NoEffectWarning
 from mend_lightning.parallel.placing import SHARDING
-from mend_lightning.parallel.whole import is_sharded
+from mend_lightning.parallel.whole import is_sharded, own_class
 from mend_lightning.report import console
 from mend_lightning.trunk_cache import CachedTrunk, check_folder
 from mend_lightning.trunk_cache.cached import SHARDED
@@ -36,6 +37,14 @@ def check_trunk_cache(folder: str | Path, strategy: Any) -> None:
 
 class TrunkReport(L.Callback):
     """Says at the start of `fit` where a trunk cache would pay, and at the end what one was good for."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if module.trunk_cache is not None and not module.editor.trainable:
+            warnings.warn(
+                f"trunk_cache has no effect: {own_class(module.editor).__name__} needs no training. Leave it out.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if getattr(self, "_looked", False) or not trainer.is_global_zero or module.trunk_cache is not None:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mend_lightning.errors import ConfigError, TrunkCacheWarning
-from mend_lightning.layers import find_stacks
 from mend_lightning.parallel.whole import is_sharded, own_class
 from mend_lightning.prefix import run_trunk, shares_prefixes
-from mend_lightning.trunk import StackOutput, TrunkOutputs
+from mend_lightning.trunk import TrunkOutputs
+from mend_lightning.trunk_cache.assemble import from_disk, joined_outputs, put_computed, split_outputs, trimmed
 from mend_lightning.trunk_cache.folder import open_store
-from mend_lightning.trunk_cache.key import MASK_OF, autocast_dtype, row_key, row_texts, trunk_identity
-from mend_lightning.trunk_cache.observe import (
-    NotCacheable,
-    StackShape,
-    TrunkShape,
-    first_block_more,
-    observe_trunk,
-    with_more,
-)
+from mend_lightning.trunk_cache.identity import autocast_dtype, trunk_identity
+from mend_lightning.trunk_cache.key import row_key, row_texts
+from mend_lightning.trunk_cache.observe import NotCacheable, TrunkShape, observe_trunk
 from mend_lightning.trunk_cache.rows import StoredRows
 from mend_lightning.types import Rows
 
@@ -145,83 +138,23 @@ class CachedTrunk:
         found, missing = opened.rows.look_up(keys, texts)
         self.use.rows += len(keys)
         self.use.found += sum(key in found for key in keys)
-        hidden = {name: _from_disk(name, opened.shape, rows, keys, found, texts) for name in opened.shape.stacks}
+        hidden = {name: from_disk(name, opened.shape, rows, keys, found) for name in opened.shape.stacks}
         more: dict[str, Any] = {}
         if missing:
-            part = rows if len(missing) == len(rows) else _trimmed(rows.part(torch.tensor(missing)))
-            fresh = _split(run_trunk(opened.model, part, layers), opened.shape, part)
-            opened.rows.add(
-                [keys[i] for i in missing], [texts[i] for i in missing], {n: h for n, (h, _) in fresh.items()}
+            part = (
+                rows
+                if len(missing) == len(rows)
+                else trimmed(rows.part(torch.tensor(missing, device=rows.task.device)))
             )
-            for name, (computed, _) in fresh.items():
-                _put(hidden[name], computed, keys, [keys[i] for i in missing])
-            more = {name: rest for name, (_, rest) in fresh.items()} if part is rows else {}
-        return _joined(opened, rows, hidden, more)
+            computed, behind = split_outputs(run_trunk(opened.model, part, layers), opened.shape, part)
+            new = [keys[i] for i in missing]
+            opened.rows.add(new, [texts[i] for i in missing], computed)
+            for name in hidden:
+                put_computed(hidden[name], computed[name], keys, new)
+            more = behind if part is rows else {}
+        return joined_outputs(opened.model, opened.shape, rows, hidden, more)
 
 
 def _is_open_for(opened: _Opened, model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> bool:
     autocast = autocast_dtype(next(iter(rows.inputs.values())).device.type)
     return opened.model is model and opened.layers == tuple(layers) and opened.autocast == autocast
-
-
-def _trimmed(rows: Rows) -> Rows:
-    """Without the padding behind the longest of the rows."""
-    inputs = dict(rows.inputs)
-    for ids, mask in MASK_OF.items():
-        if mask in inputs:
-            length = int(inputs[mask].bool().any(0).nonzero().max()) + 1
-            inputs |= {name: inputs[name][:, :length] for name in (ids, mask)}
-    return replace(rows, inputs=inputs)
-
-
-def _split(trunk: TrunkOutputs, shape: TrunkShape, rows: Rows) -> dict[str, tuple[Tensor, Any]]:
-    """Stack -> hidden states, 0 at padding, and what the blocks returned behind them."""
-    split = {}
-    for name, stack in trunk.stacks.items():
-        hidden, more = (stack.output, None) if isinstance(stack.output, Tensor) else (stack.output[0], stack.output[1:])
-        mask = rows.inputs.get(MASK_OF[shape.stacks[name].positions])
-        hidden = hidden if mask is None else hidden.masked_fill(~mask.bool()[..., None], 0)
-        split[name] = hidden, more
-    return split
-
-
-def _from_disk(
-    name: str,
-    shape: TrunkShape,
-    rows: Rows,
-    keys: Sequence[bytes],
-    found: Mapping[bytes, Mapping[str, np.ndarray]],
-    texts: Sequence[Sequence[np.ndarray]],
-) -> Tensor:
-    """`[rows, length, width]` the hidden states of a stack that were found, and 0."""
-    stack, ids = shape.stacks[name], rows.inputs[shape.stacks[name].positions]
-    size = (*ids.shape, stack.width)
-    if not found:
-        return torch.zeros(size, dtype=stack.dtype, device=ids.device)
-    hidden = torch.zeros(size, dtype=stack.dtype, pin_memory=ids.device.type == "cuda")
-    raw = hidden.view(torch.uint8).numpy()
-    for row, key in enumerate(keys):
-        if key in found:
-            data = found[key][name]
-            raw[row, : len(data)] = data
-    return hidden.to(ids.device, non_blocking=True)
-
-
-def _put(hidden: Tensor, computed: Tensor, keys: Sequence[bytes], computed_keys: Sequence[bytes]) -> None:
-    """Writes computed rows to all places where their keys are."""
-    number = {key: i for i, key in enumerate(computed_keys)}
-    pairs = [(row, number[key]) for row, key in enumerate(keys) if key in number]
-    to, of = torch.tensor(pairs, device=hidden.device).unbind(1)
-    hidden[to, : computed.shape[1]] = computed[of]
-
-
-def _joined(opened: _Opened, rows: Rows, hidden: Mapping[str, Tensor], more: Mapping[str, Any]) -> TrunkOutputs:
-    stacks, done = find_stacks(opened.model), {}
-    for name, stack in opened.shape.stacks.items():
-        rest = more[name] if name in more else _more(opened, rows, done, name, stack)
-        done[name] = StackOutput(list(stacks[name][: stack.blocks]), with_more(hidden[name], rest))
-    return TrunkOutputs(len(rows), done)
-
-
-def _more(opened: _Opened, rows: Rows, done: Mapping[str, StackOutput], name: str, stack: StackShape) -> Any:
-    return first_block_more(opened.model, rows.inputs, done, name) if stack.makes_tensors else stack.more

@@ -9,7 +9,7 @@ from typing import Any
 
 from mend_lightning.errors import OutputPathError, TrunkCacheError
 from mend_lightning.files import check_writable, write_json
-from mend_lightning.trunk_cache.key import folder_name
+from mend_lightning.trunk_cache.identity import folder_name
 from mend_lightning.trunk_cache.store import RowStore
 
 # In the folder that the user names, and in that of each trunk.

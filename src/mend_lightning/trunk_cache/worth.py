@@ -86,7 +86,8 @@ def worth_of(
     tokens, count = _tokens(_rows_of(batch)), len(_rows_of(batch))
     shared = _shared_tokens(model, batch)
     sizes = [
-        (tokens[stack.positions] / count - shared) * stack.width * stack.dtype.itemsize for stack in shape.stacks.values()
+        (tokens[stack.positions] / count - shared) * stack.width * stack.dtype.itemsize
+        for stack in shape.stacks.values()
     ]
     return Worth(
         sum(stack.blocks for stack in shape.stacks.values()),
