@@ -19,6 +19,7 @@ from mend_lightning.prefix import run_trunk
 from mend_lightning.step import edit_step
 from mend_lightning.trunk import StackOutput, TrunkOutputs, replayed
 from mend_lightning.trunk_cache import CachedTrunk
+from mend_lightning.trunk_cache.key import row_key, row_texts
 from mend_lightning.types import EditBatch, Rows, concatenate_rows
 
 DECODER_ONLY = {
@@ -226,6 +227,27 @@ def vocabulary(words: str) -> PreTrainedTokenizerFast:
     )
 
 
+def test_one_cache_of_two_trunks_in_turn(tmp_path):
+    model, rows, cached = tiny_model("llama"), make_rows("llama", [0, 1], 2), CachedTrunk(tmp_path)
+    for found, last_blocks in ((0, 1), (0, 3), (2, 1), (4, 3)):
+        trunk = cached(model, rows, layers_of(model, last_blocks=last_blocks))
+        assert len(trunk.stacks["model.layers"].blocks) == 4 - last_blocks
+        assert cached.use.found == found
+
+
+def test_a_key_is_what_the_model_reads():
+    """Ids where they are attended to, wherever that is; padding behind, and what lies under a mask, are no part of it."""
+
+    def key(ids: list[int], mask: list[int]) -> bytes:
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
+        return row_key(row_texts(Rows(inputs, inputs["input_ids"], torch.tensor([0]), 1), ["input_ids"])[0])
+
+    plain = key([5, 6, 7], [1, 1, 1])
+    assert plain == key([5, 6, 7, 0, 9], [1, 1, 1, 0, 0])
+    assert len({plain, key([5, 6, 7], [1, 0, 1]), key([6, 7], [1, 1]), key([0, 5, 6, 7], [0, 1, 1, 1])}) == 4
+    assert key([5, 6, 7], [1, 0, 1]) == key([5, 8, 7], [1, 0, 1])
+
+
 def test_other_precision_is_another_cache(tmp_path):
     """Also within one run; and what autocast returned comes back in its dtype."""
     model, rows, cached = tiny_model("llama", torch.float32), make_rows("llama", [0, 1], 2), CachedTrunk(tmp_path)
@@ -274,6 +296,25 @@ def test_a_trunk_that_cannot_be_kept_runs_as_without(tmp_path):
     for trunk in (first, again):
         assert torch.equal(trunk.stacks["model.layers"].output, expected.stacks["model.layers"].output)
     assert cached.use.rows == 0
+
+
+def test_blocks_that_return_tensors_of_their_own(tmp_path):
+    """T5's hand on what the first one made; where each adds to it, the first one does not tell what the last returns."""
+    model, rows = tiny_model("t5"), make_rows("t5", [0, 1], 2)
+    layers = layers_of(model, ["encoder.block.2.layer.1.DenseReluDense.*"])
+    for block in model.encoder.block:
+        block.register_forward_hook(lambda block, args, output: (output[0], output[1] + 1, *output[2:]))
+    with pytest.warns(TrunkCacheWarning, match="tensors beside the hidden states, and each block others"):
+        CachedTrunk(tmp_path)(model, rows, layers)
+
+
+def test_two_processes_find_what_the_other_one_adds(tmp_path):
+    model, rows = tiny_model("gpt2"), [make_rows("gpt2", [0, 1], 2, seed) for seed in range(4)]
+    layers, both = layers_of(model), [CachedTrunk(tmp_path), CachedTrunk(tmp_path)]
+    for number, each in enumerate(rows):
+        both[number % 2](model, each, layers)
+        both[1 - number % 2](model, each, layers)
+    assert [cached.use.found for cached in both] == [4, 4]
 
 
 def test_edits_in_the_first_block_leave_nothing_to_keep(tmp_path):

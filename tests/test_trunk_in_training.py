@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -29,15 +30,17 @@ pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")
 
 
-@pytest.mark.parametrize("kind, family", [("causal", "llama"), ("encoder_decoder", "t5")])
-@pytest.mark.parametrize("settings", [{}, {"tasks_at_once": 3, "precondition": 0.1}], ids=["plain", "parts"])
+@pytest.mark.parametrize(
+    "kind, family, settings",
+    [("encoder_decoder", "t5", {}), ("causal", "llama", {"tasks_at_once": 3, "precondition": 0.1})],
+)
 def test_fit_learns_the_same(mend, edit_data, trainer, tmp_path, kind, family, settings):
     """Within rounding: a row's states are of the batch that it was first seen in. A second run finds every row."""
     states, used = [], []
     for folder in (None, tmp_path / "caches", tmp_path / "caches"):
         torch.manual_seed(0)
         module = mend(family, trunk_cache=folder, last_blocks=1, **settings)
-        run, steps = trainer(max_steps=6, limit_val_batches=0), []
+        run, steps = trainer(max_steps=5, limit_val_batches=0), []
         module.on_train_end = lambda module=module, steps=steps: steps.append(module.trunk_of)
         run.fit(module, edit_data(kind))
         states.append(state_copy(module.editor))
@@ -66,14 +69,12 @@ def test_mixed_precision_has_a_cache_of_its_own(mend, edit_data, trainer, tmp_pa
 def test_from_the_command_line(base_folder, facts, tmp_path):
     config = run_config(tmp_path / "run", base_folder("gpt2"), facts, max_steps=2, limit_val_batches=0)
     cache = ["--model.trunk_cache", tmp_path / "caches"]
-    outputs = []
-    for arguments in ([], cache, [*cache, "--ckpt_path", "last", "--trainer.max_steps", 3]):
-        said = call("fit", "--config", config, *arguments)
+    for arguments in ([], ["--ckpt_path", "last", "--trainer.max_steps", 3]):
+        said = call("fit", "--config", config, *cache, *arguments)
         assert (said.code, said.err) == (0, "")
-        outputs.append(said.out)
-    assert "Trunk cache:" not in outputs[0]
-    assert "rows (" in outputs[1] and f"were found in {tmp_path / 'caches'}, which takes 0 MB" in outputs[1]
-    assert "were found in" in outputs[2]
+        assert re.search(
+            rf"Trunk cache: \d+ of \d+ rows \(\d+%\) were found in {tmp_path}/caches, which takes 0 MB", said.out
+        )
 
 
 def test_a_folder_that_holds_other_things(base_folder, facts, tmp_path):
@@ -156,6 +157,7 @@ def test_who_is_told_that_it_pays(mend, edit_data, trainer, monkeypatch, capsys)
     assert not told(12)
 
 
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers` returned `None`.*")
 def test_an_editor_that_needs_no_training(mend, edit_data, trainer, tmp_path):
     module = mend("gpt2", trunk_cache=tmp_path / "caches", algorithm=FineTuning)
     with pytest.warns(NoEffectWarning, match="trunk_cache has no effect: FineTuning needs no training"):

@@ -69,7 +69,7 @@ class StoredRows:
             beginning = beginnings[entry.parent]
             if beginning is None:
                 return None
-            data = np.concatenate([beginning[: entry.start * self._stacks[0][2]], data])
+            data = np.concatenate([beginning, data])
         sizes = [len(text[ids]) * each for _, ids, each in self._stacks]
         if len(data) != sum(sizes):
             return None
