@@ -13,7 +13,7 @@ from bases import REMARKS
 from commandline import assert_says, call
 
 from mend_lightning.base import Architecture, model_class
-from mend_lightning.batch_counts import _batch, batch_counts, measured_counts, most_counts
+from mend_lightning.batch_counts import _batch, _orders, batch_counts, measured_counts, most_counts
 from mend_lightning.data.encode import Encoder
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors.enn import EnnEditor
@@ -70,7 +70,8 @@ def editors(real, empty, **settings):
 def batches(real, tokenizer, count: int, **settings):
     data = EditDataModule("world_facts/train", max_length=96, **settings)
     encoder = Encoder.for_model(real, tokenizer, data.format, data.max_length)
-    return [_batch(data, data.sampler("train"), encoder, i * data.batch_size, data.batch_size) for i in range(count)]
+    sampler = data.sampler("train")
+    return [_batch(data, sampler, encoder, keys) for keys in _orders(data, sampler, encoder, count)]
 
 
 def really_alive(real, editor, batch, at_once: int | None = None) -> int:
@@ -229,7 +230,9 @@ def test_counts_are_the_largest_of_the_batches_and_never_more_than_the_settings_
     encoder = Encoder.for_model(real, tokenizer, data.format, data.max_length)
     found = measured_counts(data, encoder, "all")
     assert (found.tasks, found.z_edit.rows, found.x_in.rows, found.x_out.rows) == (4, 8, 8, 16)
-    seen = [_batch(data, data.sampler("train"), encoder, i * 4, 4) for i in range(24)]
+    sampler = data.sampler("train")
+    seen = [_batch(data, sampler, encoder, keys) for keys in _orders(data, sampler, encoder, 24)]
+    assert len(seen) == 24 and len({text.prompt for batch in seen for text in batch.texts}) == 192
     for which in ("z_edit", "x_in", "x_out"):
         rows, counts = [getattr(batch, which) for batch in seen], getattr(found, which)
         assert counts.length == max(each.inputs["input_ids"].shape[1] for each in rows)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mend_lightning.data.buckets import Key, TaskLengths, bucketed
 from mend_lightning.data.collate import collate_tasks
 from mend_lightning.data.encode import Encoder, ModelKind
 from mend_lightning.data.sources import find_data_file, split_name
+from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import DataFileError, TruncationWarning
 from mend_lightning.step import LocalityPositions, locality_positions_of
 from mend_lightning.step_plan import BatchCounts, RowCounts
@@ -56,14 +58,23 @@ def measured_counts(data: EditDataModule, encoder: Encoder, positions: LocalityP
     count = min(BATCHES, len(sampler) // (size * data.edits_at_once))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)
-        batches = (_batch(data, sampler, encoder, index * size, size) for index in range(count))
+        batches = (_batch(data, sampler, encoder, keys) for keys in _orders(data, sampler, encoder, count))
         found = [batch_counts(batch, positions) for batch in batches]
     return largest(found) if found else None
 
 
-def _batch(data: EditDataModule, sampler: Any, encoder: Encoder, start: int, size: int) -> EditBatch:
+def _orders(data: EditDataModule, sampler: TaskSampler, encoder: Encoder, count: int) -> list[list[Key]]:
+    """Tasks of the first `count` batches, together as training would put them."""
+    size = data.batch_size
+    keys = [(0, index) for index in range(count * size)]
+    if data.bucket_by_length:
+        return bucketed(keys, TaskLengths(sampler, encoder, data.edits_at_once)(keys), size)
+    return [keys[start : start + size] for start in range(0, len(keys), size)]
+
+
+def _batch(data: EditDataModule, sampler: TaskSampler, encoder: Encoder, keys: Sequence[Key]) -> EditBatch:
     many = data.edits_at_once
-    groups = [sampler.group(0, index, many) for index in range(start, start + size)]
+    groups = [sampler.group(*key, many) for key in keys]
     return collate_tasks([task for group in groups for task in group], encoder, many)
 
 

@@ -88,6 +88,11 @@ class Encoder:
         grouped = _is_grouped(task, tasks)
         return Rows(inputs, labels, torch.tensor(task), tasks, grouped, pad["input_ids"], tuple(map(tuple, pairs)))
 
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself: nothing stands around it, and nothing is cut."""
+        sound = [_sound(text) for text in texts]
+        return [len(ids) for ids in self.tokenizer(sound, add_special_tokens=False)["input_ids"]] if sound else []
+
     def pair(self, prompt: str, target: str) -> dict[str, list[int]]:
         """Unpadded model inputs and aligned labels of one pair."""
         if self.kind == "causal":

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from mend_lightning.data.buckets import TaskLengths
 from mend_lightning.data.collate import collate_groups
 from mend_lightning.data.columns import Columns
 from mend_lightning.data.encode import Encoder, ModelKind
@@ -57,6 +58,9 @@ class EditDataModule(L.LightningDataModule):
         max_length: longest row in tokens.
         kind: "causal", "encoder_decoder" or "classifier"; None takes the base model's.
         num_workers: processes that prepare batches.
+        bucket_by_length: training batches are of edits whose rows are about equally long, so that less of a step is
+            padding; which ones are together, and in which order, is drawn anew each epoch. A batch is then not a sample of
+            the whole set: short questions come with short ones. False: any edits with any.
         seed: of all draws; evaluation draws use `seed + 1`, so they are the same in every run with this seed.
 
     Example:
@@ -93,6 +97,7 @@ class EditDataModule(L.LightningDataModule):
         locality_data: Locality = None,
         require_rephrases: bool = True,
         edits_at_once: int = 1,
+        bucket_by_length: bool = True,
     ) -> None:
         super().__init__()
         counts = {
@@ -120,7 +125,7 @@ class EditDataModule(L.LightningDataModule):
         self._guest: Guest | None = None
         # Evaluated batches are of about eval_batch_size edits: how tasks are put together changes no number there.
         self.batch_size, self.eval_batch_size = batch_size, max(1, eval_batch_size // edits_at_once)
-        self.edits_at_once = edits_at_once
+        self.edits_at_once, self.bucket_by_length = edits_at_once, bucket_by_length
         self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
         self._draws = {
             "train": (rephrases, locality, hard_locality, seed),
@@ -173,7 +178,8 @@ class EditDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = self.sampler("train")
-        order = self._order(len(sampler) // self.edits_at_once, self.batch_size, shuffle=True)
+        lengths = TaskLengths(sampler, self.encoder, self.edits_at_once) if self.bucket_by_length else None
+        order = self._order(len(sampler) // self.edits_at_once, self.batch_size, shuffle=True, lengths=lengths)
         if len(order) == 0:
             each = f" tasks of {self.edits_at_once} edits" if self.edits_at_once > 1 else ""
             raise EmptyDatasetError(
@@ -214,13 +220,13 @@ class EditDataModule(L.LightningDataModule):
             )
         return self._loader(DataLoader, sampler, order, self.eval_batch_size, edits)
 
-    def _order(self, size: int, batch_size: int, shuffle: bool) -> TaskOrder:
+    def _order(self, size: int, batch_size: int, shuffle: bool, lengths: TaskLengths | None = None) -> TaskOrder:
         if self._guest is not None:
             guest = self._guest
-            return TaskOrder(size, batch_size, shuffle, self.seed, guest.rank, guest.world_size, guest.even)
+            return TaskOrder(size, batch_size, shuffle, self.seed, guest.rank, guest.world_size, guest.even, lengths)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         even = self.trainer is not None and isinstance(self.trainer.strategy, SHARDING)
-        return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even)
+        return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even, lengths)
 
     def _loader(
         self, kind: type, sampler: TaskSampler, order: TaskOrder, batch_size: int, limit: int | None = None

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from mend_lightning.data.buckets import Lengths, length_batches
 from mend_lightning.data.tasks import EditTask, TaskSampler
 
 
@@ -51,6 +52,7 @@ class TaskOrder(DistributedSampler):
         rank, world_size: this process among all.
         even: evaluation gives all processes equally many batches (they share a sharded model, which all must run equally
             often): a process that would have one less gets a task again, in a batch of its own that `repeats` tells.
+        lengths: training batches are of tasks that are alike in these, see `length_batches`; None: of any tasks.
 
     Example:
         >>> list(TaskOrder(5, batch_size=2, shuffle=False, rank=1, world_size=2))
@@ -58,10 +60,18 @@ class TaskOrder(DistributedSampler):
     """
 
     def __init__(
-        self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1, even: bool = False
+        self,
+        size: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        even: bool = False,
+        lengths: Lengths | None = None,
     ) -> None:
         super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
-        self.size, self.local_batch = size, batch_size
+        self.size, self.local_batch, self.lengths = size, batch_size, lengths
         self.first_batch = 0
         self.mine = range(rank, size, world_size)
         # The first process has at most one task more, so what a process lacks is a batch of one task.
@@ -80,12 +90,18 @@ class TaskOrder(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         if not self.shuffle:
             return iter([(0, index) for index in [*self.mine, *self.mine[: self.repeated]]])
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        whole = self.local_batch * self.num_replicas
-        batches = [order[start : start + whole] for start in range(0, self.size - whole + 1, whole)]
         mine = slice(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
-        return iter([(self.epoch, index) for batch in batches[self.first_batch :] for index in batch[mine]])
+        return (key for batch in self._batches(self.first_batch) for key in batch[mine])
+
+    def _batches(self, first: int) -> Iterator[list[tuple[int, int]]]:
+        """The global batches of an epoch behind the first so many."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        whole = self.local_batch * self.num_replicas
+        order = torch.randperm(self.size, generator=generator)[: self.size // whole * whole]
+        keys = [(self.epoch, index) for index in order.tolist()]
+        if self.lengths is not None:
+            return length_batches(keys, whole, self.lengths, generator, first)
+        return (keys[start : start + whole] for start in range(first * whole, len(keys), whole))
 
 
 def repeated(loader: Any, batch_idx: int) -> bool:
