@@ -1,9 +1,11 @@
-"""The trunk pass over rows that begin alike: their common beginning runs once, on one row."""
+"""The trunk pass: what rows have in common at their beginning runs once, and short rows are not padded to the longest."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from transformers import DynamicCache
 
 from mend_lightning.forward import output_head
 from mend_lightning.layers import find_stacks
+from mend_lightning.length_groups import run_in_groups, trunk_groups
 from mend_lightning.parallel.lockstep import smallest
 from mend_lightning.trunk import StackOutput, TrunkOutputs, record_trunk
 from mend_lightning.types import Rows
@@ -24,25 +27,32 @@ def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> 
     """The trunk's outputs for `rows`, for `replayed`.
 
     A causal model's states on the tokens that all rows share are the same in all rows, so they are computed
-    once and the rest attends to them through the key-value cache. Equal to the plain pass up to rounding.
+    once and the rest attends to them through the key-value cache. Rows of very different length go in groups
+    (`trunk_groups`). Equal to the plain pass up to rounding, but for what is padding.
     """
     stacks = find_stacks(model)
     length = smallest(common_prefix(rows), model) if shares_prefixes(model) and len(stacks) == 1 else 0
     if length < SHORTEST_PREFIX:
-        return record_trunk(lambda: model(**rows.inputs), len(rows), stacks, layers)
+        return run_in_groups(
+            lambda inputs: record_trunk(lambda: model(**inputs), len(inputs["input_ids"]), stacks, layers),
+            rows, trunk_groups(model, rows),
+        )  # fmt: skip
     cache = DynamicCache(config=model.config)
-    ids, mask = rows.inputs["input_ids"], rows.inputs["attention_mask"]
     prefix = record_trunk(
-        lambda: model(input_ids=ids[:1, :length], past_key_values=cache, use_cache=True), 1, stacks, layers
-    )
+        lambda: model(input_ids=rows.inputs["input_ids"][:1, :length], past_key_values=cache, use_cache=True),
+        1, stacks, layers,
+    )  # fmt: skip
     if not prefix.stacks:
         return TrunkOutputs(len(rows))
-    cache.batch_repeat_interleave(len(rows))
-    rest = record_trunk(
-        lambda: model(input_ids=ids[:, length:], attention_mask=mask, past_key_values=cache, use_cache=True),
-        len(rows), stacks, layers,
-    )  # fmt: skip
-    return _joined(prefix, rest)
+
+    def run_rest(inputs: Mapping[str, Tensor]) -> TrunkOutputs:
+        ids, mask = inputs["input_ids"][:, length:], inputs["attention_mask"]
+        own = deepcopy(cache)
+        own.batch_repeat_interleave(len(ids))
+        run = partial(model, input_ids=ids, attention_mask=mask, past_key_values=own, use_cache=True)
+        return record_trunk(run, len(ids), stacks, layers)
+
+    return _joined(prefix, run_in_groups(run_rest, rows, trunk_groups(model, rows, length)))
 
 
 def shares_prefixes(model: nn.Module) -> bool:
