@@ -196,10 +196,10 @@ def padded_share(model: nn.Module, editor: MendEditor, batches: list[EditBatch])
         with passes(blocks_of(model)[0]) as ran:
             edit_step(model, editor, batch)
         slots += sum(count * length for count, length in ran)
-        for rows in (batch.z_edit, concatenate_rows([batch.x_out, batch.x_in])):
-            shared = common_prefix(rows)
-            shared = shared if shared >= SHORTEST_PREFIX else 0
-            real += int(rows.inputs["attention_mask"].sum()) - (len(rows) - 1) * shared
+        rows = concatenate_rows([batch.z_edit, batch.x_out, batch.x_in])
+        shared = common_prefix(rows)
+        shared = shared if shared >= SHORTEST_PREFIX else 0
+        real += int(rows.inputs["attention_mask"].sum()) - (len(rows) - 1) * shared
     return 1 - real / slots
 
 

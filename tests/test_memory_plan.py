@@ -68,7 +68,7 @@ def editors(real, empty, **settings):
 
 
 def batches(real, tokenizer, count: int, **settings):
-    data = EditDataModule("world_facts/train", max_length=96, **settings)
+    data = EditDataModule("world_facts/train", max_length=96, bucket_by_length=False, **settings)
     encoder = Encoder.for_model(real, tokenizer, data.format, data.max_length)
     sampler = data.sampler("train")
     return [_batch(data, sampler, encoder, keys) for keys in _orders(data, sampler, encoder, count)]
