@@ -141,6 +141,14 @@ def test_the_step_is_the_same_with_and_without(family, eager, monkeypatch):
         assert relative_error(found, expected) < 1e-6
 
 
+def test_what_was_run_already_does_not_count():
+    model, mask = tiny_model("llama"), torch.ones(60, 40, dtype=torch.long)
+    mask[:30, 36:] = 0
+    rows = Rows({"input_ids": mask, "attention_mask": mask}, mask, torch.arange(60), 60)
+    assert len(trunk_groups(model, rows)) == 1
+    assert trunk_groups(model, rows, skipped=24) == [list(range(30, 60)), list(range(30))]
+
+
 def test_nothing_is_run_where_the_first_block_is_edited(eager):
     model, rows = tiny_model("llama"), make_rows("llama", [0, 1, 2], 3)
     assert run_trunk(model, rows, modules_named(model, ["model.layers.0.mlp.down_proj"])).stacks == {}

@@ -238,6 +238,9 @@ def test_counts_are_the_largest_of_the_batches_and_never_more_than_the_settings_
         assert counts.length == max(each.inputs["input_ids"].shape[1] for each in rows)
         assert counts.tokens == max(int(each.inputs["attention_mask"].sum()) for each in rows)
         assert counts.labels == max(int((each.labels != IGNORED_LABEL).sum()) for each in rows)
+    # Long rows come together.
+    data.bucket_by_length = False
+    assert measured_counts(data, encoder, "all").z_edit.tokens < found.z_edit.tokens
     most = most_counts(data, "causal" if name == "llama" else "encoder_decoder", "all")
     for which in ("z_edit", "x_in", "x_out"):
         assert all(vars(getattr(most, which))[key] >= value for key, value in vars(getattr(found, which)).items())
