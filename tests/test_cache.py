@@ -82,7 +82,7 @@ def test_scores_are_those_of_a_loop_over_rows(family, edits):
     for name, actual in (("z_edit", scores.edit), ("x_in", scores.rephrase), ("x_out", scores.locality)):
         expected, hits = slow_scores(model, batch, name, threshold, 0.9)
         counts.append(hits)
-        for field in FIELDS:
+        for field in FIELDS[name]:
             values = [row[field] for row in expected]
             assert getattr(actual, field).tolist() == pytest.approx(values, rel=1e-4, abs=1e-4), (name, field)
     assert counts[0] == len(batch.z_edit) and scores.edit.correct_after.all(), "an edit is its own nearest"
@@ -129,7 +129,8 @@ def test_behind_the_stored_answer_nothing_but_its_stop_is_said():
     # Their questions end at different tokens, so their keys differ: here they shall not.
     edited = replace(edited, threshold=1e9)
     with torch.no_grad():
-        logits = edited.logits_at(model, longer, longer.labels != -100, run_trunk(model, longer, {}))
+        states = edited.states_at(model, longer, longer.label_positions, run_trunk(model, longer, {}))
+        logits = states.logits_of(states.hidden)
     assert logits.argmax(-1).tolist() == [int(short[0, -1])] * int((longer.labels != -100).sum())
 
 

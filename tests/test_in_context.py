@@ -9,7 +9,7 @@ import pytest
 import torch
 from bases import FORMATS, REMARKS, assert_same_state, state_copy
 from models import KINDS, make_rows
-from test_evaluate import plain_greedy, position_scores
+from test_evaluate import FIELDS, plain_greedy, position_scores
 
 from mend_lightning import InContext, load_base, make_edit
 from mend_lightning.answers import edited_answers, questions
@@ -19,6 +19,7 @@ from mend_lightning.editors import Editor
 from mend_lightning.editors.in_context import with_facts
 from mend_lightning.errors import ConfigError, TokenizerError
 from mend_lightning.evaluate import evaluate_batch
+from mend_lightning.positions import Positions
 from mend_lightning.trunk import TrunkOutputs
 
 pytest_plugins = ["bases"]
@@ -84,7 +85,7 @@ def test_scores_are_those_of_prompts_written_by_hand(family, edits_at_once, aske
     assert scores.locality.kl.min() > 1e-6, "the facts do something"
     for name, actual in (("z_edit", scores.edit), ("x_in", scores.rephrase), ("x_out", scores.locality)):
         expected = by_hand(made, name, edits_at_once)
-        for field in expected[0]:
+        for field in FIELDS[name]:
             values = [row[field] for row in expected]
             assert getattr(actual, field).tolist() == pytest.approx(values, rel=1e-3, abs=1e-4), (name, field)
 
@@ -147,13 +148,14 @@ def test_what_cannot_be(asked):
         made.editor.edited(made.model, make_rows("llama", [0], 1))
     edited, rows = made.editor.edited(made.model, made.batch.z_edit), made.batch.x_in
     with pytest.raises(ConfigError, match="logits at the labels' positions only"):
-        edited.logits_at(made.model, rows, torch.ones_like(rows.labels, dtype=torch.bool), TrunkOutputs(len(rows)))
+        everywhere = Positions.of(torch.ones_like(rows.labels, dtype=torch.bool))
+        edited.states_at(made.model, rows, everywhere, TrunkOutputs(len(rows)))
     with pytest.raises(TokenizerError, match="makes other ids of an answer"):
         other = replace(rows, labels=torch.where(rows.labels == -100, -100, 3))
-        edited.logits_at(made.model, other, other.labels != -100, TrunkOutputs(len(rows)))
+        edited.states_at(made.model, other, other.label_positions, TrunkOutputs(len(rows)))
     made.model.config.max_position_embeddings = 30
     with pytest.raises(ConfigError, match="a prompt has .* tokens; LlamaForCausalLM reads 30. Tell fewer"):
-        edited.logits_at(made.model, rows, rows.labels != -100, TrunkOutputs(len(rows)))
+        edited.states_at(made.model, rows, rows.label_positions, TrunkOutputs(len(rows)))
     made.editor.encoder = None
     with pytest.raises(ConfigError, match="InContext reads text and has no encoder"):
         made.editor.edited(made.model, made.batch.z_edit)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mend_lightning.edited import DeltaEdits
-from mend_lightning.evaluate import BatchScores, RowScores
+from mend_lightning.evaluate import BatchScores, ComparedScores
 from mend_lightning.functional import bootstrap_interval, exact_match, rows_all_true, rows_sum, token_f1
 from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
 from mend_lightning.scoreboard import PROTOCOL, Scoreboard
@@ -132,7 +132,7 @@ def test_perplexity_of_extremes():
     assert float(metric.compute()) == pytest.approx(math.exp(60) - 1, rel=1e-6)
 
 
-def random_rows(count: int, seed: int, task_size: int = 1) -> RowScores:
+def random_rows(count: int, seed: int, task_size: int = 1) -> ComparedScores:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 6, (count,), generator=generator)
 
@@ -145,7 +145,7 @@ def random_rows(count: int, seed: int, task_size: int = 1) -> RowScores:
     hits = parts()
     before = torch.rand(count, generator=generator) < 0.6
     task = torch.arange(count) // task_size
-    return RowScores(task, before, hits == tokens, values(), values(), tokens, hits, parts(), values())
+    return ComparedScores(task, tokens, hits == tokens, values(), hits, before, values(), parts(), values())
 
 
 def test_scoreboard_against_loops_over_rows():
@@ -184,7 +184,7 @@ def test_scoreboard_against_loops_over_rows():
     assert board.compute() == {}, "what saw nothing is left out"
 
 
-def as_dicts(rows: RowScores) -> list[dict]:
+def as_dicts(rows: ComparedScores) -> list[dict]:
     return [{name: getattr(rows, name)[i].item() for name in vars(rows)} for i in range(len(rows.task))]
 
 

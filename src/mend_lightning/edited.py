@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mend_lightning.data.encode import Encoder
 from mend_lightning.delta import Delta, applied
-from mend_lightning.forward import logits_at
 from mend_lightning.generate import generate_answers
+from mend_lightning.head import HeadStates, states_at
+from mend_lightning.positions import Positions
 from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import Rows
 
@@ -28,13 +29,13 @@ class Edited(Protocol):
     layers: Mapping[str, nn.Module]
     deltas: Mapping[str, Delta]
 
-    def logits_at(self, model: nn.Module, rows: Rows, mask: Tensor, trunk: TrunkOutputs) -> Tensor:
-        """Logits of the edited model at the positions of `mask` `[rows, length]`: `[n, vocabulary]`.
+    def states_at(self, model: nn.Module, rows: Rows, where: Positions, trunk: TrunkOutputs) -> HeadStates:
+        """What the edited model's logits are made of (`HeadStates.logits_of`), at n positions.
 
         Args:
             model: the base model.
             rows: what is asked; `rows.task` says under which edit.
-            mask: positions with a label; every row has one.
+            where: positions with a label; every row has one.
             trunk: the trunk's outputs for `rows` (`run_trunk(model, rows, self.layers)`).
         """
         ...
@@ -58,9 +59,9 @@ class DeltaEdits:
     layers: Mapping[str, nn.Module]
     deltas: Mapping[str, Delta]
 
-    def logits_at(self, model: nn.Module, rows: Rows, mask: Tensor, trunk: TrunkOutputs) -> Tensor:
+    def states_at(self, model: nn.Module, rows: Rows, where: Positions, trunk: TrunkOutputs) -> HeadStates:
         with replayed(trunk, slice(None)), applied(self.layers, self.deltas, rows.task_of_row):
-            return logits_at(model, rows, mask)
+            return states_at(model, rows, where)
 
     def answers(
         self,

@@ -40,6 +40,11 @@ class HeadStates:
     logits_of: Callable[[Tensor], Tensor]
     at_once: int
 
+    @classmethod
+    def known(cls, logits: Tensor) -> HeadStates:
+        """Of logits `[n, vocabulary]` that are there already."""
+        return cls(logits, _as_they_are, len(logits) or 1)
+
     def __len__(self) -> int:
         return int(self.hidden.shape[0])
 
@@ -66,7 +71,7 @@ def states_at(model: nn.Module, rows: Rows, where: Positions) -> HeadStates:
     """
     head = output_head(model)
     if head is None or head._forward_hooks or not _runs_apart(model):
-        return HeadStates(logits_at(model, rows, where), _as_they_are, len(where) or 1)
+        return HeadStates.known(logits_at(model, rows, where))
     seen, returned = _up_to_head(model, head, rows)
     return HeadStates(where.take(seen), _Rest(model, head, rows, returned), _at_once(head))
 

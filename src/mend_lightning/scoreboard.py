@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.delta import Delta
-from mend_lightning.evaluate import BatchScores, RowScores
+from mend_lightning.evaluate import BatchScores, ComparedScores
 from mend_lightning.fingerprint import readable_weight
 from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
 
@@ -82,7 +82,7 @@ class Scoreboard(nn.Module):
         metrics["edit_nll"].update(scores.rephrase.nll_after / scores.rephrase.tokens, scores.rephrase.tokens)
         self._update_locality(scores.locality, hard)
 
-    def _update_locality(self, rows: RowScores, hard: Tensor) -> None:
+    def _update_locality(self, rows: ComparedScores, hard: Tensor) -> None:
         metrics, known = self.metrics, rows.correct_before
         metrics["base_accuracy"].update(known)
         metrics["kept"].update(rows.correct_after[known])

@@ -13,6 +13,7 @@ from mend_lightning.attention import quick_backward
 from mend_lightning.delta import Delta, applied
 from mend_lightning.editors.editor import Editor
 from mend_lightning.head import HeadStates, head_kl, head_nll, states_at
+from mend_lightning.joint_trunk import own_part
 from mend_lightning.positions import Positions, joined
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs, replayed
@@ -102,19 +103,7 @@ def _shared_trunk(
     parts = batch.z_edit, concatenate_rows([batch.x_out, batch.x_in])
     rows = concatenate_rows(parts)
     trunk = (trunk_of or run_trunk)(model, rows, layers)
-    own = [_widths(rows, part) for part in parts]
-    edits, others = slice(0, len(batch.z_edit)), slice(len(batch.z_edit), len(rows))
-    if None in own:
-        # As long as all rows then; of the edits, what says which row is whose stays.
-        parts = replace(batch.z_edit, inputs=rows.part(edits).inputs, labels=rows.labels[edits]), rows.part(others)
-    return parts[0], trunk.part(edits, own[0] or {}), parts[1], trunk.part(others, own[1] or {})
-
-
-def _widths(rows: Rows, part: Rows) -> dict[int, int] | None:
-    """A length of `rows` -> that of `part`; None where one length stands for two: input and output of equal length."""
-    pairs = {(rows.inputs[name].shape[1], tensor.shape[1]) for name, tensor in part.inputs.items()}
-    widths = dict(pairs)
-    return widths if len(widths) == len(pairs) else None
+    return *own_part(rows, trunk, parts[0], 0), *own_part(rows, trunk, parts[1], len(batch.z_edit))
 
 
 def outer_losses(

@@ -15,8 +15,10 @@ from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.in_context import tasks_of_prompts
 from mend_lightning.editors.keys import prompt_keys, question_keys
 from mend_lightning.errors import ConfigError
-from mend_lightning.forward import logits_at, row_of
+from mend_lightning.forward import logits_at
 from mend_lightning.generate import generate_answers
+from mend_lightning.head import HeadStates
+from mend_lightning.positions import Positions
 from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import IGNORED_LABEL, Rows
 
@@ -68,11 +70,14 @@ class Cache(Editor):
             raise ConfigError(f"probability of Cache must lie between 0 and 1, not {probability}.")
         self.threshold, self.probability = threshold, probability
 
-    def edited(self, model: nn.Module, z_edit: Rows) -> CachedModel:
+    def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> CachedModel:
         """The model with the edits of `z_edit` in its cache."""
+        trunk = trunk or TrunkOutputs(len(z_edit))
         answers = [row[row != IGNORED_LABEL] for row in z_edit.labels]
         texts = [target for _, target in z_edit.texts]
-        return CachedModel(question_keys(model, z_edit), z_edit.task, answers, texts, self.threshold, self.probability)
+        with replayed(trunk, slice(None)):
+            keys = question_keys(model, z_edit)
+        return CachedModel(keys, z_edit.task, answers, texts, self.threshold, self.probability)
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,18 @@ class CachedModel:
         distances = torch.stack([(self.keys - key).norm(dim=1) for key in keys])
         return distances.masked_fill(task[:, None] != self.task, math.inf).min(1)
 
-    def logits_at(self, model: nn.Module, rows: Rows, mask: Tensor, trunk: TrunkOutputs) -> Tensor:
-        """See `Edited.logits_at`. Behind the stored answer's end its last token, the stop, is said again."""
+    def states_at(self, model: nn.Module, rows: Rows, where: Positions, trunk: TrunkOutputs) -> HeadStates:
+        """See `Edited.states_at`. Behind the stored answer's end its last token, the stop, is said again."""
         with replayed(trunk, slice(None)):
-            logits = logits_at(model, rows, mask)
+            logits = logits_at(model, rows, where)
             distances, which = self.nearest(question_keys(model, rows), rows.task)
-        row = row_of(mask)
-        position = (mask.long().cumsum(1) - 1)[mask]
+        # Of each position, how many of its row come before it.
+        position = torch.arange(len(where), device=where.row.device) - torch.searchsorted(where.row, where.row)
         for hit in (distances < self.threshold).nonzero().flatten().tolist():
-            labels, of_row = self.labels[int(which[hit])], row == hit
+            labels, of_row = self.labels[int(which[hit])], where.row == hit
             said = labels[position[of_row].clamp(max=len(labels) - 1)]
             logits[of_row] = certain_logits(said, logits.shape[-1], self.probability).to(logits)
-        return logits
+        return HeadStates.known(logits)
 
     def answers(
         self,

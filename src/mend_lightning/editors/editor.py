@@ -147,9 +147,9 @@ class Editor(nn.Module):
         """
         return None
 
-    def edited(self, model: nn.Module, z_edit: Rows) -> Edited:
-        """The model under the edits `z_edit`."""
-        return DeltaEdits(self.modules_in(model), self.make_deltas(model, z_edit).deltas)
+    def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Edited:
+        """The model under the edits `z_edit`; arguments as in `make_deltas`."""
+        return DeltaEdits(self.modules_in(model), self.make_deltas(model, z_edit, trunk).deltas)
 
     def bind(
         self,

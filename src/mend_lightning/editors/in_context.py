@@ -15,11 +15,12 @@ from mend_lightning.data.encode import Encoder
 from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, TokenizerError
-from mend_lightning.forward import label_mask, logits_at
 from mend_lightning.generate import generate_answers
+from mend_lightning.head import HeadStates, states_at
+from mend_lightning.positions import Positions
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs, replayed
-from mend_lightning.types import Rows
+from mend_lightning.types import IGNORED_LABEL, Rows
 
 Place = Literal["before", "line", "question"]
 
@@ -66,7 +67,7 @@ class InContext(Editor):
         """The text that stands in front of a question."""
         return "".join(_filled(self.template, prompt, target) for prompt, target in facts)
 
-    def edited(self, model: nn.Module, z_edit: Rows) -> PromptedModel:
+    def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> PromptedModel:
         """The model that is told the facts of `z_edit` before each question.
 
         Raises:
@@ -94,23 +95,23 @@ class PromptedModel:
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
     deltas: Mapping[str, Delta] = field(default_factory=dict)
 
-    def logits_at(self, model: nn.Module, rows: Rows, mask: Tensor, trunk: TrunkOutputs) -> Tensor:
-        """See `Edited.logits_at`. `mask` must be the labels' positions: others have no counterpart in a longer prompt.
+    def states_at(self, model: nn.Module, rows: Rows, where: Positions, trunk: TrunkOutputs) -> HeadStates:
+        """See `Edited.states_at`. `where` must be the labels' positions: others have no counterpart in a longer prompt.
 
         Raises:
-            ConfigError: `mask` has other positions.
+            ConfigError: `where` has other positions.
             TokenizerError: behind the longer prompt the tokenizer makes other ids of an answer.
         """
-        if not torch.equal(mask, label_mask(rows)):
-            raise ConfigError("In-context edits have logits at the labels' positions only (label_mask).")
+        if not torch.equal(torch.stack([where.row, where.column], 1), (rows.labels != IGNORED_LABEL).nonzero()):
+            raise ConfigError("In-context edits have logits at the labels' positions only (Rows.label_positions).")
         longer = self.longer(model, rows)
-        if not torch.equal(longer.labels[label_mask(longer)], rows.labels[mask]):
+        if not torch.equal(longer.label_positions.take(longer.labels), where.take(rows.labels)):
             raise TokenizerError(
                 "The tokenizer makes other ids of an answer when a fact stands in front of its question. End the template "
                 "of InContext with a newline or a blank."
             )
         with replayed(run_trunk(model, longer, {}), slice(None)):
-            return logits_at(model, longer, label_mask(longer))
+            return states_at(model, longer, longer.label_positions)
 
     def longer(self, model: nn.Module, rows: Rows) -> Rows:
         """`rows` with the facts of each row's task in front."""
