@@ -57,7 +57,11 @@ def compare_positions(
         befores.append(old_scores)
         afters.append(new_scores)
         kls.append((log_p.exp() * log_p.sub_(log_q)).sum(-1))
-    return _joined(befores, targets), _joined(afters, targets), torch.cat([targets.new_zeros(0, dtype=torch.float32), *kls])
+    return (
+        _joined(befores, targets),
+        _joined(afters, targets),
+        torch.cat([targets.new_zeros(0, dtype=torch.float32), *kls]),
+    )
 
 
 def _few_at_a_time(*states: HeadStates) -> Iterator[tuple[slice, list[Tensor]]]:
