@@ -62,25 +62,28 @@ def judge_answers(answers: Sequence[str], batch: EditBatch) -> tuple[list[bool],
 def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] | None) -> list[dict[str, Any]]:
     """One JSON-able record an edit: what was asked, what came out, and what else changed."""
     records, asked, unrelated = [], 0, 0
+    # As lists, once: each look at a tensor waits for its device.
+    reliable, general = scores.edit.correct_after.tolist(), scores.rephrase.correct_after.tolist()
+    known = [getattr(scores.locality, name).tolist() for name in ("correct_before", "correct_after")]
+    kl = (scores.locality.kl / scores.locality.tokens).tolist()
     for i, text in enumerate(batch.texts):
         of_rephrases = slice(asked, asked + len(text.rephrases))
         of_locality = slice(unrelated, unrelated + len(text.locality))
         asked, unrelated = of_rephrases.stop, of_locality.stop
-        rephrase, locality = scores.rephrase.part(of_rephrases), scores.locality.part(of_locality)
         record = {
             "prompt": text.prompt,
             "target": text.target,
             "answers": list(text.answers),
             "subject": text.subject,
             "relation": text.relation,
-            "reliable": bool(scores.edit.correct_after[i]),
+            "reliable": reliable[i],
             "rephrases": list(text.rephrases),
-            "general": rephrase.correct_after.tolist(),
+            "general": general[of_rephrases],
             "locality": [list(pair) for pair in text.locality],
             "hard": text.hard,
-            "known_before": locality.correct_before.tolist(),
-            "known_after": locality.correct_after.tolist(),
-            "kl": [round(value, 6) for value in (locality.kl / locality.tokens).tolist()],
+            "known_before": known[0][of_locality],
+            "known_after": known[1][of_locality],
+            "kl": [round(value, 6) for value in kl[of_locality]],
         }
         if answers is not None:
             record["generated"] = [answers[i], *answers[len(batch.texts) :][of_rephrases]]
