@@ -132,19 +132,20 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         configs: the files they come from: named at the head of what `--print_config` and `fit` write.
     """
     # Lightning is imported here: `mend-lightning --help` and the other commands need none of it.
-    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from mend_lightning.data.module import EditDataModule
     from mend_lightning.module import MendModule
     from mend_lightning.parallel.checkpoint_file import check_checkpoint_path
     from mend_lightning.parallel.processes import end_with_first_process, lost_processes_named
+    from mend_lightning.progress import EditProgressBar
     from mend_lightning.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
     from mend_lightning.run_parser import RunParser
     from mend_lightning.trainer_settings import (
         default_loggers,
         note_sigterm_only,
         refusals_named,
+        shows_progress,
         terminated_is_no_success,
         usable_strategy,
         with_checkpoint_io,
@@ -169,8 +170,9 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
                 kwargs["logger"] = default_loggers(root)
             strategy = kwargs["strategy"] = usable_strategy(trainer_config.get("strategy"))
             kwargs["plugins"] = with_checkpoint_io(trainer_config.get("plugins"), strategy)
-            if trainer_config.get("enable_progress_bar") is not False:
-                self.trainer_defaults["callbacks"].append(TQDMProgressBar(refresh_rate=5))
+            if shows_progress(trainer_config):
+                # Behind StartReport, whose lines come before the bar; before the others, whose lines come after it.
+                self.trainer_defaults["callbacks"].insert(1, EditProgressBar())
             trainer = super().instantiate_trainer(**kwargs)
             note_sigterm_only(trainer)
             for callback in trainer.checkpoint_callbacks:

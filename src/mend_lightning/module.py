@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -44,8 +43,8 @@ from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import step_loss
 from mend_lightning.precision import check_overflow, check_trainer_precision, loss_scaler
 from mend_lightning.prefix import run_trunk
+from mend_lightning.progress_line import followed
 from mend_lightning.random_states import gathered_random_states, set_own_random_states
-from mend_lightning.report import console
 from mend_lightning.scoreboard import Scoreboard, weight_norms
 from mend_lightning.step import LocalityPositions, StepOutput
 from mend_lightning.trunk_cache import CachedTrunk
@@ -262,13 +261,10 @@ class MendModule(L.LightningModule):
 
     def _calibrate(self, batches: DataLoader) -> None:
         total = min(self.calibration_batches, len(batches))
-        hidden = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
         chosen = (batch.to(self.device) for batch in islice(batches, total))
-        calibrate(
-            self.base_model, self.editor,
-            track(chosen, "Estimating the preconditioning", total, console=console(), disable=hidden),
-            self.trunk_of,
-        )  # fmt: skip
+        if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
+            chosen = followed(chosen, "Estimating the preconditioning", total, self.trainer.world_size)
+        calibrate(self.base_model, self.editor, chosen, self.trunk_of)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
@@ -283,7 +279,7 @@ class MendModule(L.LightningModule):
         values |= {"loss": loss, "skipped_tokens": out.skipped.to(loss)}
         means = self.trainer.strategy.reduce(torch.stack([*values.values()]).detach(), reduce_op="mean")
         for name, mean in zip(values, means.unbind()):
-            self.log(f"train/{name}", mean, prog_bar=name != "loss", batch_size=edits)
+            self.log(f"train/{name}", mean, prog_bar=name in out.losses(), batch_size=edits)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
@@ -298,7 +294,7 @@ class MendModule(L.LightningModule):
         rates = dict(self.editor.named_parameters()).get("edit_rates")
         if rates is not None:
             rates = whole(rates.detach())
-            self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()}, prog_bar=True)
+            self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()})
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         scores = evaluate_batch(self.base_model, self.editor, batch)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
@@ -63,6 +64,21 @@ def default_loggers(root: str) -> list[Any]:
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(root, name="tensorboard"))
     return loggers
+
+
+def shows_progress(settings: Mapping[str, Any]) -> bool:
+    """Whether the Trainer of these settings wants our progress bar: it is not switched off, and they bring none.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import RichProgressBar
+        >>> shows_progress({}), shows_progress({"callbacks": [RichProgressBar()]})
+        (True, False)
+    """
+    if settings.get("enable_progress_bar") is False or settings.get("barebones"):
+        return False
+    given = settings.get("callbacks") or []
+    given = given if isinstance(given, (list, tuple)) else [given]
+    return not any(isinstance(callback, ProgressBar) for callback in given)
 
 
 def with_checkpoint_io(plugins: Any, strategy: Any) -> list[Any]:
