@@ -21,7 +21,8 @@ SOURCE = ROOT / "src" / "mend_lightning"
 # Parts of the Lightning layer; everything else must not need Lightning.
 LIGHTNING_PARTS = {
     "module", "run_callbacks", "callback", "data.module", "commands.plan", "commands.sequential", "parallel.strategy",
-    "parallel.checkpoint_io", "parallel.placing", "precision", "run_parser", "trainer_settings", "trunk_in_training",
+    "parallel.checkpoint_io", "parallel.placing", "precision", "progress", "run_parser", "trainer_settings",
+    "trunk_in_training",
 }  # fmt: skip
 # Parts that cannot be imported without an extra.
 GRADIO_PARTS = {"ui.page"}

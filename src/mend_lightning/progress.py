@@ -141,10 +141,9 @@ class EditProgressBar(ProgressBar):
             self._training.close(read=read)
             self._training = None
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the bars."""
-        with tqdm.external_write_mode():
-            print(*args, **kwargs)
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        """Writes above the bars what `module.print` is given."""
+        tqdm.write(sep.join(map(str, args)), **kwargs)
 
 
 def edits_of(batch: Any) -> int:
