@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
-from mend_lightning.forward import attended_mask, label_mask
+from mend_lightning.forward import attended_mask, label_mask, without_cache
 from mend_lightning.layers import find_stacks
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
@@ -83,7 +83,7 @@ def record_inputs(
     """name -> the layer's inputs, one `[rows, tokens, d_in]` for every call of it, in one forward pass."""
     trunk = trunk_of(model, rows, layers)
     with replayed(trunk, slice(None)), _watched(layers) as seen, ending_after_edits(find_stacks(model), layers):
-        model(**rows.inputs)
+        model(**rows.inputs, **without_cache(model))
     return seen
 
 

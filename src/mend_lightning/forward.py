@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +41,24 @@ def attended_mask(rows: Rows) -> Tensor:
     return rows.attended_mask
 
 
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that has a model keep no keys and values, which after a single pass nobody reads; empty if it keeps none.
+
+    Example:
+        >>> without_cache(nn.Linear(1, 1))
+        {}
+    """
+    return {"use_cache": False} if _may_cache(type(model)) else {}
+
+
+@cache
+def _may_cache(kind: type[nn.Module]) -> bool:
+    return "use_cache" in inspect.signature(kind.forward).parameters
+
+
 def run_model(model: nn.Module, rows: Rows) -> Tensor:
     """The model's logits for `rows`, as it returns them."""
-    output = model(**rows.inputs)
+    output = model(**rows.inputs, **without_cache(model))
     return output if isinstance(output, Tensor) else output.logits
 
 

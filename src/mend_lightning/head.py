@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mend_lightning.compiled import unwrapped
 from mend_lightning.errors import LayerNotCalledError
-from mend_lightning.forward import logits_at, output_head
+from mend_lightning.forward import logits_at, output_head, without_cache
 from mend_lightning.losses import mean_shares, sum_shares, token_kl, token_nll
 from mend_lightning.parallel.whole import is_sharded
 from mend_lightning.positions import Positions
@@ -156,7 +156,7 @@ def _up_to_head(model: nn.Module, head: nn.Module, rows: Rows) -> tuple[Tensor, 
     handles = [head.register_forward_pre_hook(stop)]
     handles += [beside.register_forward_hook(_keeper(returned)) for beside in _beside(model, head)]
     try:
-        model(**rows.inputs)
+        model(**rows.inputs, **without_cache(model))
     except _HeadReached:
         return seen[0], returned
     finally:
@@ -198,7 +198,7 @@ class _Rest:
         handle = self.head.register_forward_pre_hook(lambda module, args: (hidden, *args[1:]))
         try:
             with returning(self.returned):
-                return self.model(**self.rows.inputs).logits
+                return self.model(**self.rows.inputs, **without_cache(self.model)).logits
         finally:
             handle.remove()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mend_lightning.forward import output_head
+from mend_lightning.forward import output_head, without_cache
 from mend_lightning.layers import find_stacks
 from mend_lightning.length_groups import run_in_groups, trunk_groups
 from mend_lightning.parallel.lockstep import smallest
@@ -33,8 +33,9 @@ def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> 
     stacks = find_stacks(model)
     length = smallest(common_prefix(rows), model) if shares_prefixes(model) and len(stacks) == 1 else 0
     if length < SHORTEST_PREFIX:
+        uncached = without_cache(model)
         return run_in_groups(
-            lambda inputs: record_trunk(lambda: model(**inputs), len(inputs["input_ids"]), stacks, layers),
+            lambda inputs: record_trunk(lambda: model(**inputs, **uncached), len(inputs["input_ids"]), stacks, layers),
             rows, trunk_groups(model, rows),
         )  # fmt: skip
     cache = DynamicCache(config=model.config)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from mend_lightning.capture import record_factors
 from mend_lightning.delta import LowRankDelta, pack_tasks
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.forward import output_head
+from mend_lightning.forward import output_head, without_cache
 from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import FusedAttention, LiveBytes
 from mend_lightning.losses import token_kl, token_nll
@@ -243,15 +244,16 @@ def _joined(first: RowCounts, second: RowCounts) -> RowCounts:
     )  # fmt: skip
 
 
-def _inputs(model: nn.Module, rows: RowCounts, count: int | None = None) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, rows: RowCounts, count: int | None = None) -> dict[str, Any]:
     shapes = {"input_ids": rows.length, "attention_mask": rows.length}
     if rows.decoder_length:
         shapes |= {"decoder_input_ids": rows.decoder_length, "decoder_attention_mask": rows.decoder_length}
     device, count = next(model.parameters()).device, rows.rows if count is None else count
-    return {name: torch.empty(count, length, dtype=torch.long, device=device) for name, length in shapes.items()}
+    inputs = {name: torch.empty(count, length, dtype=torch.long, device=device) for name, length in shapes.items()}
+    return inputs | without_cache(model)
 
 
-def _logits(model: nn.Module, inputs: dict[str, Tensor], positions: int, live: LiveBytes) -> Tensor:
+def _logits(model: nn.Module, inputs: dict[str, Any], positions: int, live: LiveBytes) -> Tensor:
     """`logits_at` the first `positions`; a classifier's are one a row."""
 
     def gather(module: nn.Module, args: tuple) -> tuple:
