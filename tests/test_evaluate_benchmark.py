@@ -72,4 +72,4 @@ def test_edits_beyond_the_facts_are_other_draws(facts):
 
 def test_an_evaluation_without_an_editor(tmp_path):
     with pytest.raises(ConfigError, match="holds no editor. Run `make quickstart`"):
-        main(["evaluate", "--editor", str(tmp_path)])
+        main(["evaluate", "--editor", str(tmp_path), "--threads", "1"])
