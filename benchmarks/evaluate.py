@@ -35,7 +35,12 @@ COUNTS = {"edit": ("hits",), "rephrase": ("hits",), "locality": ("correct_before
 
 @dataclass(frozen=True)
 class Example:
-    """One edit's numbers: every score of its rows, set by set, and its answers."""
+    """One edit's numbers, of all its rows, and its answers.
+
+    Attributes:
+        values: every NLL and KL, nats a label token.
+        counts: every number of label tokens or rows.
+    """
 
     values: Tensor
     counts: Tensor
@@ -135,20 +140,19 @@ def examples(
 
 def example(scores: BatchScores, task: int, answers: Sequence[str]) -> Example:
     """The numbers of one task of a batch."""
-
-    def of(names: dict[str, tuple[str, ...]]) -> Tensor:
-        parts = [(getattr(scores, part), fields) for part, fields in names.items()]
-        return torch.cat(
-            [getattr(rows, field)[rows.task == task].double() for rows, fields in parts for field in fields]
-        )
-
-    return Example(of(VALUES), of(COUNTS), tuple(answers))
+    values, counts = [], []
+    for part in VALUES:
+        rows = getattr(scores, part)
+        rows = rows.part(rows.task == task)
+        values += [getattr(rows, field).double() / rows.tokens for field in VALUES[part]]
+        counts += [getattr(rows, field).double() for field in COUNTS[part]]
+    return Example(torch.cat(values), torch.cat(counts), tuple(answers))
 
 
 def compare(together: Sequence[Example], single: Sequence[Example]) -> dict[str, float]:
-    """The largest difference of an NLL or a KL (nats, summed over a row's answer), and how many examples differ otherwise.
+    """The largest difference of an NLL or a KL, and how many examples differ otherwise.
 
-    Differences are in parts of the value where that is more than 1 nat.
+    Differences are in nats a label token, and in parts of the value where that is more than 1.
 
     Example:
         >>> one, other = (Example(torch.tensor([value]), torch.tensor([1]), ("Rome",)) for value in (4.0, 5.0))
