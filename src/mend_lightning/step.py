@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.attention import quick_backward
-from mend_lightning.delta import Delta, applied
+from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
-from mend_lightning.head import HeadStates, head_kl, head_nll, states_at
+from mend_lightning.head import HeadStates, head_kl, head_nll
 from mend_lightning.joint_trunk import own_part
 from mend_lightning.positions import Positions, joined
 from mend_lightning.prefix import run_trunk
-from mend_lightning.trunk import TrunkOutputs, replayed
+from mend_lightning.states_in_groups import states_above
+from mend_lightning.trunk import TrunkOutputs
 from mend_lightning.types import EditBatch, Rows, concatenate_rows
 
 LocalityPositions = Literal["all", "answer"]
@@ -151,8 +151,9 @@ def _outer(
     locality = locality_positions_of(batch.x_out, locality_positions)
     edit = batch.x_in.label_positions.behind(len(batch.x_out))
     x_out = slice(0, len(batch.x_out))
-    with replayed(trunk, x_out), torch.no_grad():
-        return _Outer(rows, trunk, x_out, locality, edit, states_at(model, rows.part(x_out), locality))
+    with torch.no_grad():
+        unedited = states_above(model, rows.part(x_out), locality, trunk.part(x_out, {}), {})
+    return _Outer(rows, trunk, x_out, locality, edit, unedited)
 
 
 def _resting(
@@ -162,8 +163,9 @@ def _resting(
     outer: _Outer,
 ) -> tuple[HeadStates, Tensor]:
     """States of the resting model at the locality positions, for comparison only, and L_base per task."""
-    with replayed(outer.trunk, outer.x_out), applied(layers, deltas), quick_backward(model, outer.rows):
-        resting = states_at(model, outer.rows.part(outer.x_out), outer.locality)
+    # One task for all rows.
+    x_out = replace(outer.rows.part(outer.x_out), grouped=True)
+    resting = states_above(model, x_out, outer.locality, outer.trunk.part(outer.x_out, {}), layers, deltas)
     drift = head_kl(outer.unedited, resting, outer.task(outer.locality), outer.rows.tasks)
     return resting.detach(), drift
 
@@ -176,8 +178,7 @@ def _edited_losses(
 ) -> tuple[Tensor, Tensor]:
     """L_edit and L_loc per task, from one pass of the edited model over `x_out` and `x_in`."""
     rows = outer.rows
-    with replayed(outer.trunk, slice(None)), applied(layers, deltas, rows.task_of_row), quick_backward(model, rows):
-        edited = states_at(model, rows, joined([outer.locality, outer.edit]))
+    edited = states_above(model, rows, joined([outer.locality, outer.edit]), outer.trunk, layers, deltas)
     at_locality, at_edit = edited.split(len(outer.locality))
     kl = head_kl(outer.unedited, at_locality, outer.task(outer.locality), rows.tasks)
     return head_nll(at_edit, outer.edit.take(rows.labels), outer.task(outer.edit), rows.tasks), kl

@@ -6,7 +6,7 @@ alike (a worked example in front of every question) run their common beginning o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,13 +41,14 @@ class TrunkOutputs:
     rows: int
     stacks: dict[str, StackOutput] = field(default_factory=dict)
 
-    def part(self, rows: slice, widths: Mapping[int, int]) -> TrunkOutputs:
+    def part(self, rows: slice | Sequence[int], widths: Mapping[int, int]) -> TrunkOutputs:
         """Those of some of the rows, as if they alone had run; `widths`: see `cut`."""
+        count = len(range(self.rows)[rows]) if isinstance(rows, slice) else len(rows)
         stacks = {
             name: StackOutput(stack.blocks, cut(take_rows(stack.output, self.rows, rows), widths))
             for name, stack in self.stacks.items()
         }
-        return TrunkOutputs(len(range(self.rows)[rows]), stacks)
+        return TrunkOutputs(count, stacks)
 
 
 def cut(value: Any, widths: Mapping[int, int]) -> Any:
@@ -208,7 +209,7 @@ class _Returns:
         return self.output
 
 
-def take_rows(value: Any, total: int, rows: Tensor | slice) -> Any:
+def take_rows(value: Any, total: int, rows: Tensor | slice | Sequence[int]) -> Any:
     """Picks rows out of whatever a block returned: tensors `[total, ...]` are indexed, others kept.
 
     Example:
