@@ -16,7 +16,7 @@ pytest_plugins = ["bases"]
 # The benchmark is a program beside the package, run from the repository's root, and is not installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import compared, width  # noqa: E402
+from benchmarks import compared, phases, width  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.floor import Floor  # noqa: E402
 from benchmarks.memory import peak_memory  # noqa: E402
@@ -246,3 +246,27 @@ def test_scaling(tmp_path, base_folder, facts):
     options = ["--config", str(config), "--processes", "1", "--warm-up", "1", "--steps", "2", "--repeats", "1"]
     line = main(["scaling", *options, "--out", str(tmp_path)])
     assert line["edits_per_second"]["1"]["median"] > 0 and line["times_the_first"] == {"1": 1.0}
+
+
+def test_profile(tmp_path):
+    """Each phase that a step has takes time, and none of what the step needs is left out."""
+    arguments = ["profile", "--edits", "3", "--tokens", "10", "--rank", "8", "--threads", "1", "--repeats", "2"]
+    for model in TINY:
+        line = main([*arguments, "--model", model, "--out", str(tmp_path)])
+        assert line["seconds"].keys() == set(phases.PHASES)
+        assert {name for name, seconds in line["seconds"].items() if not seconds} == {phases.CONFIDENCE}
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    assert len((tmp_path / "profile.jsonl").read_text().splitlines()) == 2
+
+
+def test_gradients_of_a_profiled_step_are_those_of_a_step():
+    bench = tiny_bench("tiny-gpt2")
+    edit_step(bench.model, bench.editor, bench.batch).total(C_EDIT).backward()
+    expected = [parameter.grad.clone() for parameter in bench.editor.parameters()]
+    bench.editor.zero_grad()
+    watch = phases.Stopwatch()
+    with phases.watched(watch) as made:
+        loss = edit_step(bench.model, bench.editor, bench.batch).total(C_EDIT)
+    torch.autograd.backward(made, torch.autograd.grad(loss, made))
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(bench.editor.parameters(), expected))
+    assert watch.seconds.keys() == set(phases.FUNCTIONS.values()) - {phases.CONFIDENCE}
