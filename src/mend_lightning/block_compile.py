@@ -11,6 +11,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.fx.experimental import _config as shape_config
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from mend_lightning.checks import check_compilable
 from mend_lightning.errors import ConfigError, UncompiledWarning
 from mend_lightning.layers import find_stacks
 from mend_lightning.parallel.whole import is_sharded
@@ -81,13 +83,6 @@ def uncompile_blocks(model: nn.Module) -> None:
             del module.__dict__["forward"]
 
 
-def check_compilable(sharded: bool, quantised: bool) -> None:
-    """Raises ConfigError for a base whose blocks cannot be compiled."""
-    what = "sharded over processes" if sharded else "quantised" if quantised else None
-    if what:
-        raise ConfigError(f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out.")
-
-
 @dataclass
 class _Forward:
     """Stands in for a block's forward.
@@ -105,18 +100,12 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward, where = type(self.block).forward, _cache_place(args, kwargs)
         layer = None if where is None else _cache_layer(self.block, (kwargs if isinstance(where, str) else args)[where])
-        key = (forward, self.build, where, _mode(), _signature(args), _signature(kwargs))
+        past = (layer.keys, layer.values) if layer is not None and layer.get_seq_length() else None
+        key = forward, self.build, where, past is None, _mode(), _signature(args), _signature(kwargs)
         if not self._may_be_compiled(args, kwargs) or (where is not None and layer is None) or key in _given_up:
             return forward(self.block, *args, **kwargs)
-        past = layer and (layer.keys, layer.values)
         try:
-            if key in _compiled:
-                output, past = _run(_compiled[key], self.block, past, args, kwargs)
-            else:
-                _compiled[key] = _compile(forward, where)
-                # Dynamo looks at what it is given from all sides, and is warned of that.
-                with warnings.catch_warnings(action="ignore"):
-                    output, past = _run(_compiled[key], self.block, past, args, kwargs)
+            output, grown = _run(key, self.block, past, args, kwargs)
         except FailOnRecompileLimitHit:
             _given_up.add(key)
             warnings.warn(
@@ -124,8 +113,10 @@ class _Forward:
                 UncompiledWarning, stacklevel=2,
             )  # fmt: skip
             return forward(self.block, *args, **kwargs)
-        if layer is not None:
-            layer.keys, layer.values = past
+        if past is not None:
+            layer.keys, layer.values = grown
+        elif layer is not None:
+            layer.update(*grown)
         return output
 
     def _may_be_compiled(self, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -137,10 +128,16 @@ class _Forward:
         return many and _is_untouched(self.block)
 
 
-def _run(function: Callable[..., Any], block: nn.Module, past: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _run(key: tuple, block: nn.Module, past: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a block returns, and its part of the cache afterwards, by the code of `key`, which is made where it is missing."""
+    new = key not in _compiled
+    if new:
+        forward, _, where, *_ = key
+        _compiled[key] = _compile(forward, where)
     try:
-        with _SETTINGS[0], _SETTINGS[1]:
-            return function(block, past, args, kwargs)
+        # Dynamo looks at what it is given from all sides, and is warned of that.
+        with _SETTINGS[0], _SETTINGS[1], warnings.catch_warnings(action="ignore") if new else nullcontext():
+            return _compiled[key](block, past, _settled(args), _settled(kwargs))
     except TorchDynamoException as error:
         raise ConfigError(
             f"compile_blocks: torch cannot compile {type(block).__name__}. Leave compile_blocks out; on a CPU torch needs a "
@@ -154,12 +151,12 @@ def _compile(forward: Callable[..., Any], where: int | str | None) -> Callable[.
     def call(block: nn.Module, past: tuple[Tensor, Tensor] | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         if where is None:
             return forward(block, *args, **kwargs), None
-        cache = _OneLayer(*past)
+        cache = _OneLayer(past)
         if isinstance(where, str):
             kwargs = {**kwargs, where: cache}
         else:
             args = (*args[:where], cache, *args[where + 1 :])
-        return forward(block, *args, **kwargs), (cache.keys, cache.values)
+        return forward(block, *args, **kwargs), cache.states
 
     # Dynamo counts what it compiled by code, of which every function made here would have the same.
     code = call.__code__.replace(co_name=f"block_{next(_numbers)}")
@@ -170,13 +167,13 @@ def _compile(forward: Callable[..., Any], where: int | str | None) -> Callable[.
 class _OneLayer:
     """A block's own part of a key-value cache: without the others' there is no number of a layer in the code."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, states: tuple[Tensor, Tensor] | None) -> None:
+        self.states = states
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys = torch.cat([self.keys, keys], dim=-2)
-        self.values = torch.cat([self.values, values], dim=-2)
-        return self.keys, self.values
+        new = keys, values
+        self.states = new if self.states is None else tuple(torch.cat(pair, dim=-2) for pair in zip(self.states, new))
+        return self.states
 
 
 def _cache_place(args: tuple, kwargs: dict[str, Any]) -> int | str | None:
@@ -186,12 +183,12 @@ def _cache_place(args: tuple, kwargs: dict[str, Any]) -> int | str | None:
 
 
 def _cache_layer(block: nn.Module, cache: Cache) -> DynamicLayer | None:
-    """The block's part of the cache, if it is an ordinary one that holds something."""
+    """The block's part of the cache, if that is an ordinary one."""
     number = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)
     if type(cache) is not DynamicCache or number is None or number >= len(cache.layers):
         return None
     layer = cache.layers[number]
-    return layer if type(layer) is DynamicLayer and layer.get_seq_length() > 0 else None
+    return layer if type(layer) is DynamicLayer else None
 
 
 def _is_untouched(block: nn.Module) -> bool:
@@ -199,7 +196,9 @@ def _is_untouched(block: nn.Module) -> bool:
     if _has_any_global_hook():
         return False
     for module in block.modules():
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        hooks = (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
         if module is not block and (hooks or "forward" in module.__dict__):
             return False
     return True
@@ -209,6 +208,19 @@ def _build_of(block: nn.Module) -> tuple:
     """What blocks that are alike have in common: their modules by name and class, and their parameters' shapes."""
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     return modules, tuple((name, tuple(each.shape), each.dtype) for name, each in block.named_parameters())
+
+
+def _settled(value: Any) -> Any:
+    """Arguments that are views of other tensors as tensors of their own: code for a view asks for its base's sizes."""
+    if isinstance(value, Tensor):
+        if not value._is_view() or value.requires_grad:
+            return value
+        # As much for where it begins and for its strides.
+        apart = value.storage_offset() or not value.is_contiguous()
+        return value.clone(memory_format=torch.contiguous_format) if apart else value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_settled, value))
+    return {name: _settled(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def _mode() -> tuple:
@@ -221,7 +233,13 @@ def _mode() -> tuple:
 def _signature(value: Any) -> Any:
     """What of an argument the code depends on: not a tensor's sizes, unless they are 1."""
     if isinstance(value, Tensor):
-        return value.dtype, value.device, value.requires_grad, tuple(size == 1 for size in value.shape)
+        return (
+            value.dtype,
+            value.device,
+            value.requires_grad and value._is_view(),
+            value.requires_grad,
+            tuple(size == 1 for size in value.shape),
+        )
     if isinstance(value, (tuple, list)):
         return tuple(map(_signature, value))
     if isinstance(value, dict):

@@ -44,6 +44,13 @@ def check_checkpointing(model: nn.Module) -> None:
             )
 
 
+def check_compilable(sharded: bool, quantised: bool) -> None:
+    """Raises ConfigError for a base whose blocks cannot be compiled."""
+    what = "sharded over processes" if sharded else "quantised" if quantised else None
+    if what:
+        raise ConfigError(f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out.")
+
+
 def check_prompt_format(saved: dict[str, str], given: dict[str, str] | None) -> None:
     """Raises ConfigError if an editor was trained with another prompt format than the data has."""
     if saved and given and saved != given:

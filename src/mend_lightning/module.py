@@ -20,6 +20,7 @@ from mend_lightning.calibration import calibrate
 from mend_lightning.checks import (
     check_checkpoint,
     check_checkpointing,
+    check_compilable,
     check_finite,
     check_precision,
     check_prompt_format,
@@ -81,6 +82,8 @@ class MendModule(L.LightningModule):
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
             for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
             where it would pay. None: they run every time.
+        compile_blocks: have torch compile the base's blocks that hold no hook (see `block_compile.py`). The first steps wait for
+            it; benchmarks/README.md says where that pays. Losses are equal up to rounding.
 
     Example:
         >>> module = MendModule(rank=256, lr=1e-5)
@@ -115,6 +118,7 @@ class MendModule(L.LightningModule):
         locality_positions: LocalityPositions = "all",
         tasks_at_once: int | None = None,
         trunk_cache: str | Path | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
@@ -136,6 +140,7 @@ class MendModule(L.LightningModule):
         self.c_edit, self.locality_positions = c_edit, locality_positions
         # What runs the trunk in training; `on_fit_start` puts the cache here.
         self.trunk_cache, self.trunk_of = trunk_cache, run_trunk
+        self.compile_blocks = compile_blocks
         self.base_model = self.tokenizer = self.editor = None
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
@@ -169,6 +174,11 @@ class MendModule(L.LightningModule):
             check_single_process(self.editor, self._trainer.world_size)
         if isinstance(strategy, SHARDING):
             strategy.shard_editor(self.editor)
+        if self.compile_blocks:
+            # Imported here: Dynamo takes a second to load.
+            from mend_lightning.block_compile import compile_blocks
+
+            compile_blocks(self.base_model, gradients=getattr(self.editor, "first_order", True))
         check_checkpointing(self.base_model)
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
@@ -204,6 +214,8 @@ class MendModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Checks the Trainer, before gigabytes load."""
         check_trainer_precision(self.trainer.precision_plugin)
+        if self.compile_blocks:
+            check_compilable(isinstance(self.trainer.strategy, SHARDING), self.base.quantize is not None)
         if stage == "fit" and self.trunk_cache is not None:
             check_trunk_cache(self.trunk_cache, self.trainer.strategy)
         if self._inference_mode():
