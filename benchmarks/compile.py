@@ -70,15 +70,15 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         run; `blocks`: how many are compiled; `difference`: the largest of a loss, relative.
     """
     runs = {"trunk": _trunk(case), "step": _step(case)}
-    losses = _losses(case)
     with _new_files():
         blocks = compile_blocks(case.model)
         first = _compiling(runs["step"], len(case.batches))
         torch.compiler.reset()
         again = _compiling(runs["step"], len(case.batches))
     compiled = {module: module.__dict__["forward"] for module in case.model.modules() if "forward" in module.__dict__}
-    difference = max(abs(after / before - 1) for before, after in zip(losses, _losses(case)))
+    losses = _losses(case)
     uncompile_blocks(case.model)
+    difference = max(abs(after / before - 1) for before, after in zip(_losses(case), losses))
     variants = {name: run for name, run in runs.items()}
     variants |= {f"{name}, compiled": _with(compiled, run) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,6 +198,40 @@ def test_fit(mend, edit_data, trainer, quick):
     assert block_compile._compiled
     for name, value in other.editor.state_dict().items():
         torch.testing.assert_close(module.editor.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_the_benchmark(quick, monkeypatch, tmp_path, capsys):
+    """The same losses, a row, and a line; the blocks are left as they were."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    from benchmarks import compile as benchmark
+    from benchmarks.__main__ import main
+
+    made = []
+    make = benchmark.make_case
+    monkeypatch.setattr(
+        benchmark, "make_case", lambda *args, **settings: made.append(make(*args, **settings)) or made[0]
+    )
+    options = [
+        "--cases",
+        "tiny-t5:float32",
+        "--repeats",
+        "1",
+        "--rank",
+        "8",
+        "--batches",
+        "2",
+        "--edits",
+        "2",
+        "--threads",
+        "1",
+    ]
+    line = main(["compile", *options, "--out", str(tmp_path)])
+    found = line["cases"]["tiny-t5:float32"]
+    assert found["difference"] < 1e-4 and found["blocks"] == 4
+    assert set(found["seconds"]) == {"trunk", "trunk, compiled", "step", "step, compiled"}
+    assert json.loads((tmp_path / "compile.jsonl").read_text())["cases"] == line["cases"]
+    assert "tiny-t5:float32" in capsys.readouterr().out
+    assert not any("forward" in module.__dict__ for module in made[0].model.modules())
 
 
 def test_fit_of_a_quantised_base_says_no_before_it_loads(trainer, edit_data):
