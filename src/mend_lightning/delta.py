@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from mend_lightning.errors import BaseModelMismatchError
+from mend_lightning.positions import slots
 from mend_lightning.types import Factors
 
 
@@ -211,8 +212,9 @@ def descent(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRank
         >>> descent(factors.u, factors.delta, factors, torch.tensor(0.5)).dense().flatten().tolist()
         [-0.5, -0.5]
     """
-    slot, rank = task_slots(factors.task, factors.tasks)
+    slot, rank = factors.place or task_slots(factors.task, factors.tasks)
     place = (factors.task, factors.tasks, rank, slot)
+    rate = rate if factors.kept is None else (rate * factors.kept)[:, None]
     return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))
 
 
@@ -222,12 +224,11 @@ def pack_tasks(rows: Tensor, task: Tensor, tasks: int, rank: int, slot: Tensor) 
 
 
 def task_slots(task: Tensor, tasks: int) -> tuple[Tensor, int]:
-    """Position of every token within its task `[tokens]`, and the largest task's token count.
+    """Position of every token within its task `[tokens]`, and the largest task's token count, which waits for the device.
 
     Example:
         >>> task_slots(torch.tensor([0, 1, 0]), 2)
         (tensor([0, 0, 1]), 2)
     """
-    one_hot = torch.nn.functional.one_hot(task, tasks)
-    slot = (one_hot.cumsum(0) - 1).gather(1, task[:, None])[:, 0]
-    return slot, int(one_hot.sum(0).max()) if task.numel() else 0
+    slot = slots(task, tasks)
+    return slot, int(slot.max()) + 1 if task.numel() else 0

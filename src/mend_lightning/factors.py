@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from mend_lightning.errors import NonFiniteError
 from mend_lightning.forward import labelled, logits_at
 from mend_lightning.head import head_nll, states_at
 from mend_lightning.losses import mean_by_task, token_nll
+from mend_lightning.positions import Reach
 from mend_lightning.prefix import run_trunk
+from mend_lightning.reach import gradient_reach
 from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import Factors, Rows
 
@@ -46,6 +48,7 @@ def edit_factors(
     """
     where, targets, task = labelled(z_edit, "The edit")
     trunk = trunk or run_trunk(model, z_edit, layers)
+    reach = gradient_reach(model, layers, z_edit)
     # torch's fused attention kernels have no second derivative.
     attention = sdpa_kernel(SDPBackend.MATH) if keep_graph else quick_backward(model, z_edit)
     changed = applied(layers, deltas or {}, z_edit.task_of_row)
@@ -59,10 +62,23 @@ def edit_factors(
         raw = tape.gradients(nll.sum(), loss_scale(task, z_edit.tasks) if tape.float16 else 1.0)
     if tape.float16:
         _check_finite(raw)
-    factors = {name: kept_factors(u, delta, z_edit.task, z_edit.tasks) for name, (u, delta) in raw.items()}
-    kept = sum(each.u.shape[0] for each in factors.values())
+    factors = {name: _kept(u, delta, z_edit, reach[name]) for name, (u, delta) in raw.items()}
     total = sum(u.shape[:-1].numel() for u, _ in raw.values())
-    return factors, nll.detach(), torch.tensor(1 - kept / total)
+    return factors, nll.detach(), 1 - _count(factors.values()) / total
+
+
+def _kept(u: Tensor, delta: Tensor, z_edit: Rows, reach: Reach | None) -> Factors:
+    tokens = None if reach is None else z_edit.tokens(reach)
+    return kept_factors(u, delta, z_edit.task, z_edit.tasks, tokens)
+
+
+def _count(factors: Iterable[Factors]) -> Tensor:
+    """How many tokens are kept, of all layers: a float scalar on the device."""
+    counts = [
+        torch.full((), float(each.u.shape[0]), device=each.u.device) if each.kept is None else each.kept.sum().float()
+        for each in factors
+    ]
+    return torch.stack(counts).sum()
 
 
 def loss_scale(task: Tensor, tasks: int) -> float:

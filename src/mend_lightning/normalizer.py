@@ -29,11 +29,21 @@ def merge_moments(
     return total, mean + difference * weight, m2 + other_m2 + difference.square() * count * weight
 
 
-def moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, sum of squared deviations) of `rows` `[n, width]`; n may be 0."""
-    count = torch.tensor(rows.shape[0], device=rows.device)
-    mean = rows.sum(0) / count.clamp(min=1)
-    return count, mean, (rows - mean).square().sum(0)
+def moments(rows: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, sum of squared deviations) of `rows` `[n, width]`, or of those that `kept` `[n]` says; n may be 0.
+
+    Example:
+        >>> rows = torch.tensor([[1.0], [9.0], [3.0]])
+        >>> [value.tolist() for value in moments(rows, torch.tensor([True, False, True]))]
+        [2, [2.0], [2.0]]
+    """
+    if kept is None:
+        count = torch.full((), rows.shape[0], device=rows.device)
+        mean = rows.sum(0) / count.clamp(min=1)
+        return count, mean, (rows - mean).square().sum(0)
+    count, weight = kept.sum(), kept[:, None].to(rows.dtype)
+    mean = (rows * weight).sum(0) / count.clamp(min=1)
+    return count, mean, ((rows - mean).square() * weight).sum(0)
 
 
 def all_reduced_moments(
@@ -80,9 +90,9 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("m2", torch.zeros(width))
 
     @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Takes in `rows` `[n, width]` of this rank and of every other rank."""
-        piece = all_reduced_moments(*moments(rows.detach().float()))
+    def update(self, rows: Tensor, kept: Tensor | None = None) -> None:
+        """Takes in `rows` `[n, width]` (those that `kept` `[n]` says) of this rank and of every other rank."""
+        piece = all_reduced_moments(*moments(rows.detach().float(), kept))
         merged = merge_moments(self.count, self.mean, self.m2, *piece)
         for buffer, value in zip((self.count, self.mean, self.m2), merged):
             buffer.copy_(value)

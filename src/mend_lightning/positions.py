@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+# Which of a row's tokens a loss at its labels can give a gradient (`reach.py`): those at its labels, those up to its last
+# label, those of its input, or its first.
+Reach = Literal["labels", "until", "inputs", "first"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,53 @@ class Positions:
 def joined(parts: Sequence[Positions]) -> Positions:
     """Several places after one another."""
     return Positions(torch.cat([part.row for part in parts]), torch.cat([part.column for part in parts]))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of some rows that may make factors, each with its place among those of its task.
+
+    Attributes:
+        where: n places in `[rows, length]`.
+        length: of the sequence they are in.
+        task: `[n]` int64.
+        slot: `[n]` int64, counts up from 0 within each task.
+        rank: tokens of the task that has most.
+
+    Example:
+        >>> tokens = Tokens.of(torch.tensor([[True, False], [True, True]]), torch.tensor([0, 0]), tasks=1)
+        >>> tokens.where.row.tolist(), tokens.slot.tolist(), tokens.rank
+        ([0, 1, 1], [0, 1, 2], 3)
+    """
+
+    where: Positions
+    length: int
+    task: Tensor
+    slot: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, mask: Tensor, task_of_row: Tensor, tasks: int) -> Tokens:
+        """The tokens where `mask` `[rows, length]` is true; waits for the device the mask lies on."""
+        where = Positions.of(mask)
+        task = task_of_row[where.row]
+        slot = slots(task, tasks)
+        return cls(where, mask.shape[1], task, slot, int(slot.max()) + 1 if len(where) else 0)
+
+    def to(self, *args, **kwargs) -> Tokens:
+        task, slot = self.task.to(*args, **kwargs), self.slot.to(*args, **kwargs)
+        return Tokens(self.where.to(*args, **kwargs), self.length, task, slot, self.rank)
+
+
+def slots(task: Tensor, tasks: int) -> Tensor:
+    """Position of every token within its task: `[tokens]`.
+
+    Example:
+        >>> slots(torch.tensor([0, 1, 0]), 2)
+        tensor([0, 0, 1])
+    """
+    order = task.argsort(stable=True)
+    counts = torch.zeros(tasks, dtype=torch.long, device=task.device).index_add(0, task, torch.ones_like(task))
+    first = counts.cumsum(0) - counts
+    places = torch.arange(task.shape[0], device=task.device) - first.index_select(0, task.index_select(0, order))
+    return torch.empty_like(task).index_copy(0, order, places)

@@ -17,6 +17,7 @@ Neither is in the MEND paper, and both are off by default.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,18 @@ class InputPreconditioner(nn.Module):
         self.damping, self.rephrase_ridge = damping, rephrase_ridge
         self.register_buffer("matrix", torch.eye(width))
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        # Asked in every step, and of the device only until it is true.
+        self._ready = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the matrix is calibrated."""
+        self._ready = self._ready or bool(self.calibrated)
+        return self._ready
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def calibrate(self, moments: InputMoments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mend_lightning.positions import Positions
+from mend_lightning.positions import Positions, Reach, Tokens
 
 IGNORED_LABEL = -100
 
@@ -46,31 +46,84 @@ class Rows:
         return int(self.task.shape[0])
 
     def to(self, *args, **kwargs) -> Rows:
-        """Moves every tensor, and the positions, which are counted before; called by Lightning's batch transfer."""
-        moved = self._map(lambda tensor: tensor.to(*args, **kwargs))
-        for name in ("label_positions", "attended_positions"):
-            moved.__dict__[name] = getattr(self, name).to(*args, **kwargs)
-        moved.__dict__["unlabelled_task"] = self.unlabelled_task
-        return moved
+        """Moves every tensor; called by Lightning's batch transfer. Rows that come from the CPU are remembered (`host`)."""
+        if not self._on_cpu:
+            return self._map(lambda tensor: tensor.to(*args, **kwargs))
+        kwargs = {"non_blocking": True, **kwargs} if len(args) < 2 else kwargs
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))._with_host(lambda: self.host)
 
     def pin_memory(self) -> Rows:
         return self._map(Tensor.pin_memory)
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.labels.device.type == "cpu"
+
+    @cached_property
+    def host(self) -> Rows:
+        """The same rows on the CPU: what asks for their values must not wait for a device.
+
+        Known of rows that were moved from there, and of what is made of such rows; of others a copy is made.
+        """
+        if self._knows_host:
+            return self.__dict__["_make_host"]()
+        return self if self._on_cpu else self._map(Tensor.cpu)
+
+    @property
+    def _knows_host(self) -> bool:
+        return "_make_host" in self.__dict__
+
+    def _with_host(self, make: Callable[[], Rows]) -> Rows:
+        self.__dict__["_make_host"] = make
+        return self
+
+    def _placed(self, places: Any) -> Any:
+        """Positions or tokens that were counted on the CPU, where these rows are."""
+        return places.to(self.task.device, non_blocking=self.task.device.type == "cuda")
+
     @cached_property
     def label_positions(self) -> Positions:
         """Where there is a label, in the order of `labels[labels != -100]`."""
-        return Positions.of(self.labels != IGNORED_LABEL)
+        return self._placed(Positions.of(self.host.labels != IGNORED_LABEL))
 
     @cached_property
-    def unlabelled_task(self) -> int | None:
-        """The first task without any label; None: there is none."""
-        labels = torch.bincount(self.task[self.label_positions.row], minlength=self.tasks)
-        return next((task for task, count in enumerate(labels.tolist()) if not count), None)
+    def labels_of_task(self) -> tuple[int, ...]:
+        """How many labels each task has."""
+        labelled = (self.host.labels != IGNORED_LABEL).sum(1)
+        counts = torch.zeros(self.tasks, dtype=torch.long).index_add(0, self.host.task, labelled)
+        return tuple(counts.tolist())
 
     @cached_property
     def attended_positions(self) -> Positions:
         """Real (not padding) positions of the sequence that the logits belong to: where the original measures its KL."""
-        return Positions.of(self.attended_mask)
+        return self._placed(Positions.of(self.host.attended_mask))
+
+    @cached_property
+    def rows_of_task(self) -> int:
+        """Rows of the task that has most."""
+        return max(torch.bincount(self.host.task, minlength=1).tolist())
+
+    @property
+    def unlabelled_task(self) -> int | None:
+        """The first task without any label; None: there is none."""
+        return next((task for task, count in enumerate(self.labels_of_task) if not count), None)
+
+    def tokens(self, reach: Reach) -> Tokens:
+        """The tokens that a loss at the labels can give a gradient, where it reaches that far."""
+        known = self.__dict__.setdefault("_tokens", {})
+        if reach not in known:
+            known[reach] = self._placed(Tokens.of(self.host._reached(reach), self.host.task, self.tasks))
+        return known[reach]
+
+    def _reached(self, reach: Reach) -> Tensor:
+        if reach in ("labels", "until"):
+            labelled = self.labels != IGNORED_LABEL
+            # From the end: whether a label is here or further on.
+            return labelled if reach == "labels" else labelled.flip(1).cumsum(1).flip(1) > 0
+        ids = self.inputs["input_ids"]
+        if reach == "first":
+            return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) == 0
+        return self.inputs.get("attention_mask", torch.ones_like(ids)).bool()
 
     @property
     def attended_mask(self) -> Tensor:
@@ -86,12 +139,14 @@ class Rows:
 
     def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
-        part = self._map(lambda tensor: tensor[rows])
-        if not self.texts:
-            return replace(part, grouped=False)
-        # Of a slice this is known without asking the device.
-        chosen = range(len(self))[rows] if isinstance(rows, slice) else torch.arange(len(self), device=rows.device)[rows].tolist()
-        return replace(part, grouped=False, texts=tuple(self.texts[i] for i in chosen))
+        part, texts = self._map(lambda tensor: tensor[rows]), ()
+        if self.texts:
+            # Of a slice this is known without asking the device.
+            sliced = isinstance(rows, slice)
+            chosen = range(len(self))[rows] if sliced else torch.arange(len(self), device=rows.device)[rows].tolist()
+            texts = tuple(self.texts[i] for i in chosen)
+        part = replace(part, grouped=False, texts=texts)
+        return part._with_host(lambda: self.host.part(rows)) if self._knows_host and isinstance(rows, slice) else part
 
     def of_tasks(self, chosen: Tensor) -> tuple[Rows, Tensor]:
         """The rows of the tasks `chosen` `[n]` (ascending), numbered anew from 0; and where those rows are in this set.
@@ -160,6 +215,10 @@ class Factors:
         task: `[tokens]` int64, the task of each token.
         tasks: number of tasks.
         row: `[tokens]` int64, the row of `z_edit` that each token is of; None where nobody asks.
+        kept: `[tokens]` bool, false for tokens that are here only because the device was not asked whether they count: their
+            `u` and `delta` are 0, and neither statistics nor edits may see them. None: all count.
+        place: each token's position within its task `[tokens]`, and the largest task's token count; None where it is
+            not known without asking the device.
     """
 
     u: Tensor
@@ -167,6 +226,8 @@ class Factors:
     task: Tensor
     tasks: int
     row: Tensor | None = None
+    kept: Tensor | None = None
+    place: tuple[Tensor, int] | None = None
 
 
 def concatenate_rows(parts: Sequence[Rows]) -> Rows:
@@ -187,7 +248,9 @@ def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     task = torch.cat([part.task for part in parts])
     # All or none: a text must stand for its own row.
     texts = sum((part.texts for part in parts), ()) if all(len(part.texts) == len(part) for part in parts) else ()
-    return Rows(inputs, labels, task, parts[0].tasks, grouped=False, pad_id=parts[0].pad_id, texts=texts)
+    rows = Rows(inputs, labels, task, parts[0].tasks, grouped=False, pad_id=parts[0].pad_id, texts=texts)
+    known = all(part._knows_host for part in parts)
+    return rows._with_host(lambda: concatenate_rows([part.host for part in parts])) if known else rows
 
 
 def _with_masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from mend_lightning.delta import Delta, LowRankDelta, descent
 from mend_lightning.editors.condition import ConditionEncoder, edit_conditions
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
+from mend_lightning.positions import slots
 from mend_lightning.trunk import TrunkOutputs
 from mend_lightning.types import Factors, Rows
 
@@ -143,21 +144,25 @@ class KnowledgeEditor(Editor):
         with torch.autocast(embedded.device.type, enabled=False):
             condition = self.encode(embedded, lengths)
             return {
-                name: gated(factors[name], network(condition), z_edit.task)
+                name: gated(factors[name], network(condition), z_edit)
                 for name, network in zip(self.layers, self.gates.values())
             }
 
 
-def gated(factors: Factors, gates: Gates, task_of_row: Tensor) -> LowRankDelta:
+def gated(factors: Factors, gates: Gates, z_edit: Rows) -> LowRankDelta:
     """`−Σ_rows s σ(η) (diag(r) ∇W_row diag(c) + r′ c′ᵀ)` for each task, from the tokens' factors.
 
     Args:
         factors: with the row of each token.
         gates: of every row.
-        task_of_row: `[rows]`.
+        z_edit: the rows.
     """
-    row = factors.row
+    row, task, place = factors.row, torch.cat([factors.task, z_edit.task]), None
+    if factors.place is not None:
+        # The offsets come behind the tokens of all tasks.
+        slot, rank = factors.place
+        place = torch.cat([slot, rank + slots(z_edit.task, z_edit.tasks)]), rank + z_edit.rows_of_task
     u = torch.cat([factors.u * gates.columns[row], gates.offset_columns])
     delta = torch.cat([factors.delta * (gates.strength * gates.rows)[row], gates.strength * gates.offset_rows])
-    whole = Factors(u, delta, torch.cat([factors.task, task_of_row]), factors.tasks)
+    whole = Factors(u, delta, task, factors.tasks, place=place)
     return descent(u, delta, whole, torch.ones((), device=u.device))

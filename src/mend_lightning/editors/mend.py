@@ -106,7 +106,7 @@ class MendEditor(Editor):
     @property
     def calibrated(self) -> bool:
         """Whether edits can be made: always without preconditioning, else after `calibrate`."""
-        return all(bool(preconditioner.calibrated) for preconditioner in self.preconditioners)
+        return all(preconditioner.ready for preconditioner in self.preconditioners)
 
     @property
     def follows_rephrases(self) -> bool:
@@ -159,7 +159,8 @@ class MendEditor(Editor):
         transformed: dict[str, tuple[Tensor, Tensor]] = {}
         for transform, group in zip(self.transforms, self.groups):
             pairs = [(factors[name].u, factors[name].delta) for name in group]
-            transformed.update(zip(group, transform(pairs, list(range(len(group))))))
+            kept = [factors[name].kept for name in group]
+            transformed.update(zip(group, transform(pairs, list(range(len(group))), kept)))
         return transformed
 
     def _precondition(self, transformed: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -35,7 +35,7 @@ def ridge_delta(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor, dampin
         [[[-0.5, -0.5]]]
     """
     effect = -rate * (u * factors.u).sum(-1, keepdim=True) * delta
-    slot, rank = task_slots(factors.task, factors.tasks)
+    slot, rank = factors.place or task_slots(factors.task, factors.tasks)
     place = (factors.task, factors.tasks, rank, slot)
     inputs, effects = pack_tasks(factors.u, *place), pack_tasks(effect, *place)
     # In float64: similar inputs make a Gram matrix that is singular but for λ, and float32 would find it indefinite.
@@ -49,7 +49,9 @@ def ridge_delta(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor, dampin
 
 def _solve(gram: Tensor, right: Tensor, damping: Tensor) -> Tensor:
     """`(gram + λI)⁻¹ right`, both `[tasks, n, ·]` float64, by a Cholesky factor: the matrix is positive definite."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram + damping.double() * _identity(gram)))
+    # torch.linalg.cholesky waits for the device to see whether it failed, as it does of what is not finite.
+    factor, failed = torch.linalg.cholesky_ex(gram + damping.double() * _identity(gram))
+    return torch.cholesky_solve(right, torch.where(failed[:, None, None] > 0, torch.nan, factor))
 
 
 def _identity(like: Tensor) -> Tensor:

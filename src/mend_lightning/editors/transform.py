@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -106,31 +107,37 @@ class GradientTransform(nn.Module):
             {side: LowRankMLP(width, rank, n_hidden, modes if shared else 0, init) for side, width in widths.items()}
         )
 
-    def forward(self, factors: list[tuple[Tensor, Tensor]], modes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def forward(
+        self,
+        factors: list[tuple[Tensor, Tensor]],
+        modes: list[int],
+        kept: Sequence[Tensor | None] | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
         """Transforms the factors of several layers of this shape in one pass.
 
         Args:
             factors: per layer `(u [n, d_in], delta [n, d_out])` float32.
             modes: per layer, its index among those that share this transform.
+            kept: per layer, which tokens `[n]` the statistics take in; None: all.
 
         Returns:
             Per layer `(ũ [n, d_in], δ̃ [n, d_out])`.
         """
         # Statistics are sequential, as in the original: a layer is normalised with what has been seen so far.
-        prepared = [self._prepare(u, delta) for u, delta in factors]
+        kept = kept or [None] * len(factors)
+        prepared = [self._prepare(u, delta, tokens) for (u, delta), tokens in zip(factors, kept)]
         counts = [u.shape[0] for u, _ in prepared]
         u = torch.cat([u for u, _ in prepared])
         delta = torch.cat([delta for _, delta in prepared])
-        mode = torch.tensor(modes, device=u.device).repeat_interleave(
-            torch.tensor(counts, device=u.device), output_size=sum(counts)
-        )
+        # Filled on the device: a list of numbers would be sent there, and waited for.
+        mode = torch.cat([torch.full((count,), mode, device=u.device) for mode, count in zip(modes, counts)])
         u, delta = self._transform(u, delta, mode)
         return list(zip(u.split(counts), delta.split(counts)))
 
-    def _prepare(self, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def _prepare(self, u: Tensor, delta: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.training:
-            self.u_stats.update(u)
-            self.delta_stats.update(delta)
+            self.u_stats.update(u, kept)
+            self.delta_stats.update(delta, kept)
         if not self.normalize:
             return u, delta
         return self.u_stats(u), self.delta_stats(delta)
