@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -19,6 +20,7 @@ from mend_lightning.errors import (
     StateDictError,
 )
 from mend_lightning.fingerprint import same_base
+from mend_lightning.finite import FiniteChecks
 from mend_lightning.parallel.whole import is_sharded, own_class
 from mend_lightning.random_states import kept_random_states
 from mend_lightning.step import LocalityPositions, edit_step
@@ -173,26 +175,35 @@ def unreached_parameters(
         editor.train(training)
 
 
-def check_finite(losses: dict[str, Tensor], batch: EditBatch, step: int) -> None:
-    """Raises NonFiniteError naming the tasks whose loss is NaN or infinite.
+def check_finite(losses: dict[str, Tensor], batch: EditBatch, step: int, checks: FiniteChecks) -> None:
+    """Has `checks` raise NonFiniteError naming the tasks whose loss is NaN or infinite.
 
     Args:
         losses: name -> `[tasks]`.
+        batch: the tasks.
+        step: number of the step.
+        checks: says when: at once, or a step later.
     """
-    for name, values in losses.items():
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
+    finite = torch.stack([values.detach().isfinite() for values in losses.values()])
+    checks.add(finite, partial(_raise_unless_finite, list(losses), batch.texts, step))
+
+
+def _raise_unless_finite(names: Sequence[str], texts: Sequence[Any], step: int, finite: Tensor) -> None:
+    """`finite`: `[names, tasks]` bool, on the CPU."""
+    for name, flags in zip(names, finite.tolist()):
+        bad = [task for task, flag in enumerate(flags) if not flag]
         if bad:
             raise NonFiniteError(
-                f"The {name} loss is not finite in step {step} for {_describe(batch, bad)}. The last checkpoint "
+                f"The {name} loss is not finite in step {step} for {_describe(texts, len(flags), bad)}. The last checkpoint "
                 "is from before this step. Usual causes: a base in float16 (use bfloat16 or float32), an edit rate or "
                 "learning rate that is too high, or weights that hold NaN."
             )
 
 
-def _describe(batch: EditBatch, tasks: Iterable[int]) -> str:
-    edits = len(batch.texts) // batch.tasks
+def _describe(texts: Sequence[Any], tasks: int, chosen: Iterable[int]) -> str:
+    edits = len(texts) // tasks
     named = []
-    for task in tasks:
-        first = f" ({batch.texts[task * edits].prompt!r} -> {batch.texts[task * edits].target!r})" if edits else ""
+    for task in chosen:
+        first = f" ({texts[task * edits].prompt!r} -> {texts[task * edits].target!r})" if edits else ""
         named.append(f"task {task}{first}" + (f" and {edits - 1} more" if edits > 1 else ""))
     return "; ".join(named)

@@ -12,6 +12,7 @@ from mend_lightning.attention import quick_backward
 from mend_lightning.capture import kept_factors, record_factors
 from mend_lightning.delta import Delta, applied
 from mend_lightning.errors import NonFiniteError
+from mend_lightning.finite import answers_at_once
 from mend_lightning.forward import labelled, logits_at
 from mend_lightning.head import head_nll, states_at
 from mend_lightning.losses import mean_by_task, token_nll
@@ -59,9 +60,9 @@ def edit_factors(
             nll = mean_by_task(token_nll(logits_at(model, z_edit, where), targets), task, z_edit.tasks)
         else:
             nll = head_nll(states_at(model, z_edit, where), targets, task, z_edit.tasks)
-        raw = tape.gradients(nll.sum(), loss_scale(task, z_edit.tasks) if tape.float16 else 1.0)
+        raw = tape.gradients(nll.sum(), loss_scale(max(z_edit.labels_of_task)) if tape.float16 else 1.0)
     if tape.float16:
-        _check_finite(raw)
+        nll = _checked(raw, nll)
     factors = {name: _kept(u, delta, z_edit, reach[name]) for name, (u, delta) in raw.items()}
     total = sum(u.shape[:-1].numel() for u, _ in raw.values())
     return factors, nll.detach(), 1 - _count(factors.values()) / total
@@ -81,7 +82,7 @@ def _count(factors: Iterable[Factors]) -> Tensor:
     return torch.stack(counts).sum()
 
 
-def loss_scale(task: Tensor, tasks: int) -> float:
+def loss_scale(most: int) -> float:
     """What the edits' loss is multiplied by in a model that computes in float16, so that small gradients do not become 0.
 
     A task's loss is the mean over its label tokens, so the more there are, the smaller is the gradient of each: of 100
@@ -89,14 +90,22 @@ def loss_scale(task: Tensor, tasks: int) -> float:
     of two, and leaves six bits for what is small in itself. It is the edit's own: the Trainer's loss scale does not come here.
 
     Args:
-        task: of each label token `[n]`; tasks: their number.
+        most: label tokens of the task that has most.
 
     Example:
-        >>> loss_scale(torch.tensor([0, 0, 0, 1]), 2)
+        >>> loss_scale(3)
         256.0
     """
-    most = int(torch.bincount(task, minlength=tasks).max())
     return 64.0 * 2 ** (most - 1).bit_length()
+
+
+def _checked(raw: Mapping[str, tuple[Tensor, Tensor]], nll: Tensor) -> Tensor:
+    """`nll`, if all factors are finite. A training step does not wait for the device: it gets NaN, and checks its losses."""
+    if answers_at_once(nll.device) or not torch.is_grad_enabled():
+        _check_finite(raw)
+        return nll
+    finite = torch.stack([values.isfinite().all() for pair in raw.values() for values in pair]).all()
+    return torch.where(finite, nll, torch.nan)
 
 
 def _check_finite(raw: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mend_lightning.trunk import TrunkOutputs
 from mend_lightning.types import Rows
 
@@ -33,8 +31,7 @@ def own_part(rows: Rows, trunk: TrunkOutputs, part: Rows, first: int) -> tuple[R
     places = slice(first, first + len(part))
     widths = _widths(rows, part)
     if widths is None:
-        # What says which row is whose stays.
-        part = replace(part, inputs=rows.part(places).inputs, labels=rows.labels[places])
+        part = part.padded_as(rows, places)
     return part, trunk.part(places, widths or {})
 
 

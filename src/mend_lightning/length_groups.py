@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.finite import answers_at_once
 from mend_lightning.parallel.whole import is_sharded
 from mend_lightning.trunk import StackOutput, TrunkOutputs
 from mend_lightning.types import Rows
@@ -85,7 +86,7 @@ def trunk_groups(model: nn.Module, rows: Rows, skipped: int = 0) -> list[list[in
         skipped: so many leading tokens of each row were run already.
     """
     mask = rows.inputs.get("attention_mask")
-    known = mask is not None and mask.device.type == "cpu" and set(rows.inputs) <= _NARROWED | _KEPT
+    known = mask is not None and answers_at_once(mask.device) and set(rows.inputs) <= _NARROWED | _KEPT
     if not known or is_sharded(model):
         return [list(range(len(rows)))]
     return length_groups((mask.sum(1) - skipped).tolist(), PASS_TOKENS, MOST_GROUPS)

@@ -35,6 +35,7 @@ from mend_lightning.editors.storage import read_description
 from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
 from mend_lightning.evaluate import evaluate_batch, hard_rows
+from mend_lightning.finite import FiniteChecks
 from mend_lightning.generate import generate_answers
 from mend_lightning.layers import layer_shape, select_layers
 from mend_lightning.optimization import Decay, lr_factor, parameter_groups
@@ -42,7 +43,7 @@ from mend_lightning.parallel.checkpoint_file import BASE_PREFIX
 from mend_lightning.parallel.placing import SHARDING, load_for
 from mend_lightning.parallel.whole import whole
 from mend_lightning.parts import step_loss
-from mend_lightning.precision import check_overflow, check_trainer_precision, loss_scaler
+from mend_lightning.precision import check_gradient, check_overflow, check_trainer_precision, loss_scaler
 from mend_lightning.prefix import run_trunk
 from mend_lightning.progress_line import followed
 from mend_lightning.random_states import gathered_random_states, set_own_random_states
@@ -148,6 +149,7 @@ class MendModule(L.LightningModule):
         self.skipped_steps = 0
         self._trained = editor is not None
         self._random_states: list[dict[str, Any]] | None = None
+        self._finite = FiniteChecks()
 
     def configure_model(self) -> None:
         """Loads the base and builds the editor, once; Lightning calls this before every stage."""
@@ -224,7 +226,14 @@ class MendModule(L.LightningModule):
                 "Use Trainer(inference_mode=False); `mend-lightning` sets it."
             )
 
+    def check_last_step(self) -> None:
+        """Raises NonFiniteError if a number of the last step was not finite and that was not known before."""
+        self._finite.settle()
+
+    on_train_epoch_end = on_train_end = check_last_step
+
     def on_validation_start(self) -> None:
+        self.check_last_step()
         if self.trainer.state.fn == "validate":
             self._check_trained()
 
@@ -249,7 +258,7 @@ class MendModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
-        self._trained = True
+        self._trained, self._finite = True, FiniteChecks()
         if self.trunk_cache is not None:
             self.trunk_of = CachedTrunk(self.trunk_cache, self.tokenizer)
         if not self.editor.trainable:
@@ -279,9 +288,10 @@ class MendModule(L.LightningModule):
         calibrate(self.base_model, self.editor, chosen, self.trunk_of)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
+        self._finite.settle()
         settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
         loss, out = step_loss(self.base_model, self.editor, batch, *settings, self.trunk_of)
-        check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step)
+        check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step, self._finite)
         self._log_losses(loss, out, len(batch))
         return loss
 
@@ -297,10 +307,13 @@ class MendModule(L.LightningModule):
         gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         scaler = loss_scaler(self.trainer.precision_plugin)
-        if not norm.isfinite():
-            check_overflow(scaler, self.global_step)
-            self.skipped_steps += 1
-        if scaler is not None:
+        if scaler is None:
+            self._finite.add(norm.isfinite(), partial(check_gradient, self.global_step, norm.device))
+        else:
+            # A scaler asks the device itself.
+            if not norm.isfinite():
+                check_overflow(scaler, self.global_step)
+                self.skipped_steps += 1
             self.log("train/skipped_steps", float(self.skipped_steps), prog_bar=True)
         self.log("train/grad_norm", norm, prog_bar=True)
         rates = dict(self.editor.named_parameters()).get("edit_rates")
@@ -377,6 +390,8 @@ class MendModule(L.LightningModule):
         return lr_factor(step, self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # What is not finite must not be saved.
+        self.check_last_step()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(BASE_PREFIX)
         }

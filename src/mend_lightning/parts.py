@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mend_lightning.attention import unasked_masks
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
 from mend_lightning.prefix import run_trunk
@@ -91,7 +92,8 @@ def step_loss(
 ) -> tuple[Tensor, StepOutput]:
     """The loss of a training step, and its parts: of the whole batch, or where `tasks_at_once` are fewer, in parts."""
     if tasks_at_once is not None and tasks_at_once < batch.tasks:
-        return edit_step_in_parts(model, editor, batch, c_edit, tasks_at_once, locality_positions, trunk_of)
+        with unasked_masks(batch.z_edit.task.device):
+            return edit_step_in_parts(model, editor, batch, c_edit, tasks_at_once, locality_positions, trunk_of)
     out = edit_step(model, editor, batch, locality_positions, trunk_of)
     return out.total(c_edit), out
 
@@ -109,6 +111,4 @@ def known_loss(loss: Tensor, gradients: list[Tensor], tensors: list[Tensor]) -> 
 
 
 def _of(batch: EditBatch, tasks: slice) -> EditBatch:
-    chosen = torch.arange(tasks.start, tasks.stop, device=batch.z_edit.task.device)
-    parts = (rows.of_tasks(chosen)[0] for rows in (batch.z_edit, batch.x_out, batch.x_in))
-    return EditBatch(*parts)
+    return EditBatch(*(rows.of_task_range(tasks) for rows in (batch.z_edit, batch.x_out, batch.x_in)))

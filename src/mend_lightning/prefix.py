@@ -74,10 +74,9 @@ def common_prefix(rows: Rows) -> int:
         >>> common_prefix(Rows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids, ids[:, 0] * 0, 1))
         2
     """
-    ids, mask = rows.inputs.get("input_ids"), rows.inputs.get("attention_mask")
-    if ids is None or mask is None or set(rows.inputs) != {"input_ids", "attention_mask"}:
+    if set(rows.inputs) != {"input_ids", "attention_mask"}:
         return 0
-    return leading_tokens(ids, mask)
+    return leading_tokens(rows.host.inputs["input_ids"], rows.host.inputs["attention_mask"])
 
 
 def leading_tokens(ids: Tensor, mask: Tensor) -> int:

@@ -109,6 +109,8 @@ class SaveEditor(L.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         state = best_editor_state(trainer)
+        if state is None:
+            module.check_last_step()
         if state is not None or not is_sharded(module.editor):
             self._save(trainer, module, state)
         console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.attention import unasked_masks
 from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.head import HeadStates, head_kl, head_nll
@@ -84,15 +85,15 @@ def edit_step(
         locality_positions: see `locality_positions_of`.
         trunk_of: what runs the trunk; None: `run_trunk`.
     """
-    layers = editor.modules_in(model)
-    z_edit, trunk, rows, rest = _shared_trunk(model, layers, batch, trunk_of)
-    made = editor.make_deltas(model, z_edit, trunk)
-    outer = _outer(model, batch, rows, rest, locality_positions)
-    resting, drift = editor.resting_deltas(), None
-    if resting is not None:
-        unedited, drift = _resting(model, layers, resting, outer)
-        outer = replace(outer, unedited=unedited)
-    edit, locality = _edited_losses(model, layers, made.deltas, outer)
+    layers, resting, drift = editor.modules_in(model), editor.resting_deltas(), None
+    with unasked_masks(batch.z_edit.task.device):
+        z_edit, trunk, rows, rest = _shared_trunk(model, layers, batch, trunk_of)
+        made = editor.make_deltas(model, z_edit, trunk)
+        outer = _outer(model, batch, rows, rest, locality_positions)
+        if resting is not None:
+            unedited, drift = _resting(model, layers, resting, outer)
+            outer = replace(outer, unedited=unedited)
+        edit, locality = _edited_losses(model, layers, made.deltas, outer)
     return StepOutput(edit, locality, made.inner, made.skipped, drift, editor.c_base)
 
 

@@ -163,6 +163,27 @@ class Rows:
         part = self.part(index)
         return replace(part, task=number[part.task], tasks=len(chosen), grouped=self.grouped), index
 
+    def padded_as(self, rows: Rows, places: slice) -> Rows:
+        """These rows as long as they are at `places` of `rows`; what says which row is whose stays."""
+        padded = replace(self, inputs=rows.part(places).inputs, labels=rows.labels[places])
+        known = self._knows_host and rows._knows_host
+        return padded._with_host(lambda: self.host.padded_as(rows.host, places)) if known else padded
+
+    def of_task_range(self, tasks: slice) -> Rows:
+        """The rows of the tasks from `tasks.start` up to `tasks.stop`, numbered anew from 0; asks no device.
+
+        Example:
+            >>> rows = Rows({}, torch.tensor([[5], [6], [7]]), torch.tensor([0, 1, 2]), 3)
+            >>> part = rows.of_task_range(slice(1, 3))
+            >>> part.labels.tolist(), part.task.tolist(), part.tasks
+            ([[6], [7]], [0, 1], 2)
+        """
+        mine = ((self.host.task >= tasks.start) & (self.host.task < tasks.stop)).nonzero().flatten()
+        together = len(mine) and int(mine[-1] - mine[0]) + 1 == len(mine)
+        part = self.part(slice(int(mine[0]), int(mine[-1]) + 1) if together else self._placed(mine))
+        part = replace(part, task=part.task - tasks.start, tasks=tasks.stop - tasks.start, grouped=self.grouped)
+        return part._with_host(lambda: self.host.of_task_range(tasks)) if self._knows_host else part
+
     @property
     def task_of_row(self) -> Tensor | None:
         """None when rows are grouped: the cheap case, where a reshape replaces an index."""

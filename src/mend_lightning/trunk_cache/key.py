@@ -16,6 +16,7 @@ MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attentio
 
 def row_lengths(rows: Rows, name: str) -> list[int]:
     """Tokens of each row of the ids `name`, up to its last one that is attended to."""
+    rows = rows.host
     mask = rows.inputs.get(MASK_OF[name])
     length = rows.inputs[name].shape[1]
     if mask is None:
@@ -27,11 +28,11 @@ def row_lengths(rows: Rows, name: str) -> list[int]:
 def row_texts(rows: Rows, names: Sequence[str]) -> list[list[np.ndarray]]:
     """What the model reads of each row: of each of `names`, the ids `[tokens]` int64 where they are attended to, and -1
     where they are not, without the padding behind."""
-    columns = []
+    columns, rows = [], rows.host
     for name in names:
         ids, mask = rows.inputs[name].long(), rows.inputs.get(MASK_OF[name])
         ids = ids if mask is None else ids.where(mask.bool(), -1)
-        columns.append((ids.cpu().numpy(), row_lengths(rows, name)))
+        columns.append((ids.numpy(), row_lengths(rows, name)))
     return [[ids[i, : lengths[i]] for ids, lengths in columns] for i in range(len(rows))]
 
 
