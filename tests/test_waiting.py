@@ -51,7 +51,7 @@ def test_a_training_step_does_not_wait(family, monkeypatch):
     assert waits(monkeypatch, model, editor, batches) == []
 
 
-@pytest.mark.parametrize("kind", ["ridge", "preconditioned", "ENN", "ENN first order", "parts", "answer", "float16"])
+@pytest.mark.parametrize("kind", ["ridge", "preconditioned", "ENN", "ENN first order", "parts", "answer", "float16", "confidence"])
 def test_other_kinds_of_steps(kind, monkeypatch):
     model = tiny_model("llama", torch.float16 if kind == "float16" else torch.float32)
     editor, settings = MendEditor.for_model(model, rank=4), {}
@@ -66,6 +66,8 @@ def test_other_kinds_of_steps(kind, monkeypatch):
         editor = EnnEditor.for_model(model, first_order="first order" in kind)
     elif kind == "parts":
         settings = {"tasks_at_once": 2}
+    elif kind == "confidence":
+        editor = MendEditor.for_model(model, rank=4, confidence=0.9)
     elif kind == "answer":
         settings = {"locality_positions": "answer"}
     # Tasks are not in equal numbers, so that each row's own task must be looked up.

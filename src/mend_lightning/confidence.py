@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def confident_scales(
     count = len(z_edit)
     together = smallest(max(1, TOKENS_AT_ONCE // z_edit.labels.numel()), model)
     tried = []
-    for scales in torch.tensor(SCALES, device=z_edit.task.device).split(together):
+    for scales in _scales(z_edit.task.device).split(together):
         rows = torch.arange(count, device=z_edit.task.device).repeat(len(scales))
         repeated, factor = replace(z_edit, texts=()).part(rows), scales.repeat_interleave(count)
         where = joined([z_edit.label_positions.behind(count * i) for i in range(len(scales))])
@@ -96,6 +97,14 @@ def confident_scales(
             nll = target_nll(model, repeated, where).view(len(scales), count)
         tried += [worst_of_task(values, z_edit) for values in nll]
     return first_crossing(torch.stack(tried), -math.log(confidence))
+
+
+@cache
+def _scales(device: torch.device) -> Tensor:
+    """`SCALES` on the device, sent there once: such a copy is waited for."""
+    # What is made in inference mode could not be used outside of it.
+    with torch.inference_mode(False):
+        return torch.tensor(SCALES, device=device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def first_crossing(nll: Tensor, wanted: float) -> Tensor:
         >>> [round(first_crossing(nll, wanted).item(), 2) for wanted in (20.0, 4.0, 2.0, 0.1)]
         [0.25, 1.0, 1.26, 2.5]
     """
-    scales = torch.tensor(SCALES, device=nll.device).log()
+    scales = _scales(nll.device).log()
     logs = nll.clamp(min=1e-12).log()
     reached = nll <= wanted
     # argmax of bools: the first that is true.
