@@ -102,8 +102,8 @@ def _keeping_raw(seen: Seen):
 def _keeping_calls(seen: Seen):
     update = RunningNormalizer.update
 
-    def keep(self: RunningNormalizer, rows: Tensor) -> None:
-        update(self, rows)
+    def keep(self: RunningNormalizer, rows: Tensor, kept: Tensor | None = None) -> None:
+        update(self, rows, kept)
         moments = (int(self.count), self.mean.clone(), self.m2.clone())
         seen.calls.setdefault(id(self), []).append(moments)
 
