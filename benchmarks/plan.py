@@ -26,7 +26,7 @@ from mend_lightning.commands.plan import plan_run
 from mend_lightning.cost import MEGABYTE, RESET, release, resident
 from mend_lightning.data.module import EditDataModule
 from mend_lightning.module import MendModule
-from mend_lightning.step_plan import PHASES
+from mend_lightning.phases import PHASES
 
 # Glibc keeps freed blocks below a size, which grows up to 32 MB, in its own hands, where they lie between others. With this
 # the size stays small, and what is freed goes back to the system.

@@ -22,6 +22,7 @@ from mend_lightning.errors import ConfigError
 from mend_lightning.functional import rows_sum
 from mend_lightning.head import head_nll, states_at
 from mend_lightning.parallel.lockstep import smallest
+from mend_lightning.phases import CONFIDENCE, phase
 from mend_lightning.positions import Positions, joined
 from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import Rows
@@ -62,6 +63,7 @@ def worst_of_task(values: Tensor, rows: Rows) -> Tensor:
     return torch.where(of_task, values, -math.inf).amax(1)
 
 
+@phase(CONFIDENCE)
 @torch.no_grad()
 def confident_scales(
     model: nn.Module,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
+from mend_lightning.autocast import no_autocast
 from mend_lightning.errors import BaseModelMismatchError
 from mend_lightning.positions import slots
 from mend_lightning.types import Factors
@@ -186,7 +187,7 @@ def _adder(delta: Delta, task_of_row: Tensor | None):
 def added(output: Tensor, x: Tensor, delta: Delta, task_of_row: Tensor | None = None) -> Tensor:
     """A layer's `output` plus `x ΔWᵀ`, in the output's dtype; see `LowRankDelta.output`."""
     # Factors are tiny beside the weights: autocast would round them to nothing.
-    with torch.autocast(output.device.type, enabled=False):
+    with no_autocast(output.device):
         return output + delta.output(x, task_of_row).to(output.dtype)
 
 

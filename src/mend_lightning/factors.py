@@ -16,6 +16,7 @@ from mend_lightning.finite import answers_at_once
 from mend_lightning.forward import labelled, logits_at
 from mend_lightning.head import head_nll, states_at
 from mend_lightning.losses import mean_by_task, token_nll
+from mend_lightning.phases import INNER, phase
 from mend_lightning.positions import Reach
 from mend_lightning.prefix import run_trunk
 from mend_lightning.reach import gradient_reach
@@ -23,6 +24,7 @@ from mend_lightning.trunk import TrunkOutputs, replayed
 from mend_lightning.types import Factors, Rows
 
 
+@phase(INNER)
 def edit_factors(
     model: nn.Module,
     layers: Mapping[str, nn.Module],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.errors import EmptyEditError
+from mend_lightning.phases import LOGITS, phase
 from mend_lightning.positions import Positions
 from mend_lightning.types import IGNORED_LABEL, Rows
 
@@ -99,11 +100,15 @@ def contiguous_head(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _only_positions(head: nn.Module, where: Positions) -> Iterator[None]:
-    handle = head.register_forward_pre_hook(lambda module, args: (where.take(args[0]), *args[1:]))
-    try:
+    with ExitStack() as stack:
+
+        def gather(module: nn.Module, args: tuple) -> tuple:
+            gathered = where.take(args[0])
+            stack.enter_context(phase(LOGITS))
+            return gathered, *args[1:]
+
+        stack.callback(head.register_forward_pre_hook(gather).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def labelled(rows: Rows, name: str) -> tuple[Positions, Tensor, Tensor]:

@@ -6,7 +6,8 @@ the logits of those few positions exist, and nothing is run twice: what is kept 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ from mend_lightning.errors import LayerNotCalledError
 from mend_lightning.forward import logits_at, output_head, without_cache
 from mend_lightning.losses import mean_shares, sum_shares, token_kl, token_nll
 from mend_lightning.parallel.whole import is_sharded
+from mend_lightning.phases import LOGITS, phase
 from mend_lightning.positions import Positions
 from mend_lightning.trunk import returning
 from mend_lightning.types import Rows
 
 # Of one matrix of logits in float32; a few of them exist at a time.
 LOGITS_BYTES = 2**25
+# On a model inside `whole_logits`.
+_WHOLE = "_mend_lightning_whole_logits"
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def head_kl(base: HeadStates, edited: HeadStates, task: Tensor, tasks: int) -> T
     return _mean_by_task(edited, value, task, tasks)
 
 
+@phase(LOGITS)
 def _mean_by_task(
     states: HeadStates, value: Callable[[Tensor, slice], Tensor], task: Tensor, tasks: int
 ) -> Tensor:
@@ -138,6 +143,25 @@ class _ByPosition(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad[:, None].to(gradient.dtype), None, None
+
+
+@contextmanager
+def whole_logits(model: nn.Module) -> Iterator[None]:
+    """Losses inside are taken on all their logits at once, as those of a model that processes share are.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with whole_logits(model):
+        ...     _runs_apart(model)
+        False
+        >>> _runs_apart(model)
+        True
+    """
+    model.__dict__[_WHOLE] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[_WHOLE]
 
 
 class _HeadReached(Exception):
@@ -206,7 +230,7 @@ class _Rest:
 def _runs_apart(model: nn.Module) -> bool:
     """Not where processes share the model, which all must run equally often, nor where it is compiled as a whole."""
     whole = unwrapped(model) is not model or getattr(model, "_compiled_call_impl", None) is not None
-    return not is_sharded(model) and not whole
+    return not is_sharded(model) and not whole and _WHOLE not in model.__dict__
 
 
 def _at_once(head: nn.Module) -> int:

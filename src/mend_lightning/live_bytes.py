@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import flash_sdp_enabled
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mend_lightning.phases import phase_of
 
 
 class LiveBytes(TorchDispatchMode):
@@ -20,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
     not seen.
 
     Attributes:
-        phase: name under which what is made next is counted.
+        phase: name under which what is made next is counted, outside of all blocks that say theirs (`phases.phase`).
         now: bytes alive; peak: the most that was alive at once; parts: phase -> bytes alive at that moment.
 
     Example:
@@ -39,12 +42,15 @@ class LiveBytes(TorchDispatchMode):
         self.parts: dict[str, int] = {}
         self._alive: dict[int, tuple[str, int]] = {}
         self._by_phase: Counter[str] = Counter()
+        self._entered: list[str | None] = []
 
     def reset_peak(self) -> None:
         """The peak begins anew at what is alive."""
         self.peak, self.parts = self.now, dict(self._by_phase)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.namespace == "profiler":
+            return self._label(function, args)
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             # Models ask whether a mask is all ones, or whether ids hold padding. Without numbers the answer is no.
             return 0
@@ -57,14 +63,22 @@ class LiveBytes(TorchDispatchMode):
             self.reset_peak()
         return output
 
+    def _label(self, function: Any, args: tuple) -> Any:
+        if function is torch.ops.profiler._record_function_enter_new.default:
+            self._entered.append(phase_of(args[0]))
+        elif self._entered:
+            self._entered.pop()
+        return function(*args)
+
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
             return
-        self._alive[key] = self.phase, size
+        phase = next((entered for entered in reversed(self._entered) if entered), self.phase)
+        self._alive[key] = phase, size
         self.now += size
-        self._by_phase[self.phase] += size
+        self._by_phase[phase] += size
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
@@ -74,11 +88,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Has the meta device take torch's fused attention, as CPUs and GPUs do: it keeps no matrix of tokens x tokens."""
+    """Has the meta device take torch's fused attention, as CPUs and GPUs do: it keeps no matrix of tokens x tokens.
+
+    Where `sdpa_kernel` rules it out, it is left out here as well.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention and args and args[0].is_meta:
+        if function is nn.functional.scaled_dot_product_attention and args and args[0].is_meta and flash_sdp_enabled():
             return _fused(*args, **kwargs)
         return function(*args, **kwargs)
 

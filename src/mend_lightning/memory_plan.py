@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.layers import find_stacks, is_editable
+from mend_lightning.phases import BACKWARD, EDITED, LOGITS
 
 Strategy = Literal["one", "ddp", "fsdp", "fsdp2"]
 GIB = 2**30
 # Phases of a step that `tasks_at_once` makes smaller.
-OUTER = ("edited pass", "logits", "backward")
+OUTER = (EDITED, LOGITS, BACKWARD)
 # A rank that learned as well on SmolLM2-135M (docs/tuning.md).
 SMALL_RANK = 256
 # Bytes of a weight in a quantised base; its scales, one a row or a group of weights, are not counted.
@@ -206,6 +207,7 @@ def advice(
     rank: int | None,
     memory: int,
     quantised: bool = False,
+    sharded_activations: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What to change where `plan` does not fit into `memory` bytes, what helps most first.
 
@@ -216,6 +218,7 @@ def advice(
         rank: of the editor's matrices; None: it has none.
         memory: of a device.
         quantised: the base is quantised already.
+        sharded_activations: what the activations would be if processes shared the base; None: as they are.
     """
     activations = sum(plan.activations.values())
     found: list[tuple[int, str]] = []
@@ -235,7 +238,7 @@ def advice(
     if plan.kept + plan.calibration == plan.total > plan.step:
         found.append((plan.total - plan.step, "--model.precondition null, so that nothing is calibrated"))
     said = [f"{text}: about {gib(less)} GiB less" for less, text in sorted(found, reverse=True) if less > GIB // 100]
-    count = None if strategy == "fsdp2" or quantised else devices_needed(sizes, plan.activations, memory)
+    count = None if strategy == "fsdp2" or quantised else devices_needed(sizes, sharded_activations or plan.activations, memory)
     if count:
         said.insert(0, f"--trainer.strategy fsdp2 --trainer.devices {count}: base and editor, shared by {count} devices, fit")
     return said or ["A smaller model, or devices with more memory."]

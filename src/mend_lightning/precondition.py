@@ -135,8 +135,8 @@ class InputPreconditioner(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether the matrix is calibrated."""
-        self._ready = self._ready or bool(self.calibrated)
+        """Whether the matrix is calibrated; on the meta device, where memory is planned, it counts as if it were."""
+        self._ready = self._ready or self.calibrated.is_meta or bool(self.calibrated)
         return self._ready
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from mend_lightning.forward import output_head, without_cache
 from mend_lightning.layers import find_stacks
 from mend_lightning.length_groups import run_in_groups, trunk_groups
 from mend_lightning.parallel.lockstep import smallest
+from mend_lightning.phases import TRUNK, phase
 from mend_lightning.trunk import StackOutput, TrunkOutputs, record_trunk
 from mend_lightning.types import Rows
 
@@ -23,6 +24,7 @@ from mend_lightning.types import Rows
 SHORTEST_PREFIX = 4
 
 
+@phase(TRUNK)
 def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> TrunkOutputs:
     """The trunk's outputs for `rows`, for `replayed`.
 

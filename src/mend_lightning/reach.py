@@ -49,6 +49,11 @@ def gradient_reach(model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows
     return {name: known[name] for name in layers}
 
 
+def remember_reach(model: nn.Module, found: Mapping[str, Reach]) -> None:
+    """Notes how far gradients reach in layers of a model that has no numbers: a look at it would tell nothing."""
+    _FOUND.setdefault(unwrapped(model), {}).update(found)
+
+
 def _usual(rows: Rows) -> bool:
     """Whether rows are as `data.encode` makes them: labels by position, or one a row without a decoder."""
     names = set(rows.inputs)

@@ -14,6 +14,7 @@ from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.head import HeadStates, head_kl, head_nll
 from mend_lightning.joint_trunk import own_part
+from mend_lightning.phases import EDITED, phase
 from mend_lightning.positions import Positions, joined
 from mend_lightning.prefix import run_trunk
 from mend_lightning.states_in_groups import states_above
@@ -146,6 +147,7 @@ class _Outer:
         return self.rows.task.index_select(0, where.row)
 
 
+@phase(EDITED)
 def _outer(
     model: nn.Module, batch: EditBatch, rows: Rows, trunk: TrunkOutputs, locality_positions: LocalityPositions
 ) -> _Outer:
@@ -157,6 +159,7 @@ def _outer(
     return _Outer(rows, trunk, x_out, locality, edit, unedited)
 
 
+@phase(EDITED)
 def _resting(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -171,6 +174,7 @@ def _resting(
     return resting.detach(), drift
 
 
+@phase(EDITED)
 def _edited_losses(
     model: nn.Module,
     layers: Mapping[str, nn.Module],

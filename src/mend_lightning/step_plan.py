@@ -1,43 +1,44 @@
 """What a training step takes beside weights and optimiser: the step is run without numbers, on torch's meta device.
 
-The same blocks, hooks, transforms and losses run as in `step.edit_step`; only what depends on the data (which positions
-have a label, which tokens are kept) is given as counts. What is alive when most is alive, is counted by phase:
+It is `parts.step_loss` itself that runs, on rows of the counted sizes. They are padded to one length, as accelerators run them;
+CPUs run rows of like lengths together and take less. What is alive when most is alive, is counted by phase:
 
     trunk            hidden states below the edited blocks, kept for replay
     inner pass       the edits' factors u and delta, float32
     transforms       what the editor's backward pass needs: per layer of the network about tokens x (rank + 4 width) x 4 bytes
+    confidence       the edited blocks on the edits, once for each scale that is tried; only of editors with `confidence`
     edited pass      what the backward pass through the edited blocks needs, and each row's low-rank delta
-    logits           positions x vocabulary: as computed, float32 copies, and their gradient
+    logits           of a few positions at a time (`head.LOGITS_BYTES`), float32 copies, and their gradient; of all positions
+                     at once where the model is sharded
     backward         gradients on their way down
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mend_lightning.capture import record_factors
-from mend_lightning.delta import LowRankDelta, pack_tasks
-from mend_lightning.editors.editor import Editor
+from mend_lightning.delta import descent
+from mend_lightning.editors.editor import Editor, Made
+from mend_lightning.editors.enn import EnnEditor
 from mend_lightning.editors.mend import MendEditor
+from mend_lightning.factors import edit_factors
 from mend_lightning.forward import output_head, without_cache
+from mend_lightning.head import whole_logits
 from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import FusedAttention, LiveBytes
-from mend_lightning.losses import token_kl, token_nll
 from mend_lightning.parts import known_loss
-from mend_lightning.trunk import TrunkOutputs, record_trunk, replayed
-from mend_lightning.types import Factors
-
-TRUNK, INNER, TRANSFORMS, EDITED, LOGITS, BACKWARD = (
-    "trunk", "inner pass", "transforms", "edited pass", "logits", "backward",
-)  # fmt: skip
-PHASES = (TRUNK, INNER, TRANSFORMS, EDITED, LOGITS, BACKWARD)
+from mend_lightning.phases import BACKWARD, EDITED, PHASES, TRANSFORMS, TRUNK, phase
+from mend_lightning.positions import Reach
+from mend_lightning.reach import remember_reach
+from mend_lightning.step import edit_step, outer_losses
+from mend_lightning.trunk import TrunkOutputs, record_trunk
+from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
 
 
 @dataclass(frozen=True)
@@ -93,23 +94,28 @@ class BatchCounts:
 
 
 def step_bytes(
-    model: nn.Module, editor: Editor, batch: BatchCounts, tasks_at_once: int | None = None
+    model: nn.Module, editor: Editor, batch: BatchCounts, tasks_at_once: int | None = None, sharded: bool = False
 ) -> dict[str, int]:
     """Bytes of one training step's activations and temporaries when most is alive, by phase.
 
     Args:
         model: a model without weights (`empty_model`), frozen.
-        editor: an editor of it, on the meta device too, in training mode. Of editors other than MEND only the plain
+        editor: an editor of it, on the meta device too, in training mode. Of editors other than MEND and ENN only the plain
             descent along the factors is counted, not what is special about them.
         batch: its size.
         tasks_at_once: see `MendModule`.
+        sharded: as a process counts that shares the base with others.
 
     Returns:
         phase -> bytes. The editor's gradient is not among them: it is as large as the editor, and is counted there.
     """
     gradient = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters())
-    with torch.enable_grad(), FusedAttention(), LiveBytes() as live:
-        loss = _forward(model, editor, batch, min(tasks_at_once or batch.tasks, batch.tasks), live)
+    remember_reach(model, assumed_reach(model, editor.modules_in(model)))
+    run = editor if isinstance(editor, MendEditor | EnnEditor) else _Descent(editor)
+    rows, whole = rows_of(model, batch).to("meta"), whole_logits(model) if sharded else nullcontext()
+    at_once = min(tasks_at_once or batch.tasks, batch.tasks)
+    with torch.enable_grad(), FusedAttention(), whole, LiveBytes(EDITED) as live:
+        loss = _loss(model, run, rows) if at_once == batch.tasks else _loss_in_parts(model, run, rows, at_once, live)
         forward = live.peak, dict(live.parts)
         live.phase = BACKWARD
         live.reset_peak()
@@ -120,156 +126,104 @@ def step_bytes(
     peak, parts = max(forward, (live.peak - gradient, live.parts), key=lambda found: found[0])
     if parts is live.parts:
         parts = {**parts, BACKWARD: parts.get(BACKWARD, 0) - gradient}
-    return {phase: parts.get(phase, 0) for phase in PHASES}
+    return {name: parts.get(name, 0) for name in PHASES}
 
 
-def _forward(model: nn.Module, editor: Editor, batch: BatchCounts, at_once: int, live: LiveBytes) -> Tensor:
-    """`edit_step` up to the loss, or `edit_step_in_parts`: of its parts, which are alike, one."""
+def _loss(model: nn.Module, editor: Editor, batch: EditBatch) -> Tensor:
+    return edit_step(model, editor, batch, "answer", _trunk).total(1.0)
+
+
+def _loss_in_parts(model: nn.Module, editor: Editor, batch: EditBatch, at_once: int, live: LiveBytes) -> Tensor:
+    """`edit_step_in_parts`; of its parts, which are alike, the first."""
     layers = editor.modules_in(model)
-    factors = _factors(model, layers, batch, live)
-    live.phase = TRANSFORMS
-    deltas = _deltas(editor, factors, batch.tasks)
-    if at_once == batch.tasks:
-        return _outer(model, layers, batch, deltas, live)
-    tensors, shape = tree_flatten(deltas)
+    deltas = editor.make_deltas(model, batch.z_edit, _trunk(model, batch.z_edit, layers)).deltas
+    tensors, shape = tree_flatten(dict(deltas))
     gradients = [torch.empty_like(tensor) for tensor in tensors]
     leaves = [tensor[:at_once].detach().requires_grad_() for tensor in tensors]
-    loss = _outer(model, layers, batch.part(at_once), tree_unflatten(leaves, shape), live)
+    part = EditBatch(*(rows.of_task_range(slice(0, at_once)) for rows in (batch.z_edit, batch.x_out, batch.x_in)))
+    edit, locality = outer_losses(model, layers, part, tree_unflatten(leaves, shape), "answer", _trunk)
     live.phase = BACKWARD
-    torch.autograd.grad(loss, leaves)
-    return known_loss(loss.detach(), gradients, tensors)
+    torch.autograd.grad((edit + locality).sum(), leaves)
+    return known_loss(edit.detach().sum(), gradients, tensors)
 
 
-def _outer(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batch: BatchCounts,
-    deltas: Mapping[str, LowRankDelta],
-    live: LiveBytes,
-) -> Tensor:
-    """The outer losses of a batch's edits, or of a part of them."""
-    rows, count = _joined(batch.x_out, batch.x_in), batch.x_out.rows
-    trunk = _trunk(model, layers, rows, live)
-    live.phase = EDITED
-    with replayed(trunk, slice(0, count)), torch.no_grad():
-        unedited = _logits(model, _inputs(model, rows, count), batch.locality, live)
-    live.phase = EDITED
-    with replayed(trunk, slice(None)), _applied(layers, deltas, rows.rows):
-        logits = _logits(model, _inputs(model, rows), batch.locality + batch.x_in.labels, live)
-    out, edited = logits.split([batch.locality, batch.x_in.labels])
-    return token_kl(unedited, out).mean() + token_nll(edited, _targets(edited)).mean()
+@phase(TRUNK)
+def _trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> TrunkOutputs:
+    """`run_trunk` of rows that share no beginning."""
+    return record_trunk(lambda: model(**rows.inputs, **without_cache(model)), len(rows), find_stacks(model), layers)
 
 
-def _factors(
-    model: nn.Module, layers: Mapping[str, nn.Module], batch: BatchCounts, live: LiveBytes
-) -> dict[str, Factors]:
-    """`edit_factors`: the edits' own pass down to the first edited layer."""
-    rows = batch.z_edit
-    trunk = _trunk(model, layers, rows, live)
-    live.phase = INNER
-    with replayed(trunk, slice(None)), record_factors(layers) as tape:
-        logits = _logits(model, _inputs(model, rows), rows.labels, live)
-        live.phase = INNER
-        raw = tape.gradients(token_nll(logits, _targets(logits)).sum())
-    kept = kept_tokens(model, layers, rows)
-    return {name: _kept(*raw.pop(name), kept[name], batch.tasks) for name in list(raw)}
+@dataclass(frozen=True)
+class _Descent:
+    """Stands in for an editor that cannot run without numbers: a step down the gradient."""
+
+    editor: Editor
+    c_base: float = 0.0
+
+    def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
+        return self.editor.modules_in(model)
+
+    def resting_deltas(self) -> None:
+        return None
+
+    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs) -> Made:
+        """`Editor.make_deltas`."""
+        factors, *measured = edit_factors(model, self.modules_in(model), z_edit, trunk)
+        with phase(TRANSFORMS):
+            rate = torch.ones((), device=z_edit.task.device, requires_grad=True)
+            deltas = {name: descent(each.u, each.delta, each, rate) for name, each in factors.items()}
+        return Made(self.editor.sized(model, deltas, z_edit, trunk), *measured)
 
 
-def kept_tokens(model: nn.Module, layers: Mapping[str, nn.Module], rows: RowCounts) -> dict[str, int]:
-    """How many of the edits' tokens make factors in each layer.
+def assumed_reach(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Reach]:
+    """Which of the edits' tokens make factors in each layer, as in models whose blocks end with their MLP.
 
-    All real tokens; in the last block of all, where only positions with a label have a gradient, the labels. In a
-    decoder behind an encoder a row has about as many tokens as labels.
+    In the last block of all only positions with a label have a gradient, in those below it all tokens up to there, in an
+    encoder or a classifier all tokens of the input.
     """
     stacks = find_stacks(model)
     last_name, last_stack = list(stacks.items())[-1]
-    ends = set(last_stack[-1].modules())
-    found = {}
+    classifier, ends = output_head(model) is None, set(last_stack[-1].modules())
+    found: dict[str, Reach] = {}
     for name, layer in layers.items():
-        decoding = rows.decoder_length and name.startswith(f"{last_name}.")
-        found[name] = rows.labels if decoding or layer in ends else rows.tokens
+        if layer in ends:
+            found[name] = "first" if classifier else "labels"
+        else:
+            found[name] = "until" if not classifier and name.startswith(f"{last_name}.") else "inputs"
     return found
 
 
-def _kept(u: Tensor, delta: Tensor, count: int, tasks: int) -> Factors:
-    """`kept_factors` with the first `count` tokens."""
-    u, delta = (x.reshape(-1, x.shape[-1]) for x in (u, delta))
-    (u != 0).any(-1) & (delta != 0).any(-1)
-    index = torch.empty(min(count, u.shape[0]), dtype=torch.long, device=u.device)
-    return Factors(u[index].float(), delta[index].float(), torch.empty_like(index), tasks)
+def rows_of(model: nn.Module, batch: BatchCounts) -> EditBatch:
+    """A batch of that size. The labels of `x_out` are where the locality loss looks."""
+    z_edit, x_out, x_in = (_rows(model, rows, batch.tasks) for rows in (
+        batch.z_edit, replace(batch.x_out, labels=batch.locality), batch.x_in,
+    ))  # fmt: skip
+    return EditBatch(z_edit, x_out, x_in)
 
 
-def _deltas(editor: Editor, factors: Mapping[str, Factors], tasks: int) -> dict[str, LowRankDelta]:
-    """`MendEditor.forward`, with equally many tokens of every task."""
-    if isinstance(editor, MendEditor):
-        made = editor._transform(factors)
-        editor._precondition(made)
-    else:
-        made = {name: (each.u, each.delta) for name, each in factors.items()}
-    rates = dict(editor.named_parameters()).get("edit_rates")
-    deltas = {}
-    for i, (name, (u, delta)) in enumerate(made.items()):
-        rank = -(-u.shape[0] // tasks)
-        place = (factors[name].task, tasks, rank, torch.empty_like(factors[name].task))
-        rate = torch.ones((), device=u.device, requires_grad=True) if rates is None else rates[i]
-        deltas[name] = LowRankDelta(pack_tasks(u, *place), pack_tasks(-rate * delta, *place))
-    return deltas
+def _rows(model: nn.Module, counts: RowCounts, tasks: int) -> Rows:
+    """Rows on the CPU, the first as long as the longest."""
+    number, length, decoder = torch.arange(counts.rows), counts.length, counts.decoder_length
+    lengths = torch.tensor([length, *_shares(counts.tokens - length, counts.rows - 1, length)])
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    inputs = {"input_ids": mask, "attention_mask": mask}
+    if decoder:
+        ids = torch.ones(counts.rows, decoder, dtype=torch.long)
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": ids}
+    # A classifier's labels are one a row; others' stand at its end.
+    width = 1 if output_head(model) is None else decoder or length
+    labels = torch.tensor(_shares(counts.labels, counts.rows, width))
+    first = ((lengths if width == length else width) - labels).clamp(min=0)[:, None]
+    place = torch.arange(width)
+    labels = torch.where((place >= first) & (place < first + labels[:, None]), 0, IGNORED_LABEL)
+    return Rows(inputs, labels, number * tasks // counts.rows, tasks, grouped=counts.rows % tasks == 0)
 
 
-@contextmanager
-def _applied(layers: Mapping[str, nn.Module], deltas: Mapping[str, LowRankDelta], rows: int) -> Iterator[None]:
-    """`delta.applied`, whose autocast torch does not have on the meta device."""
+def _shares(total: int, rows: int, most: int) -> list[int]:
+    """`total` over `rows`, as evenly as may be, at least one and at most `most` each.
 
-    def adder(delta: LowRankDelta):
-        index = torch.empty(rows, dtype=torch.long, device=delta.down.device)
-        return lambda module, args, output: output + delta.output(args[0], index).to(output.dtype)
-
-    handles = [layers[name].register_forward_hook(adder(delta)) for name, delta in deltas.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _trunk(model: nn.Module, layers: Mapping[str, nn.Module], rows: RowCounts, live: LiveBytes) -> TrunkOutputs:
-    live.phase = TRUNK
-    return record_trunk(lambda: model(**_inputs(model, rows)), rows.rows, find_stacks(model), layers)
-
-
-def _joined(first: RowCounts, second: RowCounts) -> RowCounts:
-    return RowCounts(
-        first.rows + second.rows, max(first.length, second.length), first.tokens + second.tokens,
-        first.labels + second.labels, max(first.decoder_length, second.decoder_length),
-    )  # fmt: skip
-
-
-def _inputs(model: nn.Module, rows: RowCounts, count: int | None = None) -> dict[str, Any]:
-    shapes = {"input_ids": rows.length, "attention_mask": rows.length}
-    if rows.decoder_length:
-        shapes |= {"decoder_input_ids": rows.decoder_length, "decoder_attention_mask": rows.decoder_length}
-    device, count = next(model.parameters()).device, rows.rows if count is None else count
-    inputs = {name: torch.empty(count, length, dtype=torch.long, device=device) for name, length in shapes.items()}
-    return inputs | without_cache(model)
-
-
-def _logits(model: nn.Module, inputs: dict[str, Any], positions: int, live: LiveBytes) -> Tensor:
-    """`logits_at` the first `positions`; a classifier's are one a row."""
-
-    def gather(module: nn.Module, args: tuple) -> tuple:
-        live.phase = LOGITS
-        states = args[0].reshape(-1, args[0].shape[-1])
-        return states[torch.arange(min(positions, states.shape[0]), device=states.device)], *args[1:]
-
-    head = output_head(model)
-    if head is None:
-        return model(**inputs).logits
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        return model(**inputs).logits
-    finally:
-        handle.remove()
-
-
-def _targets(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.long, device=logits.device)
+    Example:
+        >>> _shares(7, 3, 5), _shares(9, 2, 4)
+        ([3, 2, 2], [4, 4])
+    """
+    return [max(1, min(most, -(-(total - row) // rows))) for row in range(rows)]

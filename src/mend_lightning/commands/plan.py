@@ -33,14 +33,15 @@ WHAT = {
     "base": "its weights", "editor": "parameters, float32", "gradient": "the editor's", "moments": "Adam's two",
     "buffers": "statistics, preconditioning", "communication": "gathered blocks, buckets of the gradient",
     "step: trunk": "hidden states below the edited blocks", "step: inner pass": "the edits' factors u and delta",
-    "step: transforms": "what the editor's gradient needs", "step: edited pass": "what the edited blocks' gradient needs",
-    "step: logits": "positions x vocabulary, float32 copies", "step: backward": "gradients on their way",
+    "step: transforms": "what the editor's gradient needs", "step: confidence": "the search for each edit's size",
+    "step: edited pass": "what the edited blocks' gradient needs",
+    "step: logits": "of a few positions at a time; of all where processes share the base", "step: backward": "gradients on their way",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan and what it was made for."""
+    """A plan and what it was made for; `sharded_activations` are those of processes that share the base, where advice asks."""
 
     plan: MemoryPlan
     sizes: Sizes
@@ -51,6 +52,7 @@ class Planned:
     rank: int | None
     quantised: bool
     at_once: int
+    sharded_activations: dict[str, int]
 
 
 def plan_command(arguments: Sequence[str]) -> int:
@@ -61,8 +63,8 @@ def plan_command(arguments: Sequence[str]) -> int:
     config, model, data = read_run(rest)
     trainer = config.trainer
     strategy, processes = layout(trainer, options.strategy, options.devices, options.nodes)
-    found = plan_run(model, data, strategy, processes)
     memory = None if options.memory is None else int(options.memory * GIB)
+    found = plan_run(model, data, strategy, processes, memory)
     _show(found, model.base, options.memory, memory)
     if options.out is not None:
         write_json(options.out, {**about(found, model.base), "memory_gib": options.memory, "versions": versions()})
@@ -138,8 +140,10 @@ def device_count(devices: Any) -> int:
     return max(1, torch.cuda.device_count()) if str(devices) in ("auto", "-1") else int(devices)
 
 
-def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, processes: int) -> Planned:
-    """The plan of a run, made on torch's meta device.
+def plan_run(
+    module: MendModule, data: EditDataModule, strategy: Strategy, processes: int, memory: int | None = None
+) -> Planned:
+    """The plan of a run, made on torch's meta device; `memory` bytes a device has.
 
     Raises:
         ModelLoadError: the base's shape is not known on this machine.
@@ -162,10 +166,13 @@ def plan_run(module: MendModule, data: EditDataModule, strategy: Strategy, proce
     counts = counts or most_counts(data, kind, module.locality_positions)
     quantize = getattr(base, "quantize", None)
     sizes = sizes_of(model, editor, quantize)
-    plan = plan_memory(sizes, step_bytes(model, editor, counts, module.tasks_at_once), strategy, processes)
+    shared = activations = step_bytes(model, editor, counts, module.tasks_at_once, sharded)
+    plan = plan_memory(sizes, activations, strategy, processes)
+    if memory is not None and plan.total > memory and not sharded:
+        shared = step_bytes(model, editor, counts, module.tasks_at_once, sharded=True)
     rank = editor.settings.get("rank")
     at_once = min(module.tasks_at_once or counts.tasks, counts.tasks)
-    return Planned(plan, sizes, counts, lengths, strategy, processes, rank, quantize is not None, at_once)
+    return Planned(plan, sizes, counts, lengths, strategy, processes, rank, quantize is not None, at_once, shared)
 
 
 def _encoder(base: BaseModel, architecture: Any, data: EditDataModule, kind: ModelKind) -> tuple[Encoder | None, str]:
@@ -226,7 +233,7 @@ def lines(found: Planned, limit: float | None, memory: int | None) -> list[str]:
     if found.plan.total <= memory:
         return [*said, f"Fits into {limit:g} GiB: {gib(memory - found.plan.total)} GiB are left."]
     edits = (found.counts.tasks, found.at_once)
-    given = (found.plan, found.sizes, found.strategy, *edits, found.rank, memory, found.quantised)
+    given = (found.plan, found.sizes, found.strategy, *edits, found.rank, memory, found.quantised, found.sharded_activations)
     hints = advice(*given)
     return [*said, f"Does not fit into {limit:g} GiB: {gib(found.plan.total - memory)} GiB too much. What helps:",
             *(f"  {hint}" for hint in hints)]  # fmt: skip

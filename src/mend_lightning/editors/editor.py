@@ -19,6 +19,7 @@ from mend_lightning.factors import edit_factors
 from mend_lightning.fingerprint import base_fingerprint, same_base
 from mend_lightning.layers import layer_shape, named_modules, select_layers
 from mend_lightning.parallel.whole import own_class
+from mend_lightning.phases import TRANSFORMS, phase
 from mend_lightning.precondition import InputMoments
 from mend_lightning.prefix import run_trunk
 from mend_lightning.trunk import TrunkOutputs
@@ -119,18 +120,26 @@ class Editor(nn.Module):
         layers = self.modules_in(model)
         trunk = trunk or run_trunk(model, z_edit, layers)
         factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
-        deltas = self.from_factors(model, factors, z_edit, trunk)
-        if self.confidence is not None:
-            # A constant to the meta-gradient: training learns directions, and the search what they are worth.
-            scales = confident_scales(model, layers, deltas, z_edit, trunk, self.confidence)
-            deltas = {name: delta.scaled(scales) for name, delta in deltas.items()}
-        return Made(deltas, inner, skipped)
+        with phase(TRANSFORMS):
+            deltas = self.from_factors(model, factors, z_edit, trunk)
+        return Made(self.sized(model, deltas, z_edit, trunk), inner, skipped)
 
     def from_factors(
         self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows, trunk: TrunkOutputs
     ) -> dict[str, Delta]:
         """Deltas of gradient factors; an editor that also reads the edits' text overrides this."""
         return self(factors)
+
+    @phase(TRANSFORMS)
+    def sized(
+        self, model: nn.Module, deltas: Mapping[str, Delta], z_edit: Rows, trunk: TrunkOutputs
+    ) -> Mapping[str, Delta]:
+        """`deltas` at the learned edit rate, each made as large as `confidence` asks."""
+        if self.confidence is None:
+            return deltas
+        # A constant to the meta-gradient: training learns directions, and the search what they are worth.
+        scales = confident_scales(model, self.modules_in(model), deltas, z_edit, trunk, self.confidence)
+        return {name: delta.scaled(scales) for name, delta in deltas.items()}
 
     def shard_units(self) -> list[nn.Module] | None:
         """The modules that FSDP2 gathers one by one; None: this editor cannot work on a sharded model.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from mend_lightning.autocast import no_autocast
 from mend_lightning.delta import Delta, LowRankDelta, descent
 from mend_lightning.editors.condition import ConditionEncoder, edit_conditions
 from mend_lightning.editors.editor import Editor
@@ -141,7 +142,7 @@ class KnowledgeEditor(Editor):
                 f"{self.settings['embedding']}."
             )
         # Float32 under mixed precision too, as MEND's: `edit` runs without it and must give the same deltas.
-        with torch.autocast(embedded.device.type, enabled=False):
+        with no_autocast(embedded.device):
             condition = self.encode(embedded, lengths)
             return {
                 name: gated(factors[name], network(condition), z_edit)

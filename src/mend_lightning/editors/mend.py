@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.autocast import no_autocast
 from mend_lightning.delta import LowRankDelta, descent
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.ridge import ridge_delta
@@ -143,7 +144,7 @@ class MendEditor(Editor):
                 "of fit; elsewhere call editor.calibrate(moments)."
             )
         # An editor is float32 under mixed precision too: `edit` runs without it and must give the same deltas.
-        with torch.autocast(self.edit_rates.device.type, enabled=False):
+        with no_autocast(self.edit_rates.device):
             transformed = self._transform(factors)
             self._precondition(transformed)
             return {name: self._delta(i, *transformed[name], factors[name]) for i, name in enumerate(self.layers)}

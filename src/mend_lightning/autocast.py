@@ -1,0 +1,19 @@
+"""Mixed precision, left out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """What runs inside is computed in the dtypes that it has, whatever precisions a Trainer mixes.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), no_autocast(torch.device("cpu")):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    # The meta device, on which memory is planned, has no autocast.
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
