@@ -110,6 +110,41 @@ def test_second_order_gradients(quick):
     assert {key[4][0] for key in block_compile._compiled} == {False}
 
 
+def test_the_editor_says_whether_gradients_go_through_compiled_code(mend):
+    for first_order in (True, False):
+        module = mend("llama", compile_blocks=True, algorithm=partial(EnnEditor, first_order=first_order))
+        module.configure_model()
+        forwards = [block.__dict__["forward"] for block in module.base_model.model.layers]
+        assert [forward.gradients for forward in forwards] == [first_order] * len(forwards)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_key_value_caches_are_filled(family, quick):
+    plain, model = tiny_model(family, blocks=3), tiny_model(family, blocks=3)
+    compile_blocks(model)
+    ids = torch.randint(2, 20, (3, 7))
+    first, second = ids[:, :4], ids[:, 4:]
+    caches = []
+    for each in (plain, model):
+        cache = each(input_ids=first, use_cache=True).past_key_values
+        found = each(input_ids=second, past_key_values=cache, use_cache=True)
+        caches.append([found.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))])
+    assert [tensor.shape for tensor in caches[0]] == [tensor.shape for tensor in caches[1]]
+    assert max(map(relative_error, *caches)) < 1e-5
+    # From nothing, and from something.
+    assert len(block_compile._compiled) == counters["stats"]["unique_graphs"] == 2
+
+
+def test_lengths_that_happen_to_be_equal(quick):
+    """As many rows as tokens, and as many as a head is wide: the code is for any number nevertheless."""
+    model = tiny_model("llama", blocks=3)
+    compile_blocks(model)
+    width = model.config.hidden_size // model.config.num_attention_heads
+    for rows, tokens in ((width, width), (width, 5), (3, 5), (4, 4)):
+        model(input_ids=torch.ones(rows, tokens, dtype=torch.long), use_cache=False)
+    assert len(block_compile._compiled) == counters["stats"]["unique_graphs"] == 1
+
+
 def test_edits_and_hooks_in_compiled_blocks(quick):
     plain, rows = tiny_model("llama", blocks=4), make_rows("llama", [0, 0], 1)
     first, second = random_edit(plain, 1), random_edit(plain, 2)
@@ -182,8 +217,9 @@ def test_code_that_would_be_compiled_again_and_again(quick, monkeypatch):
     compile_blocks(model)
     with torch._dynamo.config.patch(recompile_limit=1):
         logits(model, rows)
-        with torch.autocast("cpu", torch.bfloat16), pytest.warns(UncompiledWarning, match="LlamaDecoderLayer"):
+        with torch.autocast("cpu", torch.bfloat16), pytest.warns(UncompiledWarning, match="LlamaDecoderLayer") as said:
             logits(model, rows)
+    assert len(said) == 1
     assert relative_error(logits(model, rows), expected) < 1e-6
     block_compile._given_up.clear()
 
