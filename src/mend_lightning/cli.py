@@ -158,6 +158,11 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             kwargs.setdefault("dump_header", header)
             return RunParser(**kwargs)
 
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            # Of the one that runs: a parser takes long to build, and the others' would not be asked.
+            return {command: LightningCLI.subcommands()[command] for command in arguments[:1]}
+
         def instantiate_classes(self) -> None:
             with refusals_named():
                 super().instantiate_classes()
