@@ -116,7 +116,7 @@ def _compiling(step: Callable[[], object], batches: int) -> float:
         for _ in range(batches):
             step()
         rounds.append(time.perf_counter() - start)
-    return rounds[0] - rounds[1]
+    return max(0.0, rounds[0] - rounds[1])
 
 
 def _with(forwards: dict[nn.Module, Any], run: Callable[[], object]) -> Callable[[], object]:
