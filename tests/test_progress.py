@@ -152,6 +152,16 @@ def test_a_log_stays_short(clock, capsys):
     assert min(gaps) == gaps[0] == 30 and max(gaps) == pytest.approx(600, abs=1) and len(times) < 120
 
 
+def test_a_log_says_the_end_once(clock, capsys):
+    line = ProgressLine("Test", 3)
+    for _ in range(3):
+        clock.now += 40
+        line.turn(4)
+    line.close()
+    said = [text.partition(" batches")[0] for text in capsys.readouterr().out.splitlines()]
+    assert said == ["Test: 1/3", "Test: 2/3", "Test: 3/3"]
+
+
 def test_numbers_are_read_only_to_be_shown(clock, screen):
     """Reading them waits for the device."""
     asked = []

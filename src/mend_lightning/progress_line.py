@@ -74,7 +74,9 @@ class ProgressLine:
         self.pace.turn(edits)
         self.done = self.done + 1 if done is None else done
         self._values = values
-        if self.pace.elapsed - self._shown_at >= self._patience():
+        # In a log the end has a line of its own.
+        last = self._bar is None and self.done == self.total
+        if not last and self.pace.elapsed - self._shown_at >= self._patience():
             self._read()
             self._show(self.text())
 
