@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,17 @@ def pytest_configure(config: pytest.Config) -> None:
         # An extra, and this file is nothing without it: its examples cannot be collected.
         page = Path(__file__).parents[1] / "src" / "mend_lightning" / "ui" / "page.py"
         config.option.ignore = [*(config.option.ignore or []), str(page)]
+
+
+def pytest_collection() -> None:
+    """Modules, tests and what they import stay until the end: nothing of them is garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Whoever collects garbage (`cost.release` does, for every measured edit) need not go through all that again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
