@@ -22,6 +22,7 @@ from mend_lightning.data.module import EditDataModule
 from mend_lightning.editors.enn import EnnEditor
 from mend_lightning.editors.knowledge_editor import KnowledgeEditor
 from mend_lightning.editors.mend import MendEditor
+from mend_lightning.errors import ConfigError
 from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import LiveBytes
 from mend_lightning.memory_plan import GIB, advice, devices_needed, plan_memory, sizes_of
@@ -295,7 +296,11 @@ def test_whatever_an_editor_does_is_planned(kind, settings):
         preconditioner.calibrated.fill_(True)
     first, batch = batches(real, tokenizer, 2, batch_size=4)
     edit_step(real, editor, first).total(0.1).backward()
-    assert_planned(step_bytes(empty, planned, batch_counts(batch, "all")), really_alive(real, editor, batch))
+    counts = batch_counts(batch, "all")
+    assert_planned(step_bytes(empty, planned, counts), really_alive(real, editor, batch))
+    if kind is EnnEditor:
+        with pytest.raises(ConfigError, match="takes the whole batch"):
+            step_bytes(empty, planned, counts, 1)
 
 
 def test_an_editor_that_reads_text_is_counted_by_its_parameters():

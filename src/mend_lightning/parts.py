@@ -56,11 +56,7 @@ def edit_step_in_parts(
     Raises:
         ConfigError: the editor trains the base as well (ENN), so that its edits are not all that the losses depend on.
     """
-    if editor.resting_deltas() is not None:
-        raise ConfigError(
-            f"tasks_at_once={tasks_at_once}: {type(editor).__name__} trains the base as well, which takes the whole batch. Leave "
-            "tasks_at_once out, and lower data.batch_size."
-        )
+    check_in_parts(editor, tasks_at_once)
     layers = editor.modules_in(model)
     made = editor.make_deltas(model, batch.z_edit, (trunk_of or run_trunk)(model, batch.z_edit, layers))
     tensors, shape = tree_flatten(dict(made.deltas))
@@ -79,6 +75,15 @@ def edit_step_in_parts(
     names = ("edit", "locality", "inner")
     joined = StepOutput(*(torch.cat([getattr(each, name) for each in losses]) for name in names), made.skipped)
     return known_loss(joined.total(c_edit), gradients, tensors), joined
+
+
+def check_in_parts(editor: Editor, tasks_at_once: int) -> None:
+    """Raises ConfigError if the editor trains the base as well."""
+    if editor.resting_deltas() is not None:
+        raise ConfigError(
+            f"tasks_at_once={tasks_at_once}: {type(editor).__name__} trains the base as well, which takes the whole batch. Leave "
+            "tasks_at_once out, and lower data.batch_size."
+        )
 
 
 def step_loss(

@@ -32,7 +32,7 @@ from mend_lightning.forward import output_head, without_cache
 from mend_lightning.head import whole_logits
 from mend_lightning.layers import find_stacks
 from mend_lightning.live_bytes import FusedAttention, LiveBytes
-from mend_lightning.parts import known_loss
+from mend_lightning.parts import check_in_parts, known_loss
 from mend_lightning.phases import BACKWARD, EDITED, PHASES, TRANSFORMS, TRUNK, phase
 from mend_lightning.positions import Reach
 from mend_lightning.reach import remember_reach
@@ -59,11 +59,6 @@ class RowCounts:
     labels: int
     decoder_length: int = 0
 
-    def share(self, tasks: int, of: int) -> RowCounts:
-        """What `tasks` out of `of` have of it, rounded up."""
-        rows, tokens, labels = (-(-size * tasks // of) for size in (self.rows, self.tokens, self.labels))
-        return replace(self, rows=rows, tokens=tokens, labels=labels)
-
 
 @dataclass(frozen=True)
 class BatchCounts:
@@ -81,17 +76,6 @@ class BatchCounts:
     x_out: RowCounts
     locality: int
 
-    def part(self, tasks: int) -> BatchCounts:
-        """The size of a part of the batch, of so many tasks.
-
-        Example:
-            >>> rows = RowCounts(4, 5, 18, 9)
-            >>> BatchCounts(4, rows, rows, rows, 10).part(1).x_in
-            RowCounts(rows=1, length=5, tokens=5, labels=3, decoder_length=0)
-        """
-        sets = (rows.share(tasks, self.tasks) for rows in (self.z_edit, self.x_in, self.x_out))
-        return BatchCounts(tasks, *sets, -(-self.locality * tasks // self.tasks))
-
 
 def step_bytes(
     model: nn.Module, editor: Editor, batch: BatchCounts, tasks_at_once: int | None = None, sharded: bool = False
@@ -108,6 +92,9 @@ def step_bytes(
 
     Returns:
         phase -> bytes. The editor's gradient is not among them: it is as large as the editor, and is counted there.
+
+    Raises:
+        ConfigError: the editor cannot take a step in parts.
     """
     gradient = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters())
     remember_reach(model, assumed_reach(model, editor.modules_in(model)))
@@ -123,7 +110,7 @@ def step_bytes(
         del loss
     editor.zero_grad()
     # Lightning frees the last step's gradient after the forward pass: the new one takes its place in the backward pass.
-    peak, parts = max(forward, (live.peak - gradient, live.parts), key=lambda found: found[0])
+    _, parts = max(forward, (live.peak - gradient, live.parts), key=lambda found: found[0])
     if parts is live.parts:
         parts = {**parts, BACKWARD: parts.get(BACKWARD, 0) - gradient}
     return {name: parts.get(name, 0) for name in PHASES}
@@ -135,6 +122,7 @@ def _loss(model: nn.Module, editor: Editor, batch: EditBatch) -> Tensor:
 
 def _loss_in_parts(model: nn.Module, editor: Editor, batch: EditBatch, at_once: int, live: LiveBytes) -> Tensor:
     """`edit_step_in_parts`; of its parts, which are alike, the first."""
+    check_in_parts(editor, at_once)
     layers = editor.modules_in(model)
     deltas = editor.make_deltas(model, batch.z_edit, _trunk(model, batch.z_edit, layers)).deltas
     tensors, shape = tree_flatten(dict(deltas))
