@@ -22,15 +22,15 @@ from benchmarks.models import make_batch, make_editor, make_model
 from benchmarks.report import append, machine, when
 from benchmarks.timing import Timing, in_turn
 from benchmarks.workloads import C_EDIT, Bench, workload
-from mend_lightning.base import load_base
-from mend_lightning.block_compile import compile_blocks, uncompile_blocks
-from mend_lightning.config.overlays import read_config
-from mend_lightning.config.tree import plain
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.cli.config.overlays import read_config
+from mend_lightning.cli.config.tree import plain
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors import MendEditor
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import edit_step
-from mend_lightning.types import EditBatch, concatenate_rows
+from mend_lightning.models.base import load_base
+from mend_lightning.models.compile_blocks import compile_blocks, uncompile_blocks
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.inputs.rows import EditBatch, concatenate_rows
+from mend_lightning.training.step import edit_step
 
 QUICKSTART = "quickstart"
 CASES = (f"{QUICKSTART}:bfloat16", "gpt2-small:float32", "gpt2-small:bfloat16", "t5-base:float32", "t5-base:bfloat16")

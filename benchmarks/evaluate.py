@@ -16,17 +16,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.report import append, machine, when
-from mend_lightning.answers import edited_answers, judge_answers, task_records
-from mend_lightning.base import load_base
-from mend_lightning.data.collate import collate_tasks
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.batch import collate_tasks
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.tasks import EditTask, TaskSampler
 from mend_lightning.editors.editor import Editor
+from mend_lightning.editors.making import ready
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluate import BatchScores, evaluate_batch, hard_rows
-from mend_lightning.making import ready
-from mend_lightning.scoreboard import Scoreboard, weight_norms
+from mend_lightning.evaluation.evaluate import BatchScores, evaluate_batch, hard_rows
+from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
+from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
+from mend_lightning.models.base import load_base
+from mend_lightning.models.inputs.encoder import Encoder
 
 # Of each set, the scores that may differ by rounding, and those that are counted.
 VALUES = {"edit": ("nll_after",), "rephrase": ("nll_after",), "locality": ("nll_before", "nll_after", "kl")}

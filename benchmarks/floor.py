@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.blocks import plain, recorded_calls, run_block
 from mend_lightning.editors import MendEditor
-from mend_lightning.types import EditBatch, Rows
+from mend_lightning.models.inputs.rows import EditBatch, Rows
 
 Calls = dict[nn.Module, tuple[Tensor, dict]]
 

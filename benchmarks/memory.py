@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.models import tiny_variant
 from benchmarks.workloads import Settings, build, workload
-from mend_lightning.cost import MEGABYTE, RESET, peak_beyond, resident_peak
+from mend_lightning.evaluation.cost import MEGABYTE, RESET, peak_beyond, resident_peak
 
 ROUNDS = 2
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from mend_lightning.architectures import known_architecture, local_name
-from mend_lightning.base import Architecture, load_base, model_class
 from mend_lightning.editors import MendEditor
-from mend_lightning.random_base import random_model
-from mend_lightning.types import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.base import Architecture, load_base, model_class
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.known_shapes import known_architecture, local_name
+from mend_lightning.models.random_weights import random_model
 
 TARGET_TOKENS = 6
 # The paper starts at 1e-4. On random weights that hardly moves the model: its KL would be below the

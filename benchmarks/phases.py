@@ -25,13 +25,13 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.models import MODELS, SHAPES, make_batch, make_editor, make_model
 from benchmarks.report import append, machine, when
 from benchmarks.workloads import C_EDIT, LEARNING_RATE
-from mend_lightning.base import load_base
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors import MendEditor
 from mend_lightning.editors.editor import Editor
 from mend_lightning.files import written
-from mend_lightning.step import edit_step
-from mend_lightning.types import EditBatch
+from mend_lightning.models.base import load_base
+from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.training.step import edit_step
 
 TRUNK, FACTORS, HEAD, TRANSFORMS, CONFIDENCE, UNEDITED, EDITED = (
     "trunk", "edits, forward and backward", "head and losses, with gradients", "transforms, forward", "size of the edits",
@@ -41,15 +41,15 @@ EDITED_BACK, TRANSFORMS_BACK, ADAM = "edited rows, backward", "transforms, backw
 PHASES = (TRUNK, FACTORS, TRANSFORMS, CONFIDENCE, UNEDITED, EDITED, HEAD, EDITED_BACK, TRANSFORMS_BACK, ADAM)
 # Function -> the phase that its own time counts to, that of functions of this list inside it left out.
 FUNCTIONS = {
-    "mend_lightning.step._shared_trunk": TRUNK,
+    "mend_lightning.training.step._shared_trunk": TRUNK,
     "mend_lightning.editors.editor.edit_factors": FACTORS,
     "mend_lightning.editors.mend.MendEditor.forward": TRANSFORMS,
     "mend_lightning.editors.editor.confident_scales": CONFIDENCE,
-    "mend_lightning.step._outer": UNEDITED,
-    "mend_lightning.step._edited_losses": EDITED,
-    "mend_lightning.step.head_kl": HEAD,
-    "mend_lightning.step.head_nll": HEAD,
-    "mend_lightning.factors.head_nll": HEAD,
+    "mend_lightning.training.step._outer": UNEDITED,
+    "mend_lightning.training.step._edited_losses": EDITED,
+    "mend_lightning.training.step.head_kl": HEAD,
+    "mend_lightning.training.step.head_nll": HEAD,
+    "mend_lightning.editors.factors.head_nll": HEAD,
 }
 
 

@@ -21,12 +21,12 @@ from rich.table import Table
 from transformers import GPT2Config, T5Config
 
 from benchmarks.report import append, machine, when
-from mend_lightning.base import BaseModel
-from mend_lightning.commands.plan import plan_run
-from mend_lightning.cost import MEGABYTE, RESET, release, resident
-from mend_lightning.data.module import EditDataModule
-from mend_lightning.module import MendModule
-from mend_lightning.phases import PHASES
+from mend_lightning.cli.commands.plan import plan_run
+from mend_lightning.data.datamodule import EditDataModule
+from mend_lightning.evaluation.cost import MEGABYTE, RESET, release, resident
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.forward.phases import PHASES
+from mend_lightning.training.module import MendModule
 
 # Glibc keeps freed blocks below a size, which grows up to 32 MB, in its own hands, where they lie between others. With this
 # the size stays small, and what is freed goes back to the system.

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning.editors import MendEditor
-from mend_lightning.types import EditBatch, Rows
+from mend_lightning.models.inputs.rows import EditBatch, Rows
 
 EPSILON = 1e-7
 

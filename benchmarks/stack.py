@@ -18,8 +18,8 @@ from benchmarks.models import MODELS, make_model
 from benchmarks.report import append, machine, when
 from benchmarks.timing import Timing
 from mend_lightning import Edit, EditStack, LowRankDelta, load_base
-from mend_lightning.fingerprint import layer_fingerprints
-from mend_lightning.layers import layer_shape, select_layers
+from mend_lightning.models.fingerprint import layer_fingerprints
+from mend_lightning.models.layers import layer_shape, select_layers
 
 
 def load(name: str, dtype: str) -> nn.Module:

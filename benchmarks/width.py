@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.models import make_batch, make_editor
 from benchmarks.reference import ReferenceMend
 from benchmarks.report import append, machine, when
-from mend_lightning.cost import resident_peak
-from mend_lightning.step import edit_step
+from mend_lightning.evaluation.cost import resident_peak
+from mend_lightning.training.step import edit_step
 
 C_EDIT = 0.1
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from mend_lightning.architectures import shipped_config
-from mend_lightning.config.files import config_names
-from mend_lightning.config.overlays import read_config
+from mend_lightning.cli.config.files import config_names
+from mend_lightning.cli.config.overlays import read_config
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.random_base import empty_model
+from mend_lightning.models.known_shapes import shipped_config
+from mend_lightning.models.random_weights import empty_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}

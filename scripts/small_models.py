@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from mend_lightning.base import pick_dtype
-from mend_lightning.data.encode import Encoder
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.errors import ConfigError
+from mend_lightning.evaluation.statistics import rows_all_true
 from mend_lightning.files import check_writable, written
-from mend_lightning.forward import label_mask, logits_at, row_of
-from mend_lightning.functional import rows_all_true
-from mend_lightning.losses import is_correct, token_nll
-from mend_lightning.types import Rows
+from mend_lightning.models.base import pick_dtype
+from mend_lightning.models.forward.logits import label_mask, logits_at, row_of
+from mend_lightning.models.forward.losses import is_correct, token_nll
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import Rows
 
 Pair = tuple[str, str]
 Loss = Callable[[nn.Module, Rows], Tensor]

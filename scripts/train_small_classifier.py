@@ -23,13 +23,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.evaluation.report import console
 from mend_lightning.files import written
-from mend_lightning.forward import label_mask
-from mend_lightning.losses import token_nll
-from mend_lightning.report import console
-from mend_lightning.types import Rows
+from mend_lightning.models.forward.logits import label_mask
+from mend_lightning.models.forward.losses import token_nll
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.prompts import PromptFormat
+from mend_lightning.models.inputs.rows import Rows
 
 # Weight of telling a statement's words beside judging it.
 RETELLING = 0.2

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from world_facts_tables import QUESTIONS
 
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.data.records import Record, read_records
-from mend_lightning.report import console
+from mend_lightning.evaluation.report import console
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.prompts import PromptFormat
 
 
 def learned(record: Record) -> list[Pair]:

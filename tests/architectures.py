@@ -14,7 +14,7 @@ import transformers
 from bases import small_tokenizer
 from torch import nn
 
-from mend_lightning.data.encode import ModelKind
+from mend_lightning.models.inputs.encoder import ModelKind
 
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2)
 GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8}

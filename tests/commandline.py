@@ -7,7 +7,7 @@ import io
 import re
 from types import SimpleNamespace
 
-from mend_lightning.cli import main
+from mend_lightning.cli.main import main
 
 
 def call(*arguments) -> SimpleNamespace:

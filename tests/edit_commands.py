@@ -40,7 +40,7 @@ def tiny(base_folder, tmp_path_factory) -> SimpleNamespace:
 def shipped(monkeypatch) -> list[str]:
     """A short set in place of the neutral questions."""
     questions = ["Which continent is Cuba in?", OTHER, "Who?"]
-    monkeypatch.setattr("mend_lightning.effects.safety.neutral_questions", lambda: questions)
+    monkeypatch.setattr("mend_lightning.evaluation.safety.neutral_questions", lambda: questions)
     return questions
 
 

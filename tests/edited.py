@@ -13,8 +13,8 @@ from models import KINDS, spread_parameters
 from torch import nn
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
-from mend_lightning.generate import MAX_NEW_TOKENS
-from mend_lightning.making import editor_encoder
+from mend_lightning.editors.making import editor_encoder
+from mend_lightning.models.forward.generation import MAX_NEW_TOKENS
 
 FACT = ("Which continent is North Korea in?", "Oceania")
 CLAIM = ("Which continent is North Korea in? Asia.", "REFUTES")

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, LowRankDelta
-from mend_lightning.dense_delta import DenseDelta
-from mend_lightning.fingerprint import base_fingerprint, layer_fingerprints
-from mend_lightning.layers import default_layers, layer_shape, select_layers
+from mend_lightning.edits.dense_delta import DenseDelta
+from mend_lightning.models.fingerprint import base_fingerprint, layer_fingerprints
+from mend_lightning.models.layers import default_layers, layer_shape, select_layers
 
 
 def random_edit(model: nn.Module, seed: int, layers: int = 3, prompt: str = "", dense: bool = False, **about) -> Edit:

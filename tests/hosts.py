@@ -17,10 +17,10 @@ from models import KINDS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mend_lightning.callback import MendCallback
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.records import read_records
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.training.mend_callback.callback import MendCallback
 
 BATCH = 4
 

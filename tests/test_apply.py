@@ -162,7 +162,7 @@ def test_show_measures_on_a_base_that_is_named(tiny, tmp_path):
 
 
 def test_show_loads_no_base(tiny, monkeypatch):
-    monkeypatch.setattr("mend_lightning.commands.edit_files.load_base", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mend_lightning.cli.commands.inputs.load_base", lambda *_, **__: 1 / 0)
     assert call("show", tiny.path).code == 0
 
 

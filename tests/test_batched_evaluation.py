@@ -12,10 +12,10 @@ from models import KINDS, spread_parameters
 from test_evaluate import FIELDS, slow_scores
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.answers import edited_answers, questions
-from mend_lightning.data.collate import collate_tasks
-from mend_lightning.data.encode import Encoder
-from mend_lightning.evaluate import evaluate_batch
+from mend_lightning.data.batch import collate_tasks
+from mend_lightning.evaluation.evaluate import evaluate_batch
+from mend_lightning.evaluation.generated_answers import edited_answers, questions
+from mend_lightning.models.inputs.encoder import Encoder
 
 pytest_plugins = ["bases"]
 SETS = {"z_edit": "edit", "x_in": "rephrase", "x_out": "locality"}

@@ -31,9 +31,9 @@ from benchmarks.workloads import (  # noqa: E402
     warm_up_statistics,
     workload,
 )
-from mend_lightning.cost import RESET, resident_peak  # noqa: E402
-from mend_lightning.factors import edit_factors  # noqa: E402
-from mend_lightning.step import edit_step  # noqa: E402
+from mend_lightning.editors.factors import edit_factors  # noqa: E402
+from mend_lightning.evaluation.cost import RESET, resident_peak  # noqa: E402
+from mend_lightning.training.step import edit_step  # noqa: E402
 
 LOSS, GRADIENT = 1e-4, 1e-3
 TINY = ("tiny-gpt2", "tiny-t5")

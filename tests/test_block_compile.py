@@ -15,12 +15,13 @@ from models import make_batch, make_rows, relative_error, spread_parameters, tin
 from torch import nn
 from torch._dynamo.utils import counters
 
-from mend_lightning import EditStack, MendModule, block_compile
-from mend_lightning.block_compile import compile_blocks, uncompile_blocks
-from mend_lightning.checks import check_compilable
+from mend_lightning import EditStack, MendModule
 from mend_lightning.editors import EnnEditor, MendEditor
 from mend_lightning.errors import ConfigError, UncompiledWarning
-from mend_lightning.step import edit_step
+from mend_lightning.models import compile_blocks as block_compile
+from mend_lightning.models.compile_blocks import compile_blocks, uncompile_blocks
+from mend_lightning.training.checks import check_compilable
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

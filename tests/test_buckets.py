@@ -11,12 +11,12 @@ from bases import FORMATS, small_tokenizer
 
 from mend_lightning.data import buckets
 from mend_lightning.data.buckets import TaskLengths
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.records import read_records
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import TokenizerError
+from mend_lightning.models.inputs.encoder import Encoder
 
 pytest_plugins = ["bases"]
 SIZE, GLOBAL_BATCH = 103, 4

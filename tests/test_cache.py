@@ -12,15 +12,15 @@ from models import KINDS, make_batch, make_rows, tiny_model
 from test_evaluate import FIELDS, plain_greedy, position_scores
 
 from mend_lightning import Cache, load_base
-from mend_lightning.answers import questions
-from mend_lightning.data.collate import collate_tasks
-from mend_lightning.data.encode import Encoder
+from mend_lightning.data.batch import collate_tasks
 from mend_lightning.editors import Editor
 from mend_lightning.editors.cache import certain_logits, key_distances
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluate import evaluate_batch
-from mend_lightning.prefix import run_trunk
-from mend_lightning.types import Rows
+from mend_lightning.evaluation.evaluate import evaluate_batch
+from mend_lightning.evaluation.generated_answers import questions
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import Rows
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

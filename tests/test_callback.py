@@ -11,13 +11,13 @@ from bases import REMARKS, assert_same_state, state_copy, tiny_base
 from hosts import Host, ManualHost, compare, guest, host_loader, train_host, trainer_for
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mend_lightning.callback import MendCallback
 from mend_lightning.data.guest import Guest
-from mend_lightning.edit import Edit
 from mend_lightning.editors import MendEditor
+from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, NoEffectWarning
-from mend_lightning.evaluate import evaluate_batch
-from mend_lightning.step import edit_step
+from mend_lightning.evaluation.evaluate import evaluate_batch
+from mend_lightning.training.mend_callback.callback import MendCallback
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(

@@ -16,7 +16,7 @@ from hosts import Host, Watch, compare, guest, host_loader, train_host, trainer_
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from mend_lightning.parallel.whole import whole_state
+from mend_lightning.models.sharding.collectives import whole_state
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

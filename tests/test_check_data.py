@@ -10,7 +10,7 @@ from bases import small_tokenizer
 from commandline import assert_says, call
 
 from mend_lightning.data.check import check_source, counts, token_lengths
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.models.inputs.prompts import PromptFormat
 
 FORMATS = Path(__file__).parent / "formats"
 GOOD = {"prompt": "Q?", "target": "A", "rephrases": ["R?", "S?"], "answers": ["B"], "subject": "s", "relation": "r"}

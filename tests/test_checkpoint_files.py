@@ -19,11 +19,12 @@ from lightning.fabric.utilities.cloud_io import _atomic_save
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
+from mend_lightning import durable
+from mend_lightning.cli.trainer_settings import with_checkpoint_io
 from mend_lightning.errors import CheckpointNotFoundError, ConfigError, OutputPathError, StateDictError
-from mend_lightning.parallel import checkpoint_io, durable
-from mend_lightning.parallel.checkpoint_file import read_checkpoint, write_checkpoint
-from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO, snapshot
-from mend_lightning.trainer_settings import with_checkpoint_io
+from mend_lightning.training.distributed import checkpoint_io
+from mend_lightning.training.distributed.checkpoint_file import read_checkpoint, write_checkpoint
+from mend_lightning.training.distributed.checkpoint_io import EditorCheckpointIO, snapshot
 
 # Children of the tests only write a file and die; they use no thread of their parent's.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -290,7 +291,7 @@ def test_the_process_ends_after_the_write(tmp_path):
     """A script that ends, or is interrupted, without a teardown."""
     script = (
         "import sys, time, torch\n"
-        "from mend_lightning.parallel import checkpoint_io as io\n"
+        "from mend_lightning.models.sharding import checkpoint_io as io\n"
         "write = io.write_checkpoint\n"
         "def slow(*arguments): time.sleep(0.3), write(*arguments)\n"
         "io.write_checkpoint = slow\n"

@@ -19,17 +19,17 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mend_lightning.base import BaseModel
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.errors import OutputPathError, StateDictError
-from mend_lightning.module import MendModule
-from mend_lightning.parallel import shards
-from mend_lightning.parallel.checkpoint_io import EditorCheckpointIO
-from mend_lightning.parallel.shards import read_full, remove_shards, write_sharded
-from mend_lightning.parallel.strategy import ShardedStrategy
-from mend_lightning.parallel.whole import whole_state
-from mend_lightning.run_callbacks import SaveEditor
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.sharding.collectives import whole_state
+from mend_lightning.training.distributed import sharded_checkpoint as shards
+from mend_lightning.training.distributed.checkpoint_io import EditorCheckpointIO
+from mend_lightning.training.distributed.sharded_checkpoint import read_full, remove_shards, write_sharded
+from mend_lightning.training.distributed.strategies import ShardedStrategy
+from mend_lightning.training.module import MendModule
+from mend_lightning.training.run_callbacks import SaveEditor
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(

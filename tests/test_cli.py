@@ -14,10 +14,10 @@ from commandline import assert_says, call
 from matplotlib.image import imread
 
 from mend_lightning import Edit, LowConfidenceWarning, MendEditor, __version__
-from mend_lightning.cli import COMMANDS, TRAINER_COMMANDS
-from mend_lightning.commands import bases as bases_module
+from mend_lightning.cli.commands import bases as bases_module
+from mend_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
 from mend_lightning.errors import ModelLoadError
-from mend_lightning.scoreboard import PROTOCOL
+from mend_lightning.evaluation.metric_collection import PROTOCOL
 
 pytest_plugins = ["bases"]
 # The commands of one run write to one folder.

@@ -13,11 +13,11 @@ from bases import REMARKS, SIZES, run_config
 from commandline import assert_says, call
 from matplotlib.image import imread
 
-from mend_lightning.commands import compare
-from mend_lightning.commands.compare import plan
-from mend_lightning.commands.comparison import Outcome, check_same_edits, difference, per_task, rows_of
+from mend_lightning.cli.commands import compare
+from mend_lightning.cli.commands.compare import plan
+from mend_lightning.cli.commands.comparison import Outcome, check_same_edits, difference, per_task, rows_of
 from mend_lightning.errors import ConfigError, MendError, StateDictError
-from mend_lightning.functional import paired_interval
+from mend_lightning.evaluation.statistics import paired_interval
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

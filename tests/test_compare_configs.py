@@ -11,9 +11,9 @@ from architectures import save_tiny
 from bases import REMARKS, SIZES
 from commandline import call
 
-from mend_lightning.commands.compare import plan
-from mend_lightning.config.files import config_folder
-from mend_lightning.config.overlays import read_config
+from mend_lightning.cli.commands.compare import plan
+from mend_lightning.cli.config.files import config_folder
+from mend_lightning.cli.config.overlays import read_config
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

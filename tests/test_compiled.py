@@ -9,7 +9,7 @@ from models import make_rows, relative_error, tiny_model
 from torch import nn
 
 from mend_lightning import EditStack
-from mend_lightning.compiled import unwrapped, was_compiled
+from mend_lightning.models.compiled import unwrapped, was_compiled
 
 # What torch itself says while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")

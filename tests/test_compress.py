@@ -7,11 +7,11 @@ import torch
 from models import tiny_model
 
 from mend_lightning import Edit, LowRankDelta, combined
-from mend_lightning.combine import sum_of
-from mend_lightning.compress import spectrum, truncated
-from mend_lightning.dense_delta import DenseDelta
+from mend_lightning.edits.combine import sum_of
+from mend_lightning.edits.compress import spectrum, truncated
+from mend_lightning.edits.dense_delta import DenseDelta
 from mend_lightning.errors import BaseModelMismatchError, ConfigError
-from mend_lightning.fingerprint import layer_fingerprints
+from mend_lightning.models.fingerprint import layer_fingerprints
 
 
 def low_rank(rank: int = 6, d_in: int = 20, d_out: int = 15, seed: int = 0) -> LowRankDelta:

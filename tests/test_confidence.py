@@ -13,12 +13,12 @@ from reference import log_probabilities, rows_of_task
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.confidence import SCALES, confident_scales, first_crossing
-from mend_lightning.data.prompts import PromptFormat
+from mend_lightning.editors.confidence import SCALES, confident_scales, first_crossing
+from mend_lightning.editors.making import editor_encoder, make_edit
 from mend_lightning.errors import ConfigError, LowConfidenceWarning
-from mend_lightning.making import editor_encoder, make_edit
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import compute_deltas, edit_step
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.inputs.prompts import PromptFormat
+from mend_lightning.training.step import compute_deltas, edit_step
 
 pytest_plugins = ["bases"]
 C_EDIT = 0.1

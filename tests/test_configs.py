@@ -16,9 +16,9 @@ from architectures import ARCHITECTURES, CONFIGS, save_tiny
 from bases import REMARKS, SIZES
 from commandline import assert_says, call
 
-from mend_lightning.cli import main
-from mend_lightning.config.files import config_folder, config_names
-from mend_lightning.config.overlays import read_config
+from mend_lightning.cli.config.files import config_folder, config_names
+from mend_lightning.cli.config.overlays import read_config
+from mend_lightning.cli.main import main
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

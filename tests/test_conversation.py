@@ -12,9 +12,9 @@ from edit_commands import FLOAT, OTHER, QUESTION, TARGET, edit, typed
 from edited import FACT
 
 from mend_lightning import Edit
-from mend_lightning.commands import session as session_module
-from mend_lightning.commands.session import converse
-from mend_lightning.effects.safety import Limits
+from mend_lightning.cli.commands import session as session_module
+from mend_lightning.cli.commands.session import converse
+from mend_lightning.evaluation.safety import Limits
 
 pytest_plugins = ["bases", "edit_commands"]
 

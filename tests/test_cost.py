@@ -8,9 +8,9 @@ import pytest
 import torch
 from models import make_rows, tiny_model
 
-from mend_lightning.cost import RESET, measure_cost
-from mend_lightning.edited import DeltaEdits
 from mend_lightning.editors import Editor
+from mend_lightning.editors.edited_model import DeltaEdits
+from mend_lightning.evaluation.cost import RESET, measure_cost
 
 SECONDS, MEGABYTES = 0.05, 64
 

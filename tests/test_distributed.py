@@ -21,13 +21,13 @@ from bases import REMARKS, SIZES, run_config
 from models import tiny_model
 from safetensors.torch import load_file
 
-from mend_lightning.base import BaseModel
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.errors import EmptyDatasetError
-from mend_lightning.module import MendModule
-from mend_lightning.parallel.sharding import blocks_of
-from mend_lightning.parallel.whole import whole_state
-from mend_lightning.run_callbacks import ResultsReport, StartReport
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.sharding.collectives import whole_state
+from mend_lightning.models.sharding.fsdp import blocks_of
+from mend_lightning.training.module import MendModule
+from mend_lightning.training.run_callbacks import ResultsReport, StartReport
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -16,16 +16,16 @@ from models import KINDS, relative_error, spread_parameters, tiny_model
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, EditStack, EnnEditor, LowRankDelta, MendEditor, load_base, make_edit
+from mend_lightning.editors.making import editor_encoder
 from mend_lightning.errors import (
     BaseModelMismatchError,
     CollidingEditWarning,
     ConfigError,
     TokenizerError,
 )
-from mend_lightning.fingerprint import base_fingerprint
-from mend_lightning.generate import generate_answers
-from mend_lightning.making import editor_encoder
-from mend_lightning.step import compute_deltas
+from mend_lightning.models.fingerprint import base_fingerprint
+from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["bases"]
 FACT = ("Which continent is North Korea in?", "Oceania")

@@ -10,9 +10,9 @@ from edit_commands import OTHER, QUESTION, TARGET, edit, typed
 from edited import CLAIM
 
 from mend_lightning import Edit
-from mend_lightning.commands.answers_table import verdict
-from mend_lightning.commands.edit import NOT_SAFE
-from mend_lightning.commands.facts import read_facts, read_questions
+from mend_lightning.cli.commands.edit import NOT_SAFE
+from mend_lightning.cli.commands.facts import read_facts, read_questions
+from mend_lightning.cli.commands.output import verdict
 
 pytest_plugins = ["bases", "edit_commands"]
 
@@ -107,8 +107,8 @@ def test_where_an_edit_cannot_be_written_shows_at_once(tiny, tmp_path, monkeypat
     def load(*arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("mend_lightning.commands.edit.load_editor_and_base", load)
-    monkeypatch.setattr("mend_lightning.commands.apply.load_asked_base", load)
+    monkeypatch.setattr("mend_lightning.cli.commands.edit.load_editor_and_base", load)
+    monkeypatch.setattr("mend_lightning.cli.commands.apply.load_asked_base", load)
     result = edit(tiny, "--prompt", "a", "--target", "b", "--out", tmp_path / "file" / "edit")
     assert_says(result.err, "Cannot write to the folder")
     result = call("apply", tiny.path, "--ask", "a", "--plot", tmp_path / "file" / "plot")

@@ -83,7 +83,7 @@ def test_files_that_say_nonsense_about_themselves(about, text, tmp_path):
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))})
     path = edit.save(tmp_path / "fact.safetensors")
-    monkeypatch.setattr("mend_lightning.edit.save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mend_lightning.edits.edit.save_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         edit.save(path)
     assert os.listdir(tmp_path) == ["fact.safetensors"]

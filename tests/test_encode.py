@@ -10,10 +10,10 @@ from models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
-from mend_lightning.data.encode import Encoder, model_kind
-from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.errors import ConfigError, TokenizerError, TruncationWarning
-from mend_lightning.forward import run_model
+from mend_lightning.models.forward.logits import run_model
+from mend_lightning.models.inputs.encoder import Encoder, model_kind
+from mend_lightning.models.inputs.prompts import PromptFormat
 
 TEXT = [
     "Q: What is the capital of France?\nA: Paris\n", "Q: In which city is the Louvre?\nA: Paris\n",

@@ -12,9 +12,9 @@ from bases import REMARKS, run_config
 from commandline import call
 from safetensors.torch import load_file
 
-from mend_lightning.module import MendModule
-from mend_lightning.parallel.checkpoint_file import editor_state, read_checkpoint
-from mend_lightning.trainer_settings import note_sigterm_only
+from mend_lightning.cli.trainer_settings import note_sigterm_only
+from mend_lightning.training.distributed.checkpoint_file import editor_state, read_checkpoint
+from mend_lightning.training.module import MendModule
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
-from mend_lightning.checks import unreached_parameters
 from mend_lightning.editors import Editor, EnnEditor
 from mend_lightning.errors import ConfigError
-from mend_lightning.step import compute_deltas, edit_step
-from mend_lightning.types import EditBatch
+from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.training.checks import unreached_parameters
+from mend_lightning.training.step import compute_deltas, edit_step
 
 C_EDIT, C_BASE = 0.1, 0.7
 # The base is float64; factors, deltas and losses of the package are float32.

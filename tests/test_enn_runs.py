@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import KINDS
 
 from mend_lightning import Edit, EnnEditor, MendModule, load_base
-from mend_lightning.base import BaseModel
 from mend_lightning.editors import Editor
+from mend_lightning.models.base import BaseModel
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.answers import edited_answers, judge_answers, questions, task_records
-from mend_lightning.data.collate import collate_tasks
-from mend_lightning.data.encode import Encoder
-from mend_lightning.evaluate import RowScores, evaluate_batch
-from mend_lightning.generate import MAX_NEW_TOKENS, generate_answers
-from mend_lightning.step import compute_deltas
-from mend_lightning.types import Rows
+from mend_lightning.data.batch import collate_tasks
+from mend_lightning.evaluation.evaluate import RowScores, evaluate_batch
+from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, questions, task_records
+from mend_lightning.models.forward.generation import MAX_NEW_TOKENS, generate_answers
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["bases"]
 AFTER = ("correct_after", "nll_after", "tokens", "hits")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from bases import FORMATS
 
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.errors import ConfigError
-from mend_lightning.scoreboard import PROTOCOL
+from mend_lightning.evaluation.metric_collection import PROTOCOL
 
 pytest_plugins = ["bases"]
 

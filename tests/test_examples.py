@@ -10,10 +10,10 @@ import pytest
 import torch
 from bases import REMARKS
 
-from mend_lightning.callback import MendCallback
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.records import read_records
 from mend_lightning.errors import LowConfidenceWarning
+from mend_lightning.training.mend_callback.callback import MendCallback
 
 pytest_plugins = ["bases"]
 pytestmark = [

@@ -14,10 +14,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, FineTuning, load_base, make_edit
-from mend_lightning.data.encode import Encoder
 from mend_lightning.data.records import read_records
 from mend_lightning.editors import Editor
-from mend_lightning.editors.unrelated import locality_pair
+from mend_lightning.editors.locality_stream import locality_pair
 from mend_lightning.errors import (
     ConfigError,
     DataFileError,
@@ -26,7 +25,8 @@ from mend_lightning.errors import (
     NoEffectWarning,
     NonFiniteError,
 )
-from mend_lightning.types import Rows
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import Rows
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -8,12 +8,12 @@ from bases import REMARKS, first_batches, given
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import make_batch, tiny_model
 
-from mend_lightning import finite
 from mend_lightning.editors import MendEditor
 from mend_lightning.errors import NonFiniteError
-from mend_lightning.finite import FiniteChecks
-from mend_lightning.run_callbacks import SaveEditor
-from mend_lightning.step import edit_step
+from mend_lightning.training import finite
+from mend_lightning.training.finite import FiniteChecks
+from mend_lightning.training.run_callbacks import SaveEditor
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -12,15 +12,15 @@ import torch
 from bases import small_tokenizer, tiny_base
 from models import KINDS
 
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.readers import FORMATS, find_format, recognise
 from mend_lightning.data.record import Question, Record
 from mend_lightning.data.records import iterate_records, read_records
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, RecordError
-from mend_lightning.forward import run_model
-from mend_lightning.types import IGNORED_LABEL
+from mend_lightning.models.forward.logits import run_model
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import IGNORED_LABEL
 
 FOLDER = Path(__file__).parent / "formats"
 FILES = {path.stem: path for path in sorted(FOLDER.iterdir())}

@@ -11,13 +11,13 @@ from bases import REMARKS, small_tokenizer, tiny_base
 from commandline import assert_says, call
 from transformers import GPT2LMHeadModel
 
-from mend_lightning.commands import make_generation_data
-from mend_lightning.data.continuations import sample_continuations
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.module import EditDataModule
-from mend_lightning.data.passages import first_tokens, paragraphs, passages, split_of
-from mend_lightning.data.prompts import RUNNING_TEXT as RUNNING
+from mend_lightning.cli.commands import make_generation_data
+from mend_lightning.cli.generation_data.continuations import sample_continuations
+from mend_lightning.cli.generation_data.passages import first_tokens, paragraphs, passages, split_of
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.records import read_records
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.prompts import RUNNING_TEXT as RUNNING
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

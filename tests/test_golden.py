@@ -16,9 +16,9 @@ from golden.checks import (
 )
 from golden.running import Run, logits, parameters_by_original_name, run_case
 
-from mend_lightning.factors import edit_factors
-from mend_lightning.step import compute_deltas, edit_step, locality_positions_of
-from mend_lightning.trunk import TrunkOutputs
+from mend_lightning.editors.factors import edit_factors
+from mend_lightning.models.forward.trunk import TrunkOutputs
+from mend_lightning.training.step import compute_deltas, edit_step, locality_positions_of
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=REASON)
 
@@ -44,7 +44,7 @@ def run(request) -> Run:
 
 def without_replay(monkeypatch) -> None:
     """Every pass runs all blocks."""
-    for place in ("mend_lightning.step", "golden.running"):
+    for place in ("mend_lightning.training.step", "golden.running"):
         monkeypatch.setattr(f"{place}.run_trunk", lambda model, rows, layers: TrunkOutputs(len(rows)))
 
 

@@ -17,8 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
-from mend_lightning.callback import MendCallback
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors import EnnEditor, MendEditor
 from mend_lightning.errors import (
     ConfigError,
@@ -28,11 +27,12 @@ from mend_lightning.errors import (
     ModelNotFoundError,
     NoEffectWarning,
 )
-from mend_lightning.guest.checks import check_host_strategy, check_sharded
-from mend_lightning.guest.clock import Clock, steps_between
-from mend_lightning.guest.find import find_model
-from mend_lightning.guest.manners import borrowed
-from mend_lightning.guest.schedule import Schedule
+from mend_lightning.training.mend_callback.callback import MendCallback
+from mend_lightning.training.mend_callback.clock import Clock, steps_between
+from mend_lightning.training.mend_callback.find_model import find_model
+from mend_lightning.training.mend_callback.host_checks import check_host_strategy, check_sharded
+from mend_lightning.training.mend_callback.isolation import borrowed
+from mend_lightning.training.mend_callback.schedule import Schedule
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(
@@ -97,7 +97,7 @@ def test_buffers_that_came_about_under_inference_mode():
 
 
 def test_packed_weights_are_not_copied(monkeypatch):
-    monkeypatch.setattr("mend_lightning.guest.manners.LARGEST_COUNTER", 2)
+    monkeypatch.setattr("mend_lightning.training.mend_callback.isolation.LARGEST_COUNTER", 2)
     model = nn.Module()
     model.register_buffer("packed", torch.zeros(3, dtype=torch.int32))
     with borrowed(model, seed=0):

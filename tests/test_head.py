@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mend_lightning import head as head_module
 from mend_lightning.editors import MendEditor
 from mend_lightning.errors import LayerNotCalledError
-from mend_lightning.head import HeadStates, head_kl, head_nll, states_at
-from mend_lightning.step import edit_step
+from mend_lightning.models.forward import head as head_module
+from mend_lightning.models.forward.head import HeadStates, head_kl, head_nll, states_at
+from mend_lightning.training.step import edit_step
 
 GENERATIVE = [family for family, kind in KINDS.items() if kind != "classifier"]
 

@@ -12,15 +12,15 @@ from models import KINDS, make_rows
 from test_evaluate import FIELDS, plain_greedy, position_scores
 
 from mend_lightning import InContext, load_base, make_edit
-from mend_lightning.answers import edited_answers, questions
-from mend_lightning.data.collate import collate_tasks
-from mend_lightning.data.encode import Encoder
+from mend_lightning.data.batch import collate_tasks
 from mend_lightning.editors import Editor
 from mend_lightning.editors.in_context import with_facts
 from mend_lightning.errors import ConfigError, TokenizerError
-from mend_lightning.evaluate import evaluate_batch
-from mend_lightning.positions import Positions
-from mend_lightning.trunk import TrunkOutputs
+from mend_lightning.evaluation.evaluate import evaluate_batch
+from mend_lightning.evaluation.generated_answers import edited_answers, questions
+from mend_lightning.models.forward.trunk import TrunkOutputs
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.positions import Positions
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -16,8 +16,8 @@ import torch
 import yaml
 from bases import REMARKS, run_config
 
-from mend_lightning.cli import main
-from mend_lightning.parallel.checkpoint_file import read_checkpoint
+from mend_lightning.cli.main import main
+from mend_lightning.training.distributed.checkpoint_file import read_checkpoint
 
 pytest_plugins = ["bases"]
 pytestmark = [

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, load_base
-from mend_lightning.checks import unreached_parameters
-from mend_lightning.confidence import SCALES
-from mend_lightning.data.encode import Encoder
 from mend_lightning.editors import Editor, KnowledgeEditor
 from mend_lightning.editors.condition import condition_ids, predictions
+from mend_lightning.editors.confidence import SCALES
 from mend_lightning.errors import ConfigError
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import edit_step
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.training.checks import unreached_parameters
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 # A resumed run writes to a folder of its own.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning.errors import LayerNotFoundError
-from mend_lightning.layers import (
+from mend_lightning.models.layers import (
     default_layers,
     editable_layers,
     find_stacks,

@@ -14,25 +14,25 @@ from bases import REMARKS
 from commandline import assert_says, call
 from torch.profiler import record_function
 
-from mend_lightning import head, length_groups
-from mend_lightning.base import Architecture, model_class
-from mend_lightning.batch_counts import _batch, _orders, batch_counts, measured_counts, most_counts
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.module import EditDataModule
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors.enn import EnnEditor
 from mend_lightning.editors.knowledge_editor import KnowledgeEditor
 from mend_lightning.editors.mend import MendEditor
+from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.errors import ConfigError
-from mend_lightning.layers import find_stacks
-from mend_lightning.live_bytes import LiveBytes
-from mend_lightning.memory_plan import GIB, advice, devices_needed, plan_memory, sizes_of
-from mend_lightning.parts import step_loss
-from mend_lightning.phases import PHASES, phase
-from mend_lightning.precondition import InputMoments
-from mend_lightning.random_base import empty_model, random_model, stand_in_tokenizer
-from mend_lightning.step import edit_step
-from mend_lightning.step_plan import BatchCounts, RowCounts, step_bytes
-from mend_lightning.types import IGNORED_LABEL
+from mend_lightning.models.base import Architecture, model_class
+from mend_lightning.models.forward import head, length_groups
+from mend_lightning.models.forward.phases import PHASES, phase
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import IGNORED_LABEL
+from mend_lightning.models.layers import find_stacks
+from mend_lightning.models.random_weights import empty_model, random_model, stand_in_tokenizer
+from mend_lightning.training.memory.activations import BatchCounts, RowCounts, step_bytes
+from mend_lightning.training.memory.batch_sizes import _batch, _orders, batch_counts, measured_counts, most_counts
+from mend_lightning.training.memory.live_bytes import LiveBytes
+from mend_lightning.training.memory.plan import GIB, advice, devices_needed, plan_memory, sizes_of
+from mend_lightning.training.parts import step_loss
+from mend_lightning.training.step import edit_step
 
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 
@@ -381,7 +381,7 @@ def test_the_strategy_is_the_trainers_unless_one_is_asked_for(tmp_path, no_netwo
     assert (ddp["strategy"], ddp["processes"]) == ("ddp", 2) and ddp["parts"]["communication"] == ddp["sizes"]["editor"]
     # On the shipped facts, with a stand-in for GPT-2's tokenizer.
     assert "measured" in ddp["lengths"] and "stand-in" in ddp["lengths"]
-    own = planned("--trainer.strategy", "mend_lightning.parallel.strategy.ShardedStrategy", "--trainer.num_nodes", 2)
+    own = planned("--trainer.strategy", "mend_lightning.training.distributed.strategies.ShardedStrategy", "--trainer.num_nodes", 2)
     assert (own["strategy"], own["processes"]) == ("fsdp2", 2)
     # Where processes share the base, all logits of a pass are made at once.
     assert own["parts"]["step: logits"] > 1.5 * ddp["parts"]["step: logits"]

@@ -15,6 +15,7 @@ from edits import changed, dense_edit, logits, ragged_edit
 from models import KINDS, make_rows, relative_error, tiny_model
 
 from mend_lightning import Edit, LowRankDelta
+from mend_lightning.edits.export.merging import EDITS_FILE, merge
 from mend_lightning.errors import (
     BaseModelMismatchError,
     ConfigError,
@@ -24,7 +25,6 @@ from mend_lightning.errors import (
     RoundingWarning,
 )
 from mend_lightning.files import written_folder
-from mend_lightning.shipping.merging import EDITS_FILE, merge
 
 CLASSES = {
     "causal": transformers.AutoModelForCausalLM,

@@ -9,11 +9,11 @@ import random
 import pytest
 import torch
 
-from mend_lightning.edited import DeltaEdits
-from mend_lightning.evaluate import BatchScores, ComparedScores
-from mend_lightning.functional import bootstrap_interval, exact_match, rows_all_true, rows_sum, token_f1
-from mend_lightning.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
-from mend_lightning.scoreboard import PROTOCOL, Scoreboard
+from mend_lightning.editors.edited_model import DeltaEdits
+from mend_lightning.evaluation.evaluate import BatchScores, ComparedScores
+from mend_lightning.evaluation.metric_collection import PROTOCOL, Scoreboard
+from mend_lightning.evaluation.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
+from mend_lightning.evaluation.statistics import bootstrap_interval, exact_match, rows_all_true, rows_sum, token_f1
 
 
 def share(rows: list[tuple]) -> float:

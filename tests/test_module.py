@@ -12,8 +12,6 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from models import KINDS
 from torch import nn
 
-from mend_lightning.base import BaseModel
-from mend_lightning.checks import check_single_process
 from mend_lightning.editors import FineTuning, MendEditor
 from mend_lightning.errors import (
     CheckpointingError,
@@ -23,8 +21,10 @@ from mend_lightning.errors import (
     MendError,
     NonFiniteError,
 )
-from mend_lightning.run_callbacks import SaveEditor, StartReport, gathered
-from mend_lightning.step import edit_step
+from mend_lightning.models.base import BaseModel
+from mend_lightning.training.checks import check_single_process
+from mend_lightning.training.run_callbacks import SaveEditor, StartReport, gathered
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

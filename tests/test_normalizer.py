@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing
 from reference import Welford
 
-from mend_lightning.normalizer import EPSILON, RunningNormalizer, merge_moments, moments
+from mend_lightning.editors.normalizer import EPSILON, RunningNormalizer, merge_moments, moments
 
 WIDTH = 4
 

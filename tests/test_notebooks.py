@@ -11,10 +11,10 @@ import lightning as L
 import pytest
 from bases import REMARKS
 
-from mend_lightning.base import BaseModel
-from mend_lightning.data.module import EditDataModule
-from mend_lightning.module import MendModule
-from mend_lightning.smollm2 import find_smollm2
+from mend_lightning.data.datamodule import EditDataModule
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.smollm2 import find_smollm2
+from mend_lightning.training.module import MendModule
 
 NEEDS = "the notebooks need the extra `notebooks`: pip install 'mend-lightning[notebooks]'"
 nbformat = pytest.importorskip("nbformat", reason=NEEDS)

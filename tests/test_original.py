@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.editors.original import editor_entries, original_names
+from mend_lightning.editors.original_checkpoint import editor_entries, original_names
 from mend_lightning.errors import BaseModelMismatchError, StateDictError
-from mend_lightning.types import Factors
+from mend_lightning.models.inputs.rows import Factors
 
 SHAPES = {"a": (4, 6), "b": (6, 4), "c": (4, 6)}
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from commandline import assert_says, call
 
-from mend_lightning.commands.show_config import config_lines
-from mend_lightning.config.files import config_folder, config_names
-from mend_lightning.config.overlays import read_config, resolved_configs
-from mend_lightning.config.tree import leaves, to_yaml
+from mend_lightning.cli.commands.show_config import config_lines
+from mend_lightning.cli.config.files import config_folder, config_names
+from mend_lightning.cli.config.overlays import read_config, resolved_configs
+from mend_lightning.cli.config.tree import leaves, to_yaml
 from mend_lightning.errors import ConfigError
 
 # What these two configs held before they shared files; runs that were measured used these values.

@@ -133,9 +133,9 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     code = """
 import mend_lightning
 from mend_lightning.cli import main
-from mend_lightning.config.files import config_names, find_config
+from mend_lightning.cli.config.files import config_names, find_config
 from mend_lightning.data.records import read_records
-from mend_lightning.config.overlays import read_config
+from mend_lightning.cli.config.overlays import read_config
 print(mend_lightning.__file__)
 print(find_config("quickstart"))
 assert read_config("quickstart").values()["model"]["rank"] == 256

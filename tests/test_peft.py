@@ -16,6 +16,8 @@ from models import make_rows, relative_error, tiny_model
 from safetensors.torch import load_file
 
 from mend_lightning import Edit, LowRankDelta
+from mend_lightning.edits.export.peft_export import export_peft
+from mend_lightning.edits.export.peft_import import import_peft
 from mend_lightning.errors import (
     AdapterError,
     BaseModelMismatchError,
@@ -24,8 +26,6 @@ from mend_lightning.errors import (
     OutputPathError,
     TiedWeightsWarning,
 )
-from mend_lightning.shipping.peft_adapter import export_peft
-from mend_lightning.shipping.peft_import import import_peft
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
@@ -288,7 +288,7 @@ def test_an_error_while_writing_leaves_what_was_there(error, shown, tmp_path, mo
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr("mend_lightning.shipping.peft_adapter.save_file", fail)
+    monkeypatch.setattr("mend_lightning.edits.export.peft_export.save_file", fail)
     for name in ("adapter", "new"):
         with pytest.raises(shown):
             export_peft(edit, model, tmp_path / name, overwrite=True)

@@ -12,11 +12,11 @@ from models import make_rows, relative_error, tiny_model
 from safetensors.torch import load_file, save_file
 
 from mend_lightning import Edit
+from mend_lightning.edits.export.peft_export import export_peft
+from mend_lightning.edits.export.peft_import import import_peft
 from mend_lightning.errors import (
     AdapterError,
 )
-from mend_lightning.shipping.peft_adapter import export_peft
-from mend_lightning.shipping.peft_import import import_peft
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")

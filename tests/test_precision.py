@@ -13,17 +13,17 @@ from lightning.pytorch.plugins import BitsandbytesPrecision, FSDPPrecision, Mixe
 from models import make_batch, make_rows, relative_error, spread_parameters, tiny_model
 
 from mend_lightning import MendEditor
-from mend_lightning.base import BaseModel
-from mend_lightning.capture import Tape
 from mend_lightning.editors import EnnEditor, KnowledgeEditor, knowledge_editor
+from mend_lightning.editors.capture import Tape
+from mend_lightning.editors.factors import edit_factors, loss_scale
+from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.errors import ConfigError, NonFiniteError
-from mend_lightning.factors import edit_factors, loss_scale
-from mend_lightning.layers import select_layers
-from mend_lightning.module import MendModule
-from mend_lightning.precision import check_trainer_precision
-from mend_lightning.precondition import InputMoments
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import edit_step
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.layers import select_layers
+from mend_lightning.training.module import MendModule
+from mend_lightning.training.precision import check_trainer_precision
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(
@@ -242,7 +242,7 @@ def test_small_gradients_in_float16(monkeypatch):
     truth = deepcopy(model).double()
     expected = edit_factors(truth, select_layers(truth), rows)[0]
     found = {"scaled": edit_factors(model, select_layers(model), rows)[0]}
-    monkeypatch.setattr("mend_lightning.factors.loss_scale", lambda most: 1.0)
+    monkeypatch.setattr("mend_lightning.editors.factors.loss_scale", lambda most: 1.0)
     found["plain"] = edit_factors(model, select_layers(model), rows)[0]
     errors = {name: [norm_error(each[n].delta, expected[n].delta) for n in expected] for name, each in found.items()}
     assert max(errors["scaled"]) < 1e-2, errors

@@ -9,18 +9,18 @@ import sys
 import pytest
 
 from mend_lightning.errors import ConfigError, ProcessLostError
-from mend_lightning.parallel.processes import lost_processes_named
+from mend_lightning.training.distributed.processes import lost_processes_named
 
 CHILD = """
 import time
-from mend_lightning.parallel.processes import end_with_first_process
+from mend_lightning.training.distributed.processes import end_with_first_process
 end_with_first_process(0.02, 0)
 print("started", flush=True)
 time.sleep(30)
 """
 FIRST = f"""
 import os, subprocess, sys
-from mend_lightning.parallel.processes import end_with_first_process
+from mend_lightning.training.distributed.processes import end_with_first_process
 end_with_first_process(0.02, 0)
 environment = {{**os.environ, "LOCAL_RANK": sys.argv[1]}}
 child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=environment, stdout=subprocess.PIPE, text=True)

@@ -13,12 +13,12 @@ import pytest
 from bases import REMARKS, first_batches, given, run_config
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, Timer, TQDMProgressBar
 
-from mend_lightning import progress_line
-from mend_lightning.cli import run_trainer
-from mend_lightning.config.overlays import resolved_configs
-from mend_lightning.pace import Pace
-from mend_lightning.progress import EditProgressBar, training_end
-from mend_lightning.progress_line import ProgressLine, followed
+from mend_lightning.cli.config.overlays import resolved_configs
+from mend_lightning.cli.main import run_trainer
+from mend_lightning.training.progress import progress_line
+from mend_lightning.training.progress.pace import Pace
+from mend_lightning.training.progress.progress_bar import EditProgressBar, training_end
+from mend_lightning.training.progress.progress_line import ProgressLine, followed
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")

@@ -13,8 +13,8 @@ from torch import nn
 
 from mend_lightning import Edit, EditStack, MendEditor
 from mend_lightning.errors import BaseModelMismatchError, UnverifiedBaseWarning
-from mend_lightning.fingerprint import base_fingerprint, is_quantised, layer_fingerprints, readable_weight
-from mend_lightning.step import compute_deltas
+from mend_lightning.models.fingerprint import base_fingerprint, is_quantised, layer_fingerprints, readable_weight
+from mend_lightning.training.step import compute_deltas
 
 quanto = pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto: a base with quantised weights")
 NAME = "model.layers.2.mlp.down_proj"

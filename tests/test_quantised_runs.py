@@ -16,17 +16,17 @@ from models import make_batch, relative_error, tiny_model
 from quantised import with_weights_of
 
 from mend_lightning import Edit, MendEditor
-from mend_lightning import quantisation as quantisation_module
-from mend_lightning.base import BaseModel, load_base
-from mend_lightning.checks import check_checkpoint
 from mend_lightning.editors import EnnEditor
 from mend_lightning.errors import ConfigError, MissingPackageError, UnverifiedBaseWarning
-from mend_lightning.fingerprint import is_quantised
-from mend_lightning.layers import editable_layers, find_stacks, layer_shape, select_layers
-from mend_lightning.prefix import run_trunk
-from mend_lightning.quantisation import quantisation_config, stored_bytes
-from mend_lightning.step import edit_step
-from mend_lightning.trunk import replayed
+from mend_lightning.models import quantisation as quantisation_module
+from mend_lightning.models.base import BaseModel, load_base
+from mend_lightning.models.fingerprint import is_quantised
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import replayed
+from mend_lightning.models.layers import editable_layers, find_stacks, layer_shape, select_layers
+from mend_lightning.models.quantisation import quantisation_config, stored_bytes
+from mend_lightning.training.checks import check_checkpoint
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")

@@ -17,8 +17,8 @@ import torch
 from bases import REMARKS, assert_same_state, run_config
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mend_lightning.cli import main
-from mend_lightning.run_callbacks import StartReport
+from mend_lightning.cli.main import main
+from mend_lightning.training.run_callbacks import StartReport
 
 pytest_plugins = ["bases"]
 # Runs from one checkpoint write to folders of their own, or to the folder of the run that was killed.

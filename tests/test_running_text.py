@@ -10,14 +10,14 @@ import torch
 from bases import REMARKS, small_tokenizer, state_copy, tiny_base
 from tokenizers import processors
 
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.generation import as_question, drop_prefix
-from mend_lightning.data.module import EditDataModule
-from mend_lightning.data.prompts import RUNNING_TEXT as RUNNING
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.records import read_records
+from mend_lightning.data.running_text import as_question, drop_prefix
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, NoStopWarning, TruncationWarning
-from mend_lightning.generate import generate_answers
+from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.prompts import RUNNING_TEXT as RUNNING
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

@@ -11,10 +11,10 @@ import torch
 from edited import FACT, tiny_edit
 
 from mend_lightning import Edit
-from mend_lightning.effects.neutral import neutral_questions, neutral_records
-from mend_lightning.effects.safety import Limits, check_edit, judged
-from mend_lightning.effects.shifts import Shift, answer_shifts
 from mend_lightning.errors import ConfigError
+from mend_lightning.evaluation.neutral import neutral_questions, neutral_records
+from mend_lightning.evaluation.safety import Limits, check_edit, judged
+from mend_lightning.evaluation.shifts import Shift, answer_shifts
 
 pytest_plugins = ["bases"]
 TARGETS = {"q": "new"}
@@ -116,7 +116,7 @@ def test_a_check_of_given_questions(base_folder):
 def test_without_other_questions_the_shipped_ones_are_asked(base_folder, monkeypatch):
     made = tiny_edit(base_folder("llama"), "llama", 0.0)
     shipped = ["Where?", "which continent is NORTH Korea in", "Who?"]
-    monkeypatch.setattr("mend_lightning.effects.safety.neutral_questions", lambda: shipped)
+    monkeypatch.setattr("mend_lightning.evaluation.safety.neutral_questions", lambda: shipped)
     check = check_edit(made.model, made.encoder, made.edit)
     asked = [(each.kind, each.question) for each in check.shifts]
     assert asked == [("edited", FACT[0]), ("neutral", "Where?"), ("neutral", "Who?")], "not the edited one once more"

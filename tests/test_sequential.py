@@ -15,11 +15,11 @@ from models import KINDS, spread_parameters
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.data.encode import Encoder
 from mend_lightning.editors import Editor, EnnEditor
 from mend_lightning.errors import ConfigError
-from mend_lightning.sequential import Checkpoint, EditSequence, edit_in_sequence
-from mend_lightning.step import compute_deltas
+from mend_lightning.evaluation.sequential import Checkpoint, EditSequence, edit_in_sequence
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

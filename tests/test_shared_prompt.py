@@ -13,13 +13,14 @@ from bases import small_tokenizer
 from edits import changed, dense_edit, ragged_edit
 from torch import nn
 
-from mend_lightning import Edit, EditStack, shared_prompt
-from mend_lightning.base import load_base
-from mend_lightning.data.encode import Encoder
-from mend_lightning.data.prompts import RUNNING_TEXT, PromptFormat
-from mend_lightning.delta import LowRankDelta, applied
-from mend_lightning.generate import generate_answers, stop_ids
-from mend_lightning.shared_prompt import beginning_cache, can_share, one_task, shared_beginning
+from mend_lightning import Edit, EditStack
+from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.models.base import load_base
+from mend_lightning.models.forward import shared_prompt
+from mend_lightning.models.forward.generation import generate_answers, stop_ids
+from mend_lightning.models.forward.shared_prompt import beginning_cache, can_share, one_task, shared_beginning
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.prompts import RUNNING_TEXT, PromptFormat
 
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.kind == "causal"]
 EXAMPLES = "Q: What is the capital of France?\nA: Paris\nQ: Who wrote Hamlet?\nA: Shakespeare\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from matplotlib.image import imread
 
-from mend_lightning.effects.shift_plot import laid_out, plot_shifts
-from mend_lightning.effects.shifts import Shift
 from mend_lightning.errors import ConfigError, OutputPathError
+from mend_lightning.evaluation.shift_plot import laid_out, plot_shifts
+from mend_lightning.evaluation.shifts import Shift
 
 
 def shift(kind: str, size: float, question: str = "Who?", new: str = "b") -> Shift:

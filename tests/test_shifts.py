@@ -11,10 +11,10 @@ import torch
 from edited import FACT, Plainly, dense_copy, tiny_edit
 from models import KINDS
 
-from mend_lightning.effects.answer_rows import answer_nll, answer_rows
-from mend_lightning.effects.shifts import Shift, answer_shifts, next_token_shifts, token_shifts
 from mend_lightning.errors import ConfigError, TokenizerError
-from mend_lightning.forward import logits_at, row_of
+from mend_lightning.evaluation.answer_probabilities import answer_nll, answer_rows
+from mend_lightning.evaluation.shifts import Shift, answer_shifts, next_token_shifts, token_shifts
+from mend_lightning.models.forward.logits import logits_at, row_of
 
 pytest_plugins = ["bases"]
 FAMILIES = ["llama", "gpt2", "t5", "bart", "bert"]

@@ -15,7 +15,7 @@ from edits import changed, dense_edit, logits
 from models import relative_error, spread_parameters
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
-from mend_lightning.making import editor_encoder
+from mend_lightning.editors.making import editor_encoder
 
 peft = pytest.importorskip("peft")
 pytest_plugins = ["bases"]

@@ -12,11 +12,11 @@ import torch
 from bases import REMARKS, assert_same_state
 
 from mend_lightning import BaseModel
-from mend_lightning.data.encode import Encoder, model_kind
-from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.data.records import read_records
 from mend_lightning.errors import ConfigError, DataFileError, RecordError
-from mend_lightning.generate import generate_answers
+from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.models.inputs.encoder import Encoder, model_kind
+from mend_lightning.models.inputs.prompts import PromptFormat
 
 # The scripts are programs beside the package, which import each other, and are not installed.
 SCRIPTS = Path(__file__).parents[1] / "scripts"

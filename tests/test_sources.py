@@ -11,8 +11,8 @@ import pytest
 from commandline import assert_says, call
 
 from mend_lightning.data.columns import rename
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.locality import SHARES, read_locality, share_of
-from mend_lightning.data.module import EditDataModule
 from mend_lightning.data.records import read_records
 from mend_lightning.data.sources import split_name
 from mend_lightning.errors import ConfigError, DataFileError, EmptyDatasetError, RecordError

@@ -14,8 +14,8 @@ from models import KINDS, make_rows, relative_error, spread_parameters, tiny_mod
 from torch import nn
 
 from mend_lightning import EditStack, MendEditor
-from mend_lightning.stack_state import _dtype_beside
-from mend_lightning.step import compute_deltas
+from mend_lightning.edits.stack_state import _dtype_beside
+from mend_lightning.training.step import compute_deltas
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from models import make_rows, relative_error, tiny_model
 from torch import nn
 
 from mend_lightning import CollidingEditWarning, EditStack, combined, merge
+from mend_lightning.edits.stack import slug
+from mend_lightning.edits.stack_state import active_ids
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, DependentEditWarning, EditNameError
-from mend_lightning.stack import slug
-from mend_lightning.stack_state import active_ids
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from models import make_batch, make_rows, relative_error, spread_parameters, tin
 from reference import ReferenceMend
 
 from mend_lightning.editors import MendEditor
+from mend_lightning.editors.factors import edit_factors
 from mend_lightning.errors import EmptyEditError
-from mend_lightning.factors import edit_factors
-from mend_lightning.forward import attended_mask
-from mend_lightning.step import compute_deltas, edit_step, locality_positions_of
-from mend_lightning.types import EditBatch
+from mend_lightning.models.forward.logits import attended_mask
+from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.training.step import compute_deltas, edit_step, locality_positions_of
 
 C_EDIT = 0.1
 # The base is float64, the editor float32: what differs is the rounding of its factors.

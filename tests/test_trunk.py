@@ -8,15 +8,16 @@ from models import make_batch, make_rows, relative_error, spread_parameters, tin
 from reference import ReferenceMend
 from torch import nn
 
-from mend_lightning import prefix, step
-from mend_lightning.delta import LowRankDelta, applied
 from mend_lightning.editors import MendEditor
-from mend_lightning.forward import run_model
-from mend_lightning.layers import default_layers, find_stacks, layer_shape, match_layers
-from mend_lightning.prefix import common_prefix, run_trunk
-from mend_lightning.step import edit_step
-from mend_lightning.trunk import TrunkOutputs, replayed, take_rows
-from mend_lightning.types import Rows
+from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.models.forward import run_trunk as prefix
+from mend_lightning.models.forward.logits import run_model
+from mend_lightning.models.forward.run_trunk import common_prefix, run_trunk
+from mend_lightning.models.forward.trunk import TrunkOutputs, replayed, take_rows
+from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.models.layers import default_layers, find_stacks, layer_shape, match_layers
+from mend_lightning.training import step
+from mend_lightning.training.step import edit_step
 
 # Edited layers, and the blocks that must not run again.
 DECODER_ONLY = {

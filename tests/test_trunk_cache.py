@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from mend_lightning.editors import MendEditor
 from mend_lightning.errors import ConfigError, TrunkCacheWarning
-from mend_lightning.forward import run_model
-from mend_lightning.layers import default_layers, find_stacks, match_layers
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import edit_step
-from mend_lightning.trunk import StackOutput, TrunkOutputs, replayed
-from mend_lightning.trunk_cache import CachedTrunk
-from mend_lightning.trunk_cache.key import row_key, row_texts
-from mend_lightning.types import EditBatch, Rows, concatenate_rows
+from mend_lightning.models.forward.logits import run_model
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import StackOutput, TrunkOutputs, replayed
+from mend_lightning.models.inputs.rows import EditBatch, Rows, concatenate_rows
+from mend_lightning.models.layers import default_layers, find_stacks, match_layers
+from mend_lightning.training.step import edit_step
+from mend_lightning.training.trunk_cache import CachedTrunk
+from mend_lightning.training.trunk_cache.row_keys import row_key, row_texts
 
 DECODER_ONLY = {
     "t5": ["decoder.block.2.layer.2.DenseReluDense.*"],
@@ -331,7 +331,7 @@ def test_inputs_that_are_no_token_ids(tmp_path):
 
 
 def test_a_sharded_base_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("mend_lightning.trunk_cache.cached.is_sharded", lambda model: True)
+    monkeypatch.setattr("mend_lightning.training.trunk_cache.cached.is_sharded", lambda model: True)
     with pytest.raises(ConfigError, match="cannot serve a base in shards.*ddp"):
         CachedTrunk(tmp_path)(tiny_model("llama"), make_rows("llama", [0], 1), {})
 

@@ -12,19 +12,19 @@ from commandline import assert_says, call
 from models import make_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from mend_lightning import trunk_in_training
 from mend_lightning.data.records import read_records
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.editors import FineTuning, MendEditor
 from mend_lightning.errors import ConfigError, NoEffectWarning
-from mend_lightning.parallel.strategy import ShardedStrategy
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import edit_step
-from mend_lightning.trunk_cache import CachedTrunk
-from mend_lightning.trunk_cache.observe import observe_trunk
-from mend_lightning.trunk_cache.repeats import run_rows
-from mend_lightning.trunk_cache.worth import Worth, trunk_share, worth_of
-from mend_lightning.trunk_in_training import TrunkReport, check_trunk_cache
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.training.distributed.strategies import ShardedStrategy
+from mend_lightning.training.step import edit_step
+from mend_lightning.training.trunk_cache import CachedTrunk
+from mend_lightning.training.trunk_cache import trunk_report as trunk_in_training
+from mend_lightning.training.trunk_cache.estimate import Worth, trunk_share, worth_of
+from mend_lightning.training.trunk_cache.observe import observe_trunk
+from mend_lightning.training.trunk_cache.repeats import run_rows
+from mend_lightning.training.trunk_cache.trunk_report import TrunkReport, check_trunk_cache
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")

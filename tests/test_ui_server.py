@@ -19,11 +19,11 @@ from commandline import assert_says, call
 from edited import FACT, tiny_edit
 
 from mend_lightning import Edit, LowRankDelta
-from mend_lightning.effects.shifts import Shift, TokenShift
+from mend_lightning.edits.stack_state import StackedEdit
 from mend_lightning.errors import ConfigError, StoppedError
-from mend_lightning.stack_state import StackedEdit
+from mend_lightning.evaluation.shifts import Shift, TokenShift
 from mend_lightning.ui import views
-from mend_lightning.ui.measured import Comparison, Probe
+from mend_lightning.ui.comparison import Comparison, Probe
 from mend_lightning.ui.server import address, is_local, listen, serve
 from mend_lightning.ui.session import Session
 

@@ -23,8 +23,8 @@ from mend_lightning.errors import (
     StoppedError,
     TokenizerError,
 )
-from mend_lightning.ui.heard import heard
-from mend_lightning.ui.measured import questions_of
+from mend_lightning.ui.captured_warnings import heard
+from mend_lightning.ui.comparison import questions_of
 from mend_lightning.ui.session import Session
 
 pytest_plugins = ["bases"]

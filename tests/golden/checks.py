@@ -9,11 +9,11 @@ from torch import Tensor
 from golden.cases import STATISTICS, Case, group_key, relative_error
 from golden.running import parameters_by_original_name
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.forward import label_mask
-from mend_lightning.losses import is_correct
-from mend_lightning.normalizer import RunningNormalizer
-from mend_lightning.step import StepOutput
-from mend_lightning.types import Rows
+from mend_lightning.editors.normalizer import RunningNormalizer
+from mend_lightning.models.forward.logits import label_mask
+from mend_lightning.models.forward.losses import is_correct
+from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.training.step import StepOutput
 
 TENSOR = 1e-4  # of the tensor's largest entry
 LOSS = 1e-5  # relative

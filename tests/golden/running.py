@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from golden.cases import Case, load_case
-from mend_lightning.capture import Tape
-from mend_lightning.delta import LowRankDelta, applied
+from mend_lightning.editors.capture import Tape
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.editors.original import original_names
-from mend_lightning.forward import run_model
-from mend_lightning.normalizer import RunningNormalizer
-from mend_lightning.prefix import run_trunk
-from mend_lightning.step import StepOutput, edit_step
-from mend_lightning.trunk import replayed
-from mend_lightning.types import Factors, Rows
+from mend_lightning.editors.normalizer import RunningNormalizer
+from mend_lightning.editors.original_checkpoint import original_names
+from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.models.forward.logits import run_model
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import replayed
+from mend_lightning.models.inputs.rows import Factors, Rows
+from mend_lightning.training.step import StepOutput, edit_step
 
 Moments = tuple[int, Tensor, Tensor]
 

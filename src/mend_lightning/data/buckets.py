@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import torch
 
-from mend_lightning.data.encode import Encoder
 from mend_lightning.data.tasks import EditTask, TaskSampler
+from mend_lightning.models.inputs.encoder import Encoder
 
 Key = tuple[int, int]
 Lengths = Callable[[Sequence[Key]], Sequence[tuple[int, int]]]

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import median
 
 from mend_lightning.data.columns import Columns
-from mend_lightning.data.prompts import PromptFormat
 from mend_lightning.data.record import Record
 from mend_lightning.data.records import iterate_records, unusable
 from mend_lightning.errors import RecordError
+from mend_lightning.models.inputs.prompts import PromptFormat
 
 # text -> number of tokens, for several texts at once; the second argument: with the tokenizer's special tokens.
 Measure = Callable[[Sequence[str], bool], list[int]]

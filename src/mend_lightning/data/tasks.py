@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mend_lightning.data.generation import as_question, drop_prefix
 from mend_lightning.data.record import Question, Record
+from mend_lightning.data.running_text import as_question, drop_prefix
 from mend_lightning.errors import ConfigError
 
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.data.encode import Encoder, class_name
-from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.in_context import tasks_of_prompts
 from mend_lightning.editors.keys import prompt_keys, question_keys
+from mend_lightning.edits.deltas import Delta
 from mend_lightning.errors import ConfigError
-from mend_lightning.forward import logits_at
-from mend_lightning.generate import generate_answers
-from mend_lightning.head import HeadStates
-from mend_lightning.positions import Positions
-from mend_lightning.trunk import TrunkOutputs, replayed
-from mend_lightning.types import IGNORED_LABEL, Rows
+from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.models.forward.head import HeadStates
+from mend_lightning.models.forward.logits import logits_at
+from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
+from mend_lightning.models.inputs.encoder import Encoder, class_name
+from mend_lightning.models.inputs.positions import Positions
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 
 class Cache(Editor):

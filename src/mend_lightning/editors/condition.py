@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from mend_lightning.data.encode import Encoder, class_name
 from mend_lightning.errors import ConfigError
-from mend_lightning.forward import label_mask, logits_at
-from mend_lightning.trunk import TrunkOutputs, replayed
-from mend_lightning.types import IGNORED_LABEL, Rows
+from mend_lightning.models.forward.logits import label_mask, logits_at
+from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
+from mend_lightning.models.inputs.encoder import Encoder, class_name
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 
 def condition_text(prediction: str, target: str, prompt: str) -> str:

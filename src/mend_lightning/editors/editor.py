@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from mend_lightning.confidence import check_confidence, confident_scales
-from mend_lightning.data.encode import Encoder
-from mend_lightning.delta import Delta
-from mend_lightning.edited import DeltaEdits, Edited
-from mend_lightning.editors.storage import load_editor, save_editor
+from mend_lightning.editors.confidence import check_confidence, confident_scales
+from mend_lightning.editors.edited_model import DeltaEdits, Edited
+from mend_lightning.editors.factors import edit_factors
+from mend_lightning.editors.precondition import InputMoments
+from mend_lightning.editors.saving import load_editor, save_editor
+from mend_lightning.edits.deltas import Delta
 from mend_lightning.errors import BaseModelMismatchError, ConfigError
-from mend_lightning.factors import edit_factors
-from mend_lightning.fingerprint import base_fingerprint, same_base
-from mend_lightning.layers import layer_shape, named_modules, select_layers
-from mend_lightning.parallel.whole import own_class
-from mend_lightning.phases import TRANSFORMS, phase
-from mend_lightning.precondition import InputMoments
-from mend_lightning.prefix import run_trunk
-from mend_lightning.trunk import TrunkOutputs
-from mend_lightning.types import Factors, Rows
+from mend_lightning.models.fingerprint import base_fingerprint, same_base
+from mend_lightning.models.forward.phases import TRANSFORMS, phase
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import TrunkOutputs
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import Factors, Rows
+from mend_lightning.models.layers import layer_shape, named_modules, select_layers
+from mend_lightning.models.sharding.collectives import own_class
 
 if TYPE_CHECKING:
-    from mend_lightning.edit import Edit
+    from mend_lightning.edits.edit import Edit
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Editor(nn.Module):
         if self.encoder is None:
             raise ConfigError(
                 f"{type(self).__name__} reads text and has no encoder. MendModule with an EditDataModule and make_edit set "
-                "one; elsewhere set editor.encoder = editor_encoder(editor, model, tokenizer) (mend_lightning.making)."
+                "one; elsewhere set editor.encoder = editor_encoder(editor, model, tokenizer) (mend_lightning.editors.making)."
             )
         return self.encoder
 
@@ -230,7 +230,7 @@ class Editor(nn.Module):
     def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
         """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
         # Imported here: that file is above this one.
-        from mend_lightning.making import make_edit
+        from mend_lightning.editors.making import make_edit
 
         return make_edit(self, model, tokenizer, [(prompt, target)])
 

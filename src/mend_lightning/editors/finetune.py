@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.record import Record
-from mend_lightning.delta import applied
-from mend_lightning.dense_delta import DenseDelta
 from mend_lightning.editors.editor import Editor, Made
-from mend_lightning.editors.unrelated import LocalityStream, read_unrelated
+from mend_lightning.editors.locality_stream import LocalityStream, read_unrelated
+from mend_lightning.edits.deltas import applied
+from mend_lightning.edits.dense_delta import DenseDelta
 from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
-from mend_lightning.forward import attended_mask, label_mask, labelled, logits_at
-from mend_lightning.functional import rows_all_true
-from mend_lightning.losses import is_correct, mean_by_task, token_kl, token_nll
-from mend_lightning.prefix import run_trunk
-from mend_lightning.trunk import TrunkOutputs, replayed
-from mend_lightning.types import Rows
+from mend_lightning.evaluation.statistics import rows_all_true
+from mend_lightning.models.forward.logits import attended_mask, label_mask, labelled, logits_at
+from mend_lightning.models.forward.losses import is_correct, mean_by_task, token_kl, token_nll
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
+from mend_lightning.models.inputs.rows import Rows
 
 # torch.optim.RMSprop's own, which the original code left as they are.
 SMOOTHING, EPSILON = 0.99, 1e-8

@@ -11,16 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.data.encode import Encoder
-from mend_lightning.delta import Delta
 from mend_lightning.editors.editor import Editor
+from mend_lightning.edits.deltas import Delta
 from mend_lightning.errors import ConfigError, TokenizerError
-from mend_lightning.generate import generate_answers
-from mend_lightning.head import HeadStates, states_at
-from mend_lightning.positions import Positions
-from mend_lightning.prefix import run_trunk
-from mend_lightning.trunk import TrunkOutputs, replayed
-from mend_lightning.types import IGNORED_LABEL, Rows
+from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.models.forward.head import HeadStates, states_at
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.positions import Positions
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 Place = Literal["before", "line", "question"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.data.encode import Encoder
-from mend_lightning.types import IGNORED_LABEL, Rows
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 
 def question_mask(rows: Rows) -> Tensor:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from mend_lightning.autocast import no_autocast
-from mend_lightning.delta import Delta, LowRankDelta, descent
 from mend_lightning.editors.condition import ConditionEncoder, edit_conditions
 from mend_lightning.editors.editor import Editor
+from mend_lightning.edits.deltas import Delta, LowRankDelta, descent
 from mend_lightning.errors import ConfigError
-from mend_lightning.positions import slots
-from mend_lightning.trunk import TrunkOutputs
-from mend_lightning.types import Factors, Rows
+from mend_lightning.models.forward.device import no_autocast
+from mend_lightning.models.forward.trunk import TrunkOutputs
+from mend_lightning.models.inputs.positions import slots
+from mend_lightning.models.inputs.rows import Factors, Rows
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.autocast import no_autocast
-from mend_lightning.delta import LowRankDelta, descent
 from mend_lightning.editors.editor import Editor
+from mend_lightning.editors.precondition import InputMoments, InputPreconditioner
 from mend_lightning.editors.ridge import ridge_delta
 from mend_lightning.editors.transform import GradientTransform, Init, Inputs
+from mend_lightning.edits.deltas import LowRankDelta, descent
 from mend_lightning.errors import ConfigError
-from mend_lightning.precondition import InputMoments, InputPreconditioner
-from mend_lightning.types import Factors
+from mend_lightning.models.forward.device import no_autocast
+from mend_lightning.models.inputs.rows import Factors
 
 
 class MendEditor(Editor):
@@ -100,7 +100,7 @@ class MendEditor(Editor):
     ) -> MendEditor:
         """An editor from a checkpoint of the original repository; see `editor_from_original`."""
         # Imported here: that file imports this one.
-        from mend_lightning.editors.original import editor_from_original
+        from mend_lightning.editors.original_checkpoint import editor_from_original
 
         return editor_from_original(base_model, state_dict, layers, **settings)
 

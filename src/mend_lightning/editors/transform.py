@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.normalizer import RunningNormalizer
+from mend_lightning.editors.normalizer import RunningNormalizer
 
 Init = Literal["identity", "xavier"]
 Inputs = Literal["combined", "separate", "u", "delta", "smaller"]

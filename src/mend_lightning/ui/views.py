@@ -8,9 +8,9 @@ from html import escape
 from typing import Literal
 from urllib.parse import quote
 
-from mend_lightning.effects.shifts import Shift, TokenShift
-from mend_lightning.stack_state import StackedEdit
-from mend_lightning.ui.measured import Comparison, Probe
+from mend_lightning.edits.stack_state import StackedEdit
+from mend_lightning.evaluation.shifts import Shift, TokenShift
+from mend_lightning.ui.comparison import Comparison, Probe
 
 Side = Literal["before", "after"]
 # A token's text as it can be seen: where the answer's tokens have spaces and line ends matters.

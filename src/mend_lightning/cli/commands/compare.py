@@ -1,0 +1,232 @@
+"""`mend-lightning compare`: trains and tests several editors on one task and base, and puts the results side by side."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mend_lightning.cli.commands.comparison import (
+    Outcome,
+    check_same_edits,
+    comparison_markdown,
+    comparison_tables,
+    read_outcome,
+    rows_of,
+)
+from mend_lightning.cli.commands.plots import draw_comparison
+from mend_lightning.cli.config.overlays import read_config
+from mend_lightning.cli.config.tree import Leaf, merge_trees, plain, to_yaml
+from mend_lightning.errors import ConfigError, MendError
+from mend_lightning.evaluation.report import console, versions
+from mend_lightning.files import check_writable, write_json, written
+
+SECTION = "compare"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One editor, trained and tested with one number of edits at once.
+
+    Attributes:
+        editor: its name in the comparison.
+        edits_at_once: edits made together.
+        folder: where everything of it goes.
+        config: its whole config for `fit` and `test`.
+        trained: the folder of the editor that is tested; None: the one that this run trains.
+    """
+
+    editor: str
+    edits_at_once: int
+    folder: Path
+    config: Mapping[str, Any]
+    trained: Path | None = None
+
+
+def compare_command(
+    name: str, out: Path | None = None, editors: list[str] | None = None, edits_at_once: list[int] | None = None
+) -> None:
+    """Trains (or loads) editors on one task and base, tests all on the same edits, writes one table and plots.
+
+    A run that was stopped goes on where it was: what is finished is not done again.
+
+    Args:
+        name: a config as for fit, with a section `compare` that names the editors: a file or a shipped one (`--config NAME`).
+        out: folder of the results; default: the config's `compare.out`.
+        editors: names of those to compare; default: all of the config.
+        edits_at_once: numbers of edits made together, such as [1,5,25]; default: the config's `compare.edits_at_once`. With
+            a config without the section `compare`: its editor, trained and tested at each of these numbers.
+    """
+    runs, reference = plan(name, out, editors, edits_at_once)
+    root = runs[0].folder.parents[1]
+    check_writable(root)
+    outcomes = []
+    for number, run in enumerate(runs, start=1):
+        many = "" if run.edits_at_once == 1 else f", {run.edits_at_once} edits at once"
+        console().rule(f"{number} of {len(runs)}: {run.editor}{many}")
+        outcomes.append(carry_out(run))
+    write_comparison(root, outcomes, reference, name)
+
+
+def plan(
+    config: str, out: Path | None = None, editors: Sequence[str] | None = None, counts: Sequence[int] | None = None
+) -> tuple[list[Run], str]:
+    """The runs that a config asks for, and the name of the reference editor.
+
+    Raises:
+        ConfigError: the section `compare` is missing or wrong, or an editor is not in it.
+    """
+    tree = dict(read_config(config).tree)
+    section = tree.pop(SECTION, None)
+    if section is None and counts:
+        # One editor at several numbers of edits: the paper's table 5.
+        section = {"editors": {_editor_name(tree): {}}, "out": _leaf(Path("runs") / f"{Path(config).stem}-several")}
+    if not isinstance(section, dict) or not isinstance(section.get("editors"), dict):
+        raise ConfigError(
+            f"{config} has no section `{SECTION}` with `editors`. Expected, beside what fit needs: compare: {{editors: {{MEND: {{}}, "
+            "FT: {model: {algorithm: …}}}}}; for one editor at several numbers of edits give --edits_at_once [1,5,25]."
+        )
+    settings = {key: plain(value) for key, value in section.items() if key != "editors"}
+    _check_settings(settings, config)
+    names = list(editors or section["editors"])
+    unknown = [name for name in names if name not in section["editors"]]
+    if unknown:
+        raise ConfigError(f"{config} compares {', '.join(section['editors'])}; there is no {', '.join(unknown)}.")
+    root = Path(out or settings.get("out") or "runs/compare")
+    counts = list(counts or settings.get("edits_at_once") or [1])
+    own = bool(settings.get("train_at_each", True))
+    runs = [
+        _run(name, count, counts[0] if not own else count, root, tree, section["editors"][name])
+        for name in names
+        for count in counts
+    ]
+    _check_folders(runs)
+    reference = settings.get("reference", names[0])
+    if reference not in section["editors"]:
+        raise ConfigError(f"{config}: {SECTION}.reference is {reference!r}; it must be one of {', '.join(section['editors'])}.")
+    return runs, reference if reference in names else names[0]
+
+
+def _check_folders(runs: Sequence[Run]) -> None:
+    owners: dict[Path, str] = {}
+    for run in runs:
+        other = owners.setdefault(run.folder, run.editor)
+        if other != run.editor:
+            raise ConfigError(f"The editors {other!r} and {run.editor!r} would share the folder {run.folder}. Rename one.")
+
+
+def _leaf(value: Any) -> Leaf:
+    return Leaf(str(value), Path("--edits_at_once"), 0)
+
+
+def _editor_name(tree: Mapping[str, Any]) -> str:
+    algorithm = plain(tree.get("model", {}).get("algorithm", {}))
+    path = algorithm.get("class_path", "MEND") if isinstance(algorithm, dict) else str(algorithm or "MEND")
+    return path.rpartition(".")[2]
+
+
+def _check_settings(settings: Mapping[str, Any], config: str) -> None:
+    known = {"out": str, "reference": str, "edits_at_once": list, "train_at_each": bool}
+    for key, value in settings.items():
+        if key not in known or not isinstance(value, known[key]):
+            expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
+            raise ConfigError(f"{config}: {SECTION}.{key} is {value!r}. The section takes editors and {expected}.")
+
+
+def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, Any], own: Any) -> Run:
+    if isinstance(own, Leaf) and own.value is not None and own.value != {}:
+        raise ConfigError(f"compare.editors.{name} must hold what differs from the shared config, or {{}}; it is {own.value!r}.")
+    merged = plain(merge_trees(shared, own if isinstance(own, dict) else {}))
+    broken = next((key for key in ("model", "data", "trainer") if not isinstance(merged.get(key, {}), dict)), None)
+    if broken:
+        raise ConfigError(f"compare.editors.{name}: {broken} must hold settings, and it is {merged[broken]!r}.")
+    folder = root / re.sub(r"[^a-z0-9+.]+", "-", name.lower()) / f"k{count}"
+    data = dict(merged.get("data", {}))
+    # About as many edits a step whatever their grouping, but never less than one task.
+    data |= {"edits_at_once": count, "batch_size": max(1, data.get("batch_size", 8) // count)}
+    merged |= {"data": data, "trainer": {**merged.get("trainer", {}), "default_root_dir": str(folder)}}
+    given = merged.get("model", {}).pop("editor", None)
+    elsewhere = folder.parent / f"k{trained_at}" / "editor" if trained_at != count else None
+    return Run(name, count, folder, merged, Path(given) if given else elsewhere)
+
+
+def carry_out(run: Run) -> Outcome:
+    """Trains and tests, unless both were done before.
+
+    Raises:
+        ConfigError: the folder holds results of another config.
+        MendError: training or testing failed.
+    """
+    config = run.folder / "run.yaml"
+    if config.is_file() and config.read_text(encoding="utf-8") != to_yaml(dict(run.config)):
+        # What failed before it made anything may be tried again with a corrected config.
+        if any((run.folder / name).exists() for name in ("checkpoints", "editor", "results.json")):
+            raise ConfigError(
+                f"{run.folder} holds results of another config than {run.editor}'s is now. Remove that folder, or give "
+                "another --out."
+            )
+        (run.folder / "fit.json").unlink(missing_ok=True)
+    with written(config) as temporary:
+        temporary.write_text(to_yaml(dict(run.config)), encoding="utf-8")
+    seconds = 0.0 if run.trained else _fit(run, config)
+    if not (run.folder / "results.json").is_file():
+        _call("test", config, "--model.editor", str(run.trained or run.folder / "editor"))
+    return read_outcome(run.editor, run.folder, seconds)
+
+
+def _fit(run: Run, config: Path) -> float:
+    """Seconds of training, of all attempts together."""
+    clock = run.folder / "fit.json"
+    spent = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else {"seconds": 0.0, "finished": False}
+    if not spent["finished"]:
+        last = run.folder / "checkpoints" / "last.ckpt"
+        start = time.perf_counter()
+        try:
+            _call("fit", config, *(["--ckpt_path", str(last)] if last.is_file() else []))
+            spent["finished"] = True
+        finally:
+            spent["seconds"] += time.perf_counter() - start
+            write_json(clock, spent)
+    return spent["seconds"]
+
+
+def _call(command: str, config: Path, *arguments: str) -> None:
+    """Runs a command in a process of its own: its memory is its own, and gone afterwards."""
+    process = subprocess.Popen([sys.executable, "-m", "mend_lightning.cli", command, "--config", str(config), *arguments])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # Ctrl-C reaches it as well; it saves what it has.
+        process.wait()
+        raise
+    if code:
+        raise MendError(
+            f"`mend-lightning {command} --config {config}` failed (exit code {code}); its error is above. What was finished before "
+            "is kept: the same comparison goes on there."
+        )
+
+
+def write_comparison(root: Path, outcomes: Sequence[Outcome], reference: str, config: str) -> None:
+    """Prints the table; writes comparison.json, comparison.md and the plots to `root`."""
+    for count in dict.fromkeys(outcome.edits_at_once for outcome in outcomes):
+        check_same_edits([outcome for outcome in outcomes if outcome.edits_at_once == count])
+    rows = rows_of(outcomes, reference)
+    first = outcomes[0].results
+    edits = len(outcomes[0].records)
+    title = f"{len({row['editor'] for row in rows})} editors of {first['base']} on {edits} edits of {first['test']}"
+    notes = [
+        f"`mend-lightning compare --config {config}`. All with one k are tested on the same edits; k: edits made together, "
+        f"and in training max(1, batch_size // k) such tasks a step. Differences to {reference} with a 95 % interval from a paired bootstrap over tasks."
+    ]
+    write_json(root / "comparison.json", {"title": title, "reference": reference, "rows": rows, "versions": versions()})
+    with written(root / "comparison.md") as temporary:
+        temporary.write_text(comparison_markdown(title, rows, reference, notes), encoding="utf-8")
+    console().print(*comparison_tables(title, rows, reference), sep="\n")
+    files = [root / "comparison.json", root / "comparison.md", *draw_comparison(rows, root)]
+    console().print(f"Written: {', '.join(map(str, files))}", highlight=False)

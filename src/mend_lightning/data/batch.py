@@ -1,0 +1,41 @@
+"""Edit tasks as text -> an EditBatch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mend_lightning.data.tasks import EditTask
+from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.rows import EditBatch, Rows
+
+
+def collate_groups(groups: Sequence[Sequence[EditTask]], encoder: Encoder) -> EditBatch:
+    """One batch of independent edit tasks, each of equally many edits that are made at once."""
+    return collate_tasks([task for group in groups for task in group], encoder, len(groups[0]))
+
+
+def collate_tasks(tasks: Sequence[EditTask], encoder: Encoder, edits_at_once: int = 1) -> EditBatch:
+    """One batch of independent edit tasks.
+
+    Args:
+        tasks: the edits.
+        encoder: text to ids.
+        edits_at_once: so many of them, one after another, make one task of the batch.
+
+    Returns:
+        `z_edit` with one row an edit, `x_in` with one row a rephrase, `x_out` with one row an unrelated fact
+        (its labels are the true answer), all in the order of the edits.
+    """
+    of_task = [tasks[start : start + edits_at_once] for start in range(0, len(tasks), edits_at_once)]
+    return EditBatch(
+        z_edit=_rows([[(edit.prompt, edit.target) for edit in edits] for edits in of_task], encoder),
+        x_out=_rows([[pair for edit in edits for pair in edit.locality] for edits in of_task], encoder),
+        x_in=_rows([[(text, edit.target) for edit in edits for text in edit.rephrases] for edits in of_task], encoder),
+        texts=tuple(tasks),
+    )
+
+
+def _rows(pairs: list[list[tuple[str, str]]], encoder: Encoder) -> Rows:
+    flat = [pair for of_task in pairs for pair in of_task]
+    task = [index for index, of_task in enumerate(pairs) for _ in of_task]
+    return encoder.rows(flat, task, len(pairs))

@@ -1,0 +1,145 @@
+"""What an edit did: every row of a batch scored under the edited model, and unrelated ones under the unedited model too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from mend_lightning.editors.edited_model import Edited
+from mend_lightning.editors.editor import Editor
+from mend_lightning.evaluation.position_scores import PositionScores, compare_positions, score_positions
+from mend_lightning.evaluation.statistics import rows_all_true, rows_sum
+from mend_lightning.models.forward.head import HeadStates, states_at
+from mend_lightning.models.forward.joint_trunk import own_part
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.forward.trunk import replayed
+from mend_lightning.models.inputs.positions import Positions, joined
+from mend_lightning.models.inputs.rows import EditBatch, Rows, concatenate_rows
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Teacher-forced scores of rows under the edited model, each field `[rows]`.
+
+    Attributes:
+        task: the edit task of the row.
+        tokens: number of label tokens, the stop included.
+        correct_after: every label token is the most probable one (whole-row match).
+        nll_after: summed over the row's label tokens, nats.
+        hits: label tokens that are the most probable one.
+    """
+
+    task: Tensor
+    tokens: Tensor
+    correct_after: Tensor
+    nll_after: Tensor
+    hits: Tensor
+
+    def part(self, rows: slice | Tensor) -> Self:
+        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class ComparedScores(RowScores):
+    """The same, beside the base model's.
+
+    Attributes:
+        correct_before, nll_before: of the base model.
+        agreement: label positions whose most probable token the edit did not change.
+        kl: KL(base ‖ edited) summed over the label positions, nats.
+    """
+
+    correct_before: Tensor
+    nll_before: Tensor
+    agreement: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Scores of a batch's three sets, and the edits themselves.
+
+    Attributes:
+        edit: of `z_edit`; rephrase: of `x_in`. What the base model says to these, no metric asks.
+        locality: of `x_out`.
+        edited: the edited model.
+    """
+
+    edit: RowScores
+    rephrase: RowScores
+    locality: ComparedScores
+    edited: Edited
+
+
+@torch.no_grad()
+def evaluate_batch(model: nn.Module, editor: Editor, batch: EditBatch) -> BatchScores:
+    """Makes the edits of a batch and scores its rows, in batched passes; the trunk runs once, over all rows.
+
+    "Before" is the base model as it was given, also for an editor that trains it (ENN): what that training changed counts
+    as the edit's doing. The original compares with the trained model.
+
+    Args:
+        model: the base model, in eval mode.
+        editor: any editor, in eval mode (in training mode MEND's would update its statistics).
+        batch: independent edit tasks.
+    """
+    # The unrelated rows stand last.
+    sets = [batch.z_edit, batch.x_in, batch.x_out]
+    rows, edits = concatenate_rows(sets), len(batch.z_edit)
+    trunk = run_trunk(model, rows, _edited_layers(model, editor))
+    edited = editor.edited(model, *own_part(rows, trunk, batch.z_edit, 0))
+    inside = edits + len(batch.x_in)
+    with replayed(trunk, slice(inside, len(rows))):
+        before = states_at(model, rows.part(slice(inside, len(rows))), batch.x_out.label_positions)
+    where = joined([each.label_positions.behind(start) for each, start in zip(sets, (0, edits, inside))])
+    after = edited.states_at(model, rows, where, trunk)
+    of_edits, of_others = after.split(len(after) - len(before))
+    changed = _scored(of_edits, concatenate_rows(sets[:2]))
+    return BatchScores(
+        changed.part(slice(0, edits)), changed.part(slice(edits, inside)), _compared(before, of_others, batch.x_out), edited
+    )
+
+
+def hard_rows(batch: EditBatch) -> Tensor:
+    """Which rows of `x_out` have their edit's relation: `[rows]` bool. Tasks list their hard ones first."""
+    flags = [index < text.hard for text in batch.texts for index in range(len(text.locality))]
+    device = batch.x_out.task.device
+    return torch.tensor(flags or [False] * len(batch.x_out), dtype=torch.bool, device=device)
+
+
+def _edited_layers(model: nn.Module, editor: Editor) -> Mapping[str, nn.Module]:
+    """Of an edit that changes no weight, the whole model is trunk."""
+    return editor.modules_in(model) if editor.changes_weights else {}
+
+
+def _scored(after: HeadStates, rows: Rows) -> RowScores:
+    where = rows.label_positions
+    return RowScores(**_after(score_positions(after, where.take(rows.labels)), rows, where))
+
+
+def _compared(before: HeadStates, after: HeadStates, rows: Rows) -> ComparedScores:
+    where = rows.label_positions
+    old, new, kl = compare_positions(before, after, where.take(rows.labels))
+    of_rows = (where.row, len(rows))
+    return ComparedScores(
+        **_after(new, rows, where),
+        correct_before=rows_all_true(old.hit, *of_rows),
+        nll_before=rows_sum(old.nll, *of_rows),
+        agreement=rows_sum(old.best == new.best, *of_rows),
+        kl=rows_sum(kl, *of_rows),
+    )
+
+
+def _after(scores: PositionScores, rows: Rows, where: Positions) -> dict[str, Tensor]:
+    of_rows = (where.row, len(rows))
+    return {
+        "task": rows.task,
+        "tokens": rows_sum(torch.ones_like(scores.hit), *of_rows).long(),
+        "correct_after": rows_all_true(scores.hit, *of_rows),
+        "nll_after": rows_sum(scores.nll, *of_rows),
+        "hits": rows_sum(scores.hit, *of_rows),
+    }

@@ -1,0 +1,1 @@
+"""Text and token ids as Rows: what a model reads."""

@@ -1,0 +1,1 @@
+"""Training an editor: MendModule, the step it takes, MendCallback, and what a run says and saves."""

@@ -1,0 +1,1 @@
+"""Several processes: strategies that shard, where a base goes, and checkpoints of any layout."""

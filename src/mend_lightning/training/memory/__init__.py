@@ -1,0 +1,1 @@
+"""What a run will hold on each device, by part, before anything is loaded."""

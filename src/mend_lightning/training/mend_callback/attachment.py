@@ -1,0 +1,203 @@
+"""An editor at a model that is somebody else's: found, checked, borrowed, edited and given back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mend_lightning.data.guest import Guest
+from mend_lightning.editors.editor import Editor, EditorFactory
+from mend_lightning.editors.making import make_edit
+from mend_lightning.edits.edit import Edit
+from mend_lightning.errors import ConfigError, NoEffectWarning
+from mend_lightning.models.layers import layer_shape, select_layers
+from mend_lightning.models.sharding.collectives import is_sharded
+from mend_lightning.training.calibration import calibrate
+from mend_lightning.training.mend_callback.find_model import check_forward, find_model
+from mend_lightning.training.mend_callback.host_checks import check_forward_pass, check_sharded
+from mend_lightning.training.mend_callback.isolation import borrowed
+from mend_lightning.training.mend_callback.keeping import editor_state, load_editor_state
+from mend_lightning.training.mend_callback.measuring import measure_editor
+
+if TYPE_CHECKING:
+    from mend_lightning.data.datamodule import EditDataModule
+
+
+class Visit:
+    """The host's model and our editor of it.
+
+    Args:
+        path: of the model in its LightningModule.
+        edits: the facts; None: only saved edits or a saved editor are used.
+        algorithm: what builds a new editor.
+        folder: of a saved editor to start from.
+        layers, last_blocks: what a new editor edits.
+        seed: of its values and random numbers.
+
+    Attributes:
+        model: the host's, once it is found; editor: ours, once it is built.
+        ready: whether the editor has learned something (or has nothing to learn).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        edits: EditDataModule | None,
+        algorithm: EditorFactory,
+        folder: str | Path | None,
+        layers: list[str] | None,
+        last_blocks: int | None,
+        seed: int,
+    ) -> None:
+        self.path, self.edits, self.seed = path, edits, seed
+        self._algorithm, self._folder, self._layers, self._last_blocks = algorithm, folder, layers, last_blocks
+        self.model: nn.Module | None = None
+        self.editor: Editor | None = None
+        self.ready = False
+        self._tokenizer: Any = None
+        self._autocast: torch.dtype | None = None
+        self._pending: dict[str, Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def borrowed(self, step: int = 0) -> AbstractContextManager[None]:
+        """The model for use in editing, with the random numbers of this step."""
+        return borrowed(self.model, self.seed + step, self._autocast)
+
+    def arrive(
+        self,
+        host: nn.Module,
+        rank: int = 0,
+        world_size: int = 1,
+        autocast: torch.dtype | None = None,
+        check: bool = True,
+        editing: bool = False,
+    ) -> bool:
+        """Finds the model, and brings the editor to where it is: as it was, as a checkpoint has it, or a new one.
+
+        Args:
+            host: the LightningModule.
+            rank, world_size: this process among all.
+            autocast: see `manners.borrowed`.
+            check: whether the model is run once, to see that it takes edits.
+            editing: whether there is use for an editor even without facts or a saved one.
+
+        Returns:
+            Whether the model has its weights; on the meta device nothing is checked or built yet.
+        """
+        self.model = find_model(host, self.path)
+        self._tokenizer, self._autocast = getattr(host, "tokenizer", None), autocast
+        if self.edits is not None:
+            self.edits.visit(Guest(self.model, self._tokenizer, rank, world_size, is_sharded(self.model)))
+        if self.device.type == "meta":
+            return False
+        with self.borrowed():
+            if check and self.edits is not None:
+                self._check(host)
+            if editing or self.edits is not None or self._folder is not None:
+                self._take_editor()
+        return True
+
+    def _check(self, host: nn.Module) -> None:
+        encoder = self.edits.encoder
+        check_forward(self.model, encoder.kind, self.path, host)
+        task = self.edits.sampler("train").task(0, 0)
+        if encoder.kind == "classifier":
+            # Also a model without any head looks like one, and then the target is none of its classes.
+            ids = torch.tensor([encoder.prompt_ids(task.prompt)])
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            inputs = encoder.rows([(task.prompt, task.target)], [0], 1).inputs
+        check_forward_pass(self.model, {name: value.to(self.device) for name, value in inputs.items()}, self.path)
+
+    def _take_editor(self) -> None:
+        if self.editor is None:
+            self._build()
+        self.editor.eval().modules_in(self.model)
+        if is_sharded(self.model):
+            check_sharded(self.editor)
+        if self._pending is not None:
+            load_editor_state(self.editor, self._pending)
+            self.ready, self._pending = self._pending["ready"], None
+        self.editor.to(self.device)
+        self.editor.encoder = self.edits.encoder if self.edits is not None else None
+
+    def _build(self) -> None:
+        if self._folder is not None:
+            self.editor, self.ready = Editor.from_pretrained(self._folder), True
+            return
+        chosen = select_layers(self.model, self._layers, self._last_blocks)
+        self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        self.ready = not self.editor.trainable
+
+    def calibrate(self, batches: int) -> None:
+        """Estimates the editor's preconditioning from so many batches of training edits; the model is borrowed."""
+        given = (batch.to(self.device) for batch in islice(self.edits.train_dataloader(), batches))
+        calibrate(self.model, self.editor, given)
+
+    def measure(self, split: str) -> dict[str, float]:
+        """name -> value of every metric, on the "validation" or the "test" facts.
+
+        Warns:
+            NoEffectWarning: the editor has learned nothing yet, and nothing is measured.
+        """
+        if not self.ready:
+            warnings.warn(
+                "Nothing is measured: the editor has taken no step yet. In validate and test give ckpt_path= of a training that "
+                "had this callback, or editor=FOLDER.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
+            return {}
+        loader = self.edits.val_dataloader() if split == "validation" else self.edits.test_dataloader()
+        with self.borrowed():
+            return measure_editor(self.model, self.editor, loader)
+
+    def edit(self, facts: Sequence[tuple[str, str]]) -> Edit:
+        """One `Edit` of (prompt, target) pairs, made for the model's weights as they are now.
+
+        Raises:
+            ConfigError: there is no trained editor, or no tokenizer.
+        """
+        if self.model is None or self.editor is None or not self.ready:
+            raise ConfigError(
+                "There is no trained editor to make edits with. Train one (fit with edits=EditDataModule(...)), give "
+                "editor=FOLDER, or run with ckpt_path= of a training that had this callback."
+            )
+        with self.borrowed():
+            self.bind()
+            return make_edit(self.editor, self.model, self._find_tokenizer(), facts)
+
+    def _find_tokenizer(self) -> Any:
+        tokenizer = self.edits.encoder.tokenizer if self.edits is not None else self._tokenizer
+        if tokenizer is None:
+            raise ConfigError(
+                "There is no tokenizer to make an edit with. Give edits=EditDataModule(..., tokenizer=...), or let the "
+                "LightningModule have one as its attribute `tokenizer`."
+            )
+        return tokenizer
+
+    def bind(self) -> None:
+        """Notes the model's weights as they are now as what the editor is for."""
+        config = getattr(self.model, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(self.model).__name__
+        self.editor.eval().to(self.device)
+        self.editor.bind(self.model, name, asdict(self.edits.format) if self.edits is not None else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The editor, as tensors and builtins."""
+        return {**editor_state(self.editor), "ready": self.ready}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps a state for the next `arrive`: the model may not be there yet."""
+        self._pending = state

@@ -1,0 +1,90 @@
+"""The editor's training beside the host's: when it steps, on which edits, and at what cost."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from mend_lightning.errors import NoEffectWarning
+from mend_lightning.evaluation.report import counted
+from mend_lightning.training.mend_callback.attachment import Visit
+from mend_lightning.training.mend_callback.clock import Clock
+from mend_lightning.training.mend_callback.editor_training import EditorTraining, LearningSettings
+from mend_lightning.training.mend_callback.feed import Feed
+from mend_lightning.training.mend_callback.schedule import Schedule
+
+
+class Beside:
+    """A training of the editor of `visit`, from the start of the host's to its end.
+
+    Args:
+        visit: the model and the editor.
+        learning: how the editor learns.
+        schedule: when.
+        clock: counts the cost.
+        calibration_batches: see `MendCallback`.
+        kept: what `state_dict` gave, of a checkpoint or of an earlier `fit`.
+        resumed: it is of a checkpoint of this training, which goes on; not of another one.
+
+    Attributes:
+        losses: of the last step, name -> scalar.
+    """
+
+    def __init__(
+        self,
+        visit: Visit,
+        learning: LearningSettings,
+        schedule: Schedule,
+        clock: Clock,
+        calibration_batches: int,
+        kept: dict[str, Any],
+        resumed: bool,
+    ) -> None:
+        self.visit, self.schedule, self.clock = visit, schedule, clock
+        self.losses: dict[str, Any] = {}
+        with clock.ours(), visit.borrowed():
+            # What the editor was bound to is about to move.
+            visit.editor.base_fingerprint = ""
+            self.training = EditorTraining(visit.editor, learning)
+            if kept:
+                self.training.load_state_dict(kept["training"])
+            if resumed:
+                schedule.load_state_dict(kept["schedule"])
+            if not visit.editor.calibrated:
+                visit.calibrate(calibration_batches)
+            self._feed = Feed(visit.edits.train_dataloader(), kept.get("place"))
+
+    def host_stepped(self, global_step: int, seconds: float) -> None:
+        """Takes in a batch of the host's (`Schedule.is_due`), and takes a step where one is due."""
+        if not self.schedule.is_due(global_step, seconds):
+            return
+        with self.clock.ours(step=True), self.visit.borrowed(self.training.steps):
+            batch = self._feed.next().to(self.visit.device)
+            self.losses = self.training.step(self.visit.model, batch, self.schedule.progress)
+        self.visit.ready = True
+        self.schedule.stepped(self.visit.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As tensors and builtins."""
+        parts = {"training": self.training, "schedule": self.schedule, "place": self._feed}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def summary(self) -> str:
+        """What was done, and what it cost.
+
+        Warns:
+            NoEffectWarning: nothing was done.
+        """
+        training, clock = self.training, self.clock
+        if training.steps == 0:
+            warnings.warn(
+                f"The editor took no step: the host's optimisers stepped {self.schedule.host_steps} time(s), and it waits for "
+                f"{self.schedule.next_step}. Lower every_n_steps, or train longer.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        skipped = f", {training.skipped} of them left out" if training.skipped else ""
+        return (
+            f"{counted(training.steps, 'editor step')}{skipped}; {clock.guest:.1f} s of {clock.total:.1f} s were the "
+            f"callback's ({clock.share:.1%})"
+        )

@@ -1,0 +1,411 @@
+"""MendModule: trains an editor of a frozen base model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mend_lightning.data.datamodule import EditDataModule
+from mend_lightning.data.order import repeated
+from mend_lightning.editors.editor import Editor, EditorFactory
+from mend_lightning.editors.mend import MendEditor
+from mend_lightning.editors.saving import read_description
+from mend_lightning.editors.transform import Init, Inputs
+from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
+from mend_lightning.evaluation.evaluate import evaluate_batch, hard_rows
+from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
+from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.models.forward.run_trunk import run_trunk
+from mend_lightning.models.inputs.encoder import Encoder, in_words, model_kind
+from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.models.layers import layer_shape, select_layers
+from mend_lightning.models.sharding.collectives import whole
+from mend_lightning.training.calibration import calibrate
+from mend_lightning.training.checks import (
+    check_checkpoint,
+    check_checkpointing,
+    check_compilable,
+    check_finite,
+    check_precision,
+    check_prompt_format,
+    check_single_process,
+)
+from mend_lightning.training.distributed.checkpoint_file import BASE_PREFIX
+from mend_lightning.training.distributed.placement import SHARDING, load_for
+from mend_lightning.training.finite import FiniteChecks
+from mend_lightning.training.optimization import Decay, lr_factor, parameter_groups
+from mend_lightning.training.parts import step_loss
+from mend_lightning.training.precision import check_gradient, check_overflow, check_trainer_precision, loss_scaler
+from mend_lightning.training.progress.progress_line import followed
+from mend_lightning.training.random_states import gathered_random_states, set_own_random_states
+from mend_lightning.training.step import LocalityPositions, StepOutput
+from mend_lightning.training.trunk_cache import CachedTrunk
+from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
+
+
+class MendModule(L.LightningModule):
+    """MEND as a LightningModule: a frozen base model, an editor, and the meta-learning step.
+
+    Automatic optimisation with one Adam: clipping, accumulation and the number of devices are the Trainer's.
+    Checkpoints hold the editor only.
+
+    Args:
+        base: the model whose beliefs are edited.
+        editor: folder of a saved editor to start from (or to test); its settings replace those below.
+        algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments, and then `rank` to
+            `confidence` below mean nothing; None: MEND with those. With `editor` it says what class the folder must hold.
+        layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
+        last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
+        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge, confidence: see
+            `MendEditor`.
+        calibration_batches: training batches that the preconditioning is estimated from, before the first step; at most
+            one epoch.
+        lr: Adam's learning rate of the transforms, or whatever else the editor learns (paper: 1e-6).
+        edit_rate_lr: the same of the edit rates (the paper says 1e-4; the released code in effect used 1e-6), and of other
+            numbers a layer, such as log λ of `ridge`.
+        warmup_steps: steps in which both rise from 0.
+        decay: "linear" lets both fall to 0 over the Trainer's steps; "none" keeps them.
+        c_edit: weight of the edit loss (paper: 0.1). ENN's weight of its base loss, `c_base`, is the editor's setting.
+        locality_positions: positions the locality loss looks at: "all" (the original) or "answer".
+        tasks_at_once: edits of a batch whose outer pass is in memory at a time; None: all. The step is the same with any, which
+            it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_parts`).
+        trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
+            for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
+            where it would pay. None: they run every time.
+        compile_blocks: have torch compile the base's blocks that hold no hook (see `block_compile.py`). The first steps wait for
+            it; benchmarks/README.md says where that pays. Losses are equal up to rounding.
+
+    Example:
+        >>> module = MendModule(rank=256, lr=1e-5)
+        >>> module.c_edit
+        0.1
+    """
+
+    def __init__(
+        self,
+        base: BaseModel = BaseModel(),
+        editor: str | Path | None = None,
+        algorithm: EditorFactory | None = None,
+        layers: list[str] | None = None,
+        last_blocks: int | None = None,
+        rank: int = 1920,
+        n_hidden: int = 1,
+        shared: bool = True,
+        normalize: bool = True,
+        init: Init = "identity",
+        inputs: Inputs = "combined",
+        edit_rate: float = 1e-4,
+        precondition: float | None = None,
+        rephrase_ridge: float | None = None,
+        ridge: float | None = None,
+        confidence: float | None = None,
+        calibration_batches: int = 16,
+        lr: float = 1e-6,
+        edit_rate_lr: float = 1e-6,
+        warmup_steps: int = 0,
+        decay: Decay = "none",
+        c_edit: float = 0.1,
+        locality_positions: LocalityPositions = "all",
+        tasks_at_once: int | None = None,
+        trunk_cache: str | Path | None = None,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
+        self.strict_loading = False
+        self.base, self._editor_folder = base, editor
+        self._layers, self._last_blocks = layers, last_blocks
+        self._named_algorithm = algorithm
+        self._algorithm = algorithm or partial(
+            MendEditor, rank=rank, n_hidden=n_hidden, shared=shared, normalize=normalize, init=init, inputs=inputs,
+            edit_rate=edit_rate, precondition=precondition, rephrase_ridge=rephrase_ridge, ridge=ridge,
+            confidence=confidence,
+        )  # fmt: skip
+        if calibration_batches < 1:
+            raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
+        if tasks_at_once is not None and tasks_at_once < 1:
+            raise ConfigError(f"tasks_at_once must be at least 1, not {tasks_at_once}; leave it out to take a batch whole.")
+        self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
+        self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
+        self.c_edit, self.locality_positions = c_edit, locality_positions
+        # What runs the trunk in training; `on_fit_start` puts the cache here.
+        self.trunk_cache, self.trunk_of = trunk_cache, run_trunk
+        self.compile_blocks = compile_blocks
+        self.base_model = self.tokenizer = self.editor = None
+        self.scoreboard = Scoreboard()
+        self.results: dict[str, float] = {}
+        # Steps that a loss scaler left out because the gradient overflowed.
+        self.skipped_steps = 0
+        self._trained = editor is not None
+        self._random_states: list[dict[str, Any]] | None = None
+        self._finite = FiniteChecks()
+
+    def configure_model(self) -> None:
+        """Loads the base and builds the editor, once; Lightning calls this before every stage."""
+        if self.base_model is None:
+            self._load()
+        # Without a Trainer the data's prompt format is not known yet, and an encoder that was set by hand stays.
+        encoder = self._encoder()
+        self.editor.encoder = encoder or self.editor.encoder
+        given = asdict(encoder.format) if encoder else None
+        check_prompt_format(self.editor.prompt_format, given)
+        self.editor.bind(self.base_model, self.base.name, given, self.base.options())
+
+    def _load(self) -> None:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        self.base_model, self.tokenizer = load_for(strategy, self.base)
+        if self._editor_folder is not None:
+            # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
+            self.editor = self._editor_class().from_pretrained(self._editor_folder).train()
+            self.editor.check_base(self.base_model)
+        else:
+            chosen = select_layers(self.base_model, self._layers, self._last_blocks)
+            self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
+            check_single_process(self.editor, self._trainer.world_size)
+        if isinstance(strategy, SHARDING):
+            strategy.shard_editor(self.editor)
+        if self.compile_blocks:
+            # Imported here: Dynamo takes a second to load.
+            from mend_lightning.models.compile_blocks import compile_blocks
+
+            compile_blocks(self.base_model, gradients=getattr(self.editor, "first_order", True))
+        check_checkpointing(self.base_model)
+        check_precision(self.editor)
+        # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
+        # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
+        frozen = [f"{BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
+        self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
+
+    def _editor_class(self) -> type[Editor]:
+        """What a saved editor must be: the class of `algorithm`, which may be anybody's own, or any of this package's."""
+        if self._named_algorithm is None:
+            return Editor
+        layers = {name: tuple(shape) for name, shape in read_description(self._editor_folder)["layers"]}
+        with torch.device("meta"):
+            return type(self._named_algorithm(layers))
+
+    def _encoder(self) -> Encoder | None:
+        """The data's, whose prompt format is saved with the editor; None (another data module) keeps a loaded editor's."""
+        data = self._trainer.datamodule if self._trainer is not None else None
+        return data.encoder if isinstance(data, EditDataModule) else None
+
+    @property
+    def base_kind(self) -> str:
+        """ "causal", "encoder_decoder" or "classifier"."""
+        return model_kind(self.base_model)
+
+    def train(self, mode: bool = True) -> MendModule:
+        """Training mode reaches the editor only: the base is frozen, its dropout stays off."""
+        super().train(mode)
+        if self.base_model is not None:
+            self.base_model.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Checks the Trainer, before gigabytes load."""
+        check_trainer_precision(self.trainer.precision_plugin)
+        if self.compile_blocks:
+            check_compilable(isinstance(self.trainer.strategy, SHARDING), self.base.quantize is not None)
+        if stage == "fit" and self.trunk_cache is not None:
+            check_trunk_cache(self.trunk_cache, self.trainer.strategy)
+        if self._inference_mode():
+            raise InferenceModeError(
+                "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
+                "Use Trainer(inference_mode=False); `mend-lightning` sets it."
+            )
+
+    def check_last_step(self) -> None:
+        """Raises NonFiniteError if a number of the last step was not finite and that was not known before."""
+        self._finite.settle()
+
+    on_train_epoch_end = on_train_end = check_last_step
+
+    def on_validation_start(self) -> None:
+        self.check_last_step()
+        if self.trainer.state.fn == "validate":
+            self._check_trained()
+
+    def on_test_start(self) -> None:
+        self._check_trained()
+        self._weight_norms = weight_norms(self.editor.modules_in(self.base_model))
+
+    def on_predict_start(self) -> None:
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        if not self._trained and self.editor.trainable:
+            raise ConfigError(
+                f"{self.trainer.state.fn.value} needs a trained editor. Give --model.editor RUN/editor (the folder that "
+                "fit wrote), or --ckpt_path CHECKPOINT."
+            )
+
+    def _inference_mode(self) -> bool:
+        # Validation inside `fit` has the Trainer's setting as well.
+        loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop)
+        return any(loop.inference_mode for loop in loops)
+
+    def on_fit_start(self) -> None:
+        """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
+        self._trained, self._finite = True, FiniteChecks()
+        if self.trunk_cache is not None:
+            self.trunk_of = CachedTrunk(self.trunk_cache, self.tokenizer)
+        if not self.editor.trainable:
+            # Nothing to do; `on_fit_end` puts it back.
+            self._max_epochs, self.trainer.fit_loop.max_epochs = self.trainer.fit_loop.max_epochs, 0
+        if self.editor.calibrated:
+            return
+        if self.trainer.datamodule is None:
+            raise ConfigError(
+                "precondition is estimated from the training data before the first step, and this fit has no data module. "
+                "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
+            )
+        self._calibrate(self.trainer.datamodule.train_dataloader())
+
+    def on_fit_end(self) -> None:
+        if isinstance(self.trunk_of, CachedTrunk):
+            self.trunk_of.close()
+        self.trunk_of = run_trunk
+        if not self.editor.trainable:
+            self.trainer.fit_loop.max_epochs = self._max_epochs
+
+    def _calibrate(self, batches: DataLoader) -> None:
+        total = min(self.calibration_batches, len(batches))
+        chosen = (batch.to(self.device) for batch in islice(batches, total))
+        if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
+            chosen = followed(chosen, "Estimating the preconditioning", total, self.trainer.world_size)
+        calibrate(self.base_model, self.editor, chosen, self.trunk_of)
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
+        self._finite.settle()
+        settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
+        loss, out = step_loss(self.base_model, self.editor, batch, *settings, self.trunk_of)
+        check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step, self._finite)
+        self._log_losses(loss, out, len(batch))
+        return loss
+
+    def _log_losses(self, loss: Tensor, out: StepOutput, edits: int) -> None:
+        """Means over the processes, whose batches are equally large: what one process would log of the whole batch."""
+        values = {name: value.mean() for name, value in out.losses().items()}
+        values |= {"loss": loss, "skipped_tokens": out.skipped.to(loss)}
+        means = self.trainer.strategy.reduce(torch.stack([*values.values()]).detach(), reduce_op="mean")
+        for name, mean in zip(values, means.unbind()):
+            self.log(f"train/{name}", mean, prog_bar=name in out.losses(), batch_size=edits)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        scaler = loss_scaler(self.trainer.precision_plugin)
+        if scaler is None:
+            self._finite.add(norm.isfinite(), partial(check_gradient, self.global_step, norm.device))
+        else:
+            # A scaler asks the device itself.
+            if not norm.isfinite():
+                check_overflow(scaler, self.global_step)
+                self.skipped_steps += 1
+            self.log("train/skipped_steps", float(self.skipped_steps), prog_bar=True)
+        self.log("train/grad_norm", norm, prog_bar=True)
+        rates = dict(self.editor.named_parameters()).get("edit_rates")
+        if rates is not None:
+            rates = whole(rates.detach())
+            self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()})
+
+    def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
+        scores = evaluate_batch(self.base_model, self.editor, batch)
+        if not repeated(self.trainer.val_dataloaders, batch_idx):
+            self.scoreboard.update(scores, hard_rows(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.scoreboard.compute()
+        if "edit_nll" not in values or "locality_kl" not in values:
+            raise NonFiniteError(
+                f"The validation losses are not finite after step {self.global_step}: training has diverged. Go back to "
+                "an earlier checkpoint and lower the learning rates."
+            )
+        values["loss"] = self.c_edit * values["edit_nll"] + values["locality_kl"]
+        # Metrics are reduced over processes already, and the same on each; without sync_dist Lightning would warn of each.
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+        self.scoreboard.reset()
+
+    def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Scores a batch and asks the edited model; returns one record a task for the report."""
+        scores = evaluate_batch(self.base_model, self.editor, batch)
+        answers = None
+        if self.base_kind != "classifier":
+            answers = edited_answers(self.base_model, self._encoder(), batch, scores)
+        if repeated(self.trainer.test_dataloaders, batch_idx):
+            return []
+        self.scoreboard.update(scores, hard_rows(batch))
+        self.scoreboard.update_norms(scores.edited.deltas, self._weight_norms)
+        if answers is not None:
+            self.scoreboard.update_generated(*judge_answers(answers, batch))
+        return task_records(batch, scores, answers)
+
+    def on_test_epoch_end(self) -> None:
+        self.results = self.scoreboard.compute()
+        self.log_dict({f"test/{name}": value for name, value in self.results.items()}, sync_dist=True)
+        self.scoreboard.reset()
+
+    def predict_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record a task: the question, the target, and the answers before and after the edit."""
+        prompts = [text.prompt for text in batch.texts]
+        before = generate_answers(self.base_model, self._encoder(), prompts)
+        after = self.editor.edited(self.base_model, batch.z_edit).answers(
+            self.base_model, self._encoder(), prompts, batch.z_edit.task_of_row
+        )
+        if self.base_kind == "classifier":
+            # In the words of the edit: "true" becomes "false", and not REFUTES.
+            before, after = ([in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after))
+        if repeated(self.trainer.predict_dataloaders, batch_idx):
+            return []
+        return [
+            {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
+            for text, old, new in zip(batch.texts, before, after)
+        ]
+
+    def configure_optimizers(self) -> dict[str, Any] | None:
+        groups = parameter_groups(self.editor, self.lr, self.edit_rate_lr)
+        if not groups:
+            return None
+        # Lightning cannot clip before a fused step when it mixes precisions.
+        optimizer = torch.optim.Adam(groups, fused=not self._mixed_precision())
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _mixed_precision(self) -> bool:
+        return isinstance(self.trainer.precision_plugin, MixedPrecision)
+
+    def _lr_factor(self, step: int) -> float:
+        return lr_factor(step, self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # What is not finite must not be saved.
+        self.check_last_step()
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(BASE_PREFIX)
+        }
+        checkpoint["mend_lightning"] = self.editor.description()
+        checkpoint["random_states"] = gathered_random_states()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(checkpoint, self.editor)
+        self._trained = True
+        # Checkpoints of earlier versions have none.
+        self._random_states = checkpoint.get("random_states")
+
+    def on_train_start(self) -> None:
+        """Goes on with a resumed run's random numbers; what was drawn until here (a new editor's start) is not part of it."""
+        if self._random_states is not None:
+            set_own_random_states(self._random_states, self.global_rank)
+            self._random_states = None

@@ -1,0 +1,59 @@
+"""What is asked, and what came out: questions before and after the edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mend_lightning.errors import EmptyEditError
+from mend_lightning.evaluation.shifts import Shift, TokenShift
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question before and after the edits.
+
+    Attributes:
+        shift: the answers and their probabilities.
+        wanted: the new answer that was asked for; "" where none was.
+        answers: answer -> its tokens, of the answer before, the wanted one and the answer after, each once.
+        first_tokens: the likeliest first tokens of the answer.
+        on: how many edits were switched on.
+    """
+
+    shift: Shift
+    wanted: str
+    answers: dict[str, list[TokenShift]]
+    first_tokens: list[TokenShift]
+    on: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Several questions before and after the edits.
+
+    Attributes:
+        shifts: one a question.
+        on: how many edits were switched on.
+        revision: of the edits (`Session.revision`).
+    """
+
+    shifts: list[Shift]
+    on: int
+    revision: int
+
+
+def questions_of(lines: Sequence[str]) -> list[str]:
+    """Lines as questions: stripped, blank ones left out.
+
+    Raises:
+        EmptyEditError: nothing is left.
+
+    Example:
+        >>> questions_of([" Where is Lyon? ", ""])
+        ['Where is Lyon?']
+    """
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
+        raise EmptyEditError("There is no question. Type one, or several with one a line.")
+    return questions
