@@ -24,12 +24,13 @@ from benchmarks.timing import Timing, in_turn
 from benchmarks.workloads import C_EDIT, Bench, workload
 from mend_lightning.cli.config.overlays import read_config
 from mend_lightning.cli.config.tree import plain
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors import MendEditor
 from mend_lightning.models.base import load_base
 from mend_lightning.models.compile_blocks import compile_blocks, uncompile_blocks
 from mend_lightning.models.forward.run_trunk import run_trunk
-from mend_lightning.models.inputs.rows import EditBatch, concatenate_rows
+from mend_lightning.models.inputs.rows import concatenate_rows
 from mend_lightning.training.step import edit_step
 
 QUICKSTART = "quickstart"

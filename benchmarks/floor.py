@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.blocks import plain, recorded_calls, run_block
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
-from mend_lightning.models.inputs.rows import EditBatch, Rows
+from mend_lightning.models.inputs.rows import Rows
 
 Calls = dict[nn.Module, tuple[Tensor, dict]]
 

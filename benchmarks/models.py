@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
-from mend_lightning.models.base import Architecture, load_base, model_class
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.architecture import Architecture, model_class
+from mend_lightning.models.base import load_base
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.models.known_shapes import known_architecture, local_name
 from mend_lightning.models.random_weights import random_model
 

@@ -25,12 +25,12 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.models import MODELS, SHAPES, make_batch, make_editor, make_model
 from benchmarks.report import append, machine, when
 from benchmarks.workloads import C_EDIT, LEARNING_RATE
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors import MendEditor
 from mend_lightning.editors.editor import Editor
 from mend_lightning.files import written
 from mend_lightning.models.base import load_base
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.training.step import edit_step
 
 TRUNK, FACTORS, HEAD, TRANSFORMS, CONFIDENCE, UNEDITED, EDITED = (

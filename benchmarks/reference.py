@@ -25,8 +25,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
-from mend_lightning.models.inputs.rows import EditBatch, Rows
+from mend_lightning.models.inputs.rows import Rows
 
 EPSILON = 1e-7
 

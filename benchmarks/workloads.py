@@ -12,9 +12,9 @@ from torch.func import functional_call
 from benchmarks.floor import Floor
 from benchmarks.models import make_batch, make_editor, make_model
 from benchmarks.reference import ReferenceMend, row_inputs
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
-from mend_lightning.edits.deltas import applied
-from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.training.step import compute_deltas, edit_step
 
 C_EDIT, LEARNING_RATE = 0.1, 1e-6

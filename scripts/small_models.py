@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluation.statistics import rows_all_true
 from mend_lightning.files import check_writable, written
-from mend_lightning.models.base import pick_dtype
+from mend_lightning.models.architecture import pick_dtype
 from mend_lightning.models.forward.logits import label_mask, logits_at, row_of
-from mend_lightning.models.forward.losses import is_correct, token_nll
+from mend_lightning.models.forward.losses import is_correct, rows_all_true, token_nll
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.rows import Rows
 

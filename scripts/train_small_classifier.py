@@ -23,13 +23,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from mend_lightning.evaluation.report import console
 from mend_lightning.files import written
 from mend_lightning.models.forward.logits import label_mask
 from mend_lightning.models.forward.losses import token_nll
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.prompts import PromptFormat
 from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.training.progress.console import console
 
 # Weight of telling a statement's words beside judging it.
 RETELLING = 0.2

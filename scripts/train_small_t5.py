@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from world_facts_tables import QUESTIONS
 
 from mend_lightning.data.records import Record, read_records
-from mend_lightning.evaluation.report import console
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.prompts import PromptFormat
+from mend_lightning.training.progress.console import console
 
 
 def learned(record: Record) -> list[Pair]:

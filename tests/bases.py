@@ -21,13 +21,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from mend_lightning.data.batch import collate_tasks
+from mend_lightning.data.batch import EditBatch, collate_tasks
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.records import find_data_file
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.prompts import PromptFormat
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.training.module import MendModule
 
 # What Lightning remarks about runs as small as these; `pytestmark = pytest.mark.filterwarnings(*REMARKS)`.

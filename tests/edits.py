@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, LowRankDelta
-from mend_lightning.edits.dense_delta import DenseDelta
+from mend_lightning.edits.deltas import DenseDelta
 from mend_lightning.models.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.models.layers import default_layers, layer_shape, select_layers
 

@@ -8,7 +8,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 VOCABULARY = 40
 # The default layers leave a trunk of one block: of four, or of three in each stack.

@@ -19,8 +19,7 @@ from mend_lightning import EditStack, MendModule
 from mend_lightning.editors import EnnEditor, MendEditor
 from mend_lightning.errors import ConfigError, UncompiledWarning
 from mend_lightning.models import compile_blocks as block_compile
-from mend_lightning.models.compile_blocks import compile_blocks, uncompile_blocks
-from mend_lightning.training.checks import check_compilable
+from mend_lightning.models.compile_blocks import check_compilable, compile_blocks, uncompile_blocks
 from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["bases"]

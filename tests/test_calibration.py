@@ -10,10 +10,11 @@ from bases import REMARKS, first_batches, given
 from models import KINDS, make_batch, relative_error, tiny_model
 from torch.nn.functional import pad
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.errors import ConfigError
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.models.layers import select_layers
 from mend_lightning.training.calibration import collect_moments
 

@@ -11,7 +11,7 @@ from bases import REMARKS, assert_same_state, state_copy, tiny_base
 from hosts import Host, ManualHost, compare, guest, host_loader, train_host, trainer_for
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mend_lightning.data.guest import Guest
+from mend_lightning.data.datamodule import Guest
 from mend_lightning.editors import MendEditor
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, NoEffectWarning

@@ -9,9 +9,11 @@ import torch
 from models import make_rows, relative_error, tiny_model
 from torch import Tensor, nn
 
-from mend_lightning.editors.capture import kept_factors, record_factors
-from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.editors.capture import record_factors
+from mend_lightning.editors.factors import kept_factors
+from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import InferenceModeError, LayerNotCalledError, MendError
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.logits import label_mask, run_model
 from mend_lightning.models.forward.losses import token_nll
 from mend_lightning.models.layers import editable_layers

@@ -14,7 +14,7 @@ from commandline import assert_says, call
 from matplotlib.image import imread
 
 from mend_lightning import Edit, LowConfidenceWarning, MendEditor, __version__
-from mend_lightning.cli.commands import bases as bases_module
+from mend_lightning.cli.commands import inputs as bases_module
 from mend_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
 from mend_lightning.errors import ModelLoadError
 from mend_lightning.evaluation.metric_collection import PROTOCOL

@@ -7,9 +7,8 @@ import torch
 from models import tiny_model
 
 from mend_lightning import Edit, LowRankDelta, combined
-from mend_lightning.edits.combine import sum_of
 from mend_lightning.edits.compress import spectrum, truncated
-from mend_lightning.edits.dense_delta import DenseDelta
+from mend_lightning.edits.deltas import DenseDelta, sum_of
 from mend_lightning.errors import BaseModelMismatchError, ConfigError
 from mend_lightning.models.fingerprint import layer_fingerprints
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from mend_lightning.edits.deltas import LowRankDelta, applied, pack_tasks, task_slots
-from mend_lightning.edits.dense_delta import DenseDelta, SumDelta
+from mend_lightning.editors.factors import pack_tasks, task_slots
+from mend_lightning.edits.deltas import DenseDelta, LowRankDelta, SumDelta
 from mend_lightning.errors import BaseModelMismatchError
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.logits import run_model
 from mend_lightning.models.layers import editable_layers, layer_shape
 

@@ -11,7 +11,7 @@ from edited import CLAIM
 
 from mend_lightning import Edit
 from mend_lightning.cli.commands.edit import NOT_SAFE
-from mend_lightning.cli.commands.facts import read_facts, read_questions
+from mend_lightning.cli.commands.inputs import read_facts, read_questions
 from mend_lightning.cli.commands.output import verdict
 
 pytest_plugins = ["bases", "edit_commands"]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import Editor, EnnEditor
 from mend_lightning.errors import ConfigError
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.training.checks import unreached_parameters
 from mend_lightning.training.step import compute_deltas, edit_step
 

@@ -28,11 +28,10 @@ from mend_lightning.errors import (
     NoEffectWarning,
 )
 from mend_lightning.training.mend_callback.callback import MendCallback
-from mend_lightning.training.mend_callback.clock import Clock, steps_between
 from mend_lightning.training.mend_callback.find_model import find_model
 from mend_lightning.training.mend_callback.host_checks import check_host_strategy, check_sharded
 from mend_lightning.training.mend_callback.isolation import borrowed
-from mend_lightning.training.mend_callback.schedule import Schedule
+from mend_lightning.training.mend_callback.schedule import Clock, Schedule, steps_between
 
 pytest_plugins = ["bases"]
 pytestmark = pytest.mark.filterwarnings(

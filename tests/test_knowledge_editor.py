@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, load_base
 from mend_lightning.editors import Editor, KnowledgeEditor
-from mend_lightning.editors.condition import condition_ids, predictions
 from mend_lightning.editors.confidence import SCALES
+from mend_lightning.editors.knowledge_editor import condition_ids, predictions
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder

@@ -17,13 +17,14 @@ from test_trunk import DECODER_ONLY, OUTSIDE, _norm_of, blocks_of, logits_twice,
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors import MendEditor
 from mend_lightning.models.forward import length_groups as groups_of
 from mend_lightning.models.forward.length_groups import length_groups, trunk_groups
 from mend_lightning.models.forward.logits import attended_mask
 from mend_lightning.models.forward.run_trunk import SHORTEST_PREFIX, common_prefix, run_trunk
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows, concatenate_rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, concatenate_rows
 from mend_lightning.models.layers import default_layers, match_layers
 from mend_lightning.training.step import edit_step
 

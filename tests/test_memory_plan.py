@@ -20,7 +20,7 @@ from mend_lightning.editors.knowledge_editor import KnowledgeEditor
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.errors import ConfigError
-from mend_lightning.models.base import Architecture, model_class
+from mend_lightning.models.architecture import Architecture, model_class
 from mend_lightning.models.forward import head, length_groups
 from mend_lightning.models.forward.phases import PHASES, phase
 from mend_lightning.models.inputs.encoder import Encoder
@@ -31,8 +31,7 @@ from mend_lightning.training.memory.activations import BatchCounts, RowCounts, s
 from mend_lightning.training.memory.batch_sizes import _batch, _orders, batch_counts, measured_counts, most_counts
 from mend_lightning.training.memory.live_bytes import LiveBytes
 from mend_lightning.training.memory.plan import GIB, advice, devices_needed, plan_memory, sizes_of
-from mend_lightning.training.parts import step_loss
-from mend_lightning.training.step import edit_step
+from mend_lightning.training.step import edit_step, step_loss
 
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 

@@ -13,7 +13,8 @@ from mend_lightning.editors.edited_model import DeltaEdits
 from mend_lightning.evaluation.evaluate import BatchScores, ComparedScores
 from mend_lightning.evaluation.metric_collection import PROTOCOL, Scoreboard
 from mend_lightning.evaluation.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
-from mend_lightning.evaluation.statistics import bootstrap_interval, exact_match, rows_all_true, rows_sum, token_f1
+from mend_lightning.evaluation.statistics import bootstrap_interval, exact_match, token_f1
+from mend_lightning.models.forward.losses import rows_all_true, rows_sum
 
 
 def share(rows: list[tuple]) -> float:

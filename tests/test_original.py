@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.editors.factors import Factors
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.original_checkpoint import editor_entries, original_names
 from mend_lightning.errors import BaseModelMismatchError, StateDictError
-from mend_lightning.models.inputs.rows import Factors
 
 SHAPES = {"a": (4, 6), "b": (6, 4), "c": (4, 6)}
 
@@ -42,7 +42,7 @@ def as_original(editor: MendEditor) -> dict[str, Tensor]:
     """The state dict that the original would hold for this editor."""
     saved = {}
     for ours, value in editor.state_dict().items():
-        theirs = original_names(editor)[ours]
+        theirs = original_names(editor.layers, editor.settings["shared"], editor.state_dict())[ours]
         saved[theirs] = -value if ours == "edit_rates" else value.float().reshape(value.shape or (1,)).clone()
     for theirs in [name for name in saved if name.endswith((".u_s", ".v_s"))]:
         group = theirs.rpartition(".")[0]

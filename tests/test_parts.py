@@ -10,8 +10,7 @@ from models import make_batch, relative_error, spread_parameters, tiny_model
 from mend_lightning import MendEditor
 from mend_lightning.editors import EnnEditor
 from mend_lightning.errors import ConfigError
-from mend_lightning.training.parts import edit_step_in_parts
-from mend_lightning.training.step import edit_step
+from mend_lightning.training.step import edit_step, edit_step_in_parts
 
 pytest_plugins = ["bases"]
 
@@ -54,7 +53,7 @@ def test_other_ways_to_make_deltas(settings):
 
 def test_only_a_part_is_in_memory(monkeypatch):
     """The outer pass sees the rows of `tasks_at_once` tasks."""
-    from mend_lightning.training import parts
+    from mend_lightning.training import step as parts
 
     seen = []
     outer = parts.outer_losses

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mend_lightning.editors import MendEditor
+from mend_lightning.editors.factors import Factors
 from mend_lightning.editors.precondition import InputMoments, InputPreconditioner
 from mend_lightning.errors import ConfigError
-from mend_lightning.models.inputs.rows import Factors
 
 DAMPING = 0.03
 

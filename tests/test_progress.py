@@ -14,7 +14,7 @@ from bases import REMARKS, first_batches, given, run_config
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, Timer, TQDMProgressBar
 
 from mend_lightning.cli.config.overlays import resolved_configs
-from mend_lightning.cli.main import run_trainer
+from mend_lightning.cli.run import run_trainer
 from mend_lightning.training.progress import progress_line
 from mend_lightning.training.progress.pace import Pace
 from mend_lightning.training.progress.progress_bar import EditProgressBar, training_end

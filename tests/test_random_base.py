@@ -15,7 +15,8 @@ from commandline import assert_says, call
 from mend_lightning.cli.config.files import config_names
 from mend_lightning.cli.config.overlays import read_config
 from mend_lightning.errors import ModelLoadError, RandomWeightsWarning
-from mend_lightning.models.base import Architecture, load_base, model_class
+from mend_lightning.models.architecture import Architecture, model_class
+from mend_lightning.models.base import load_base
 from mend_lightning.models.known_shapes import SHAPES, known_architecture, shipped_config
 from mend_lightning.models.random_weights import empty_model, random_model, stand_in_tokenizer
 

@@ -13,14 +13,12 @@ from models import KINDS, make_rows, relative_error, spread_parameters, tiny_mod
 from torch import Tensor, nn
 
 from mend_lightning.editors import EnnEditor, KnowledgeEditor, MendEditor, factors
-from mend_lightning.editors.capture import kept_factors
-from mend_lightning.editors.factors import edit_factors
+from mend_lightning.editors.factors import Factors, descent, edit_factors, kept_factors
 from mend_lightning.editors.gradient_reach import gradient_reach
 from mend_lightning.editors.knowledge_editor import gated
 from mend_lightning.editors.normalizer import RunningNormalizer
-from mend_lightning.edits.deltas import descent
 from mend_lightning.models.inputs.positions import Positions, Tokens
-from mend_lightning.models.inputs.rows import Factors, Rows, concatenate_rows
+from mend_lightning.models.inputs.rows import Rows, concatenate_rows
 from mend_lightning.models.layers import editable_layers, select_layers
 
 WIDTH, VOCABULARY = 6, 40

@@ -8,11 +8,9 @@ from models import make_rows, relative_error, spread_parameters, tiny_model
 from reference import ReferenceMend
 
 from mend_lightning.editors import MendEditor
-from mend_lightning.editors.factors import edit_factors
+from mend_lightning.editors.factors import Factors, descent, edit_factors
 from mend_lightning.editors.ridge import ridge_delta
-from mend_lightning.edits.deltas import descent
 from mend_lightning.errors import ConfigError
-from mend_lightning.models.inputs.rows import Factors
 
 WIDTH, OUT, TASK = 6, 5, [0, 2, 0, 1, 2, 2, 2]
 

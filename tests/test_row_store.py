@@ -11,8 +11,7 @@ import pytest
 
 from mend_lightning.errors import OutputPathError, TrunkCacheError, TrunkCacheWarning
 from mend_lightning.training.trunk_cache.folder import ABOUT, MARK, check_folder, open_store
-from mend_lightning.training.trunk_cache.index import NO_PARENT, RECORD_BYTES, Entry, packed, unpacked
-from mend_lightning.training.trunk_cache.row_store import RowStore
+from mend_lightning.training.trunk_cache.row_store import NO_PARENT, RECORD_BYTES, Entry, RowStore, packed, unpacked
 
 
 def key(number: int) -> bytes:

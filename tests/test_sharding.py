@@ -20,21 +20,22 @@ from torch.distributed.tensor import DTensor
 from mend_lightning import MendEditor
 from mend_lightning.editors import Cache, EnnEditor, FineTuning, InContext, KnowledgeEditor
 from mend_lightning.editors.factors import edit_factors
-from mend_lightning.edits.deltas import applied
 from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.models import load_sharded as loading
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.models.forward.generation import generate_answers
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import replayed
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.load_sharded import known_to_all, load_base_in_shards, parameters_on_meta
+from mend_lightning.models.load_sharded import known_to_all, load_base_in_shards
 from mend_lightning.models.sharding.collectives import is_sharded, whole_state
-from mend_lightning.models.sharding.fsdp import blocks_of, keep_whole, load_whole_state, shard_editor, shard_model
+from mend_lightning.models.sharding.fsdp import blocks_of, keep_whole, load_whole_state, shard_model
+from mend_lightning.models.sharding.meta import parameters_on_meta
 from mend_lightning.models.sharding.weights import FileWeights, RandomWeights, SentWeights, places_of, safetensors_keys
 from mend_lightning.training.checks import check_strategy
-from mend_lightning.training.distributed.strategies import ShardedBaseStrategy, ShardedStrategy
+from mend_lightning.training.distributed.strategies import ShardedBaseStrategy, ShardedStrategy, shard_editor
 from mend_lightning.training.step import compute_deltas, edit_step
 
 pytest_plugins = ["bases"]

@@ -14,10 +14,11 @@ from edits import changed, dense_edit, ragged_edit
 from torch import nn
 
 from mend_lightning import Edit, EditStack
-from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.models.base import load_base
 from mend_lightning.models.forward import shared_prompt
 from mend_lightning.models.forward.generation import generate_answers, stop_ids
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.shared_prompt import beginning_cache, can_share, one_task, shared_beginning
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.prompts import RUNNING_TEXT, PromptFormat

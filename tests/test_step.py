@@ -7,11 +7,11 @@ import torch
 from models import make_batch, make_rows, relative_error, spread_parameters, tiny_model
 from reference import ReferenceMend
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
 from mend_lightning.editors.factors import edit_factors
 from mend_lightning.errors import EmptyEditError
 from mend_lightning.models.forward.logits import attended_mask
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.training.step import compute_deltas, edit_step, locality_positions_of
 
 C_EDIT = 0.1

@@ -9,8 +9,9 @@ from reference import ReferenceMend
 from torch import nn
 
 from mend_lightning.editors import MendEditor
-from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.models.forward import run_trunk as prefix
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.logits import run_model
 from mend_lightning.models.forward.run_trunk import common_prefix, run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed, take_rows

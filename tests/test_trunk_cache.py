@@ -11,12 +11,13 @@ from models import make_batch, make_rows, relative_error, spread_parameters, tin
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
 from mend_lightning.errors import ConfigError, TrunkCacheWarning
 from mend_lightning.models.forward.logits import run_model
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import StackOutput, TrunkOutputs, replayed
-from mend_lightning.models.inputs.rows import EditBatch, Rows, concatenate_rows
+from mend_lightning.models.inputs.rows import Rows, concatenate_rows
 from mend_lightning.models.layers import default_layers, find_stacks, match_layers
 from mend_lightning.training.step import edit_step
 from mend_lightning.training.trunk_cache import CachedTrunk

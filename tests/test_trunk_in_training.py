@@ -21,9 +21,8 @@ from mend_lightning.training.distributed.strategies import ShardedStrategy
 from mend_lightning.training.step import edit_step
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache import trunk_report as trunk_in_training
-from mend_lightning.training.trunk_cache.estimate import Worth, trunk_share, worth_of
+from mend_lightning.training.trunk_cache.estimate import Worth, run_rows, trunk_share, worth_of
 from mend_lightning.training.trunk_cache.observe import observe_trunk
-from mend_lightning.training.trunk_cache.repeats import run_rows
 from mend_lightning.training.trunk_cache.trunk_report import TrunkReport, check_trunk_cache
 
 pytest_plugins = ["bases"]

@@ -10,10 +10,11 @@ from models import KINDS, make_batch, make_rows, spread_parameters, tiny_model
 from torch import nn
 from waiting import Waiting
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import EnnEditor, KnowledgeEditor, MendEditor, knowledge_editor
-from mend_lightning.models.inputs.rows import EditBatch, Rows
+from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.training import finite
-from mend_lightning.training.parts import step_loss
+from mend_lightning.training.step import step_loss
 
 
 def waits(monkeypatch, model: nn.Module, editor: nn.Module, batches: list[EditBatch], **settings) -> list[str]:

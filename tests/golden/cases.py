@@ -12,9 +12,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.models.forward.losses import align_labels
-from mend_lightning.models.inputs.rows import EditBatch, Rows
+from mend_lightning.models.inputs.rows import Rows
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
 REASON = f"golden vectors of the original code are not at {FOLDER}"

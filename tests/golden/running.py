@@ -12,14 +12,16 @@ from torch import Tensor
 
 from golden.cases import Case, load_case
 from mend_lightning.editors.capture import Tape
+from mend_lightning.editors.factors import Factors
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.normalizer import RunningNormalizer
 from mend_lightning.editors.original_checkpoint import original_names
-from mend_lightning.edits.deltas import LowRankDelta, applied
+from mend_lightning.edits.deltas import LowRankDelta
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.logits import run_model
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import replayed
-from mend_lightning.models.inputs.rows import Factors, Rows
+from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.training.step import StepOutput, edit_step
 
 Moments = tuple[int, Tensor, Tensor]
@@ -120,5 +122,5 @@ def logits(case: Case, editor: MendEditor, rows: Rows, deltas: dict[str, LowRank
 
 def parameters_by_original_name(editor: MendEditor, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Values or gradients of the editor's parameters by the original's names and in its sign."""
-    names = original_names(editor)
+    names = original_names(editor.layers, editor.settings["shared"], editor.state_dict())
     return {names[ours]: -value if ours == "edit_rates" else value for ours, value in values.items()}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from mend_lightning.data.tasks import EditTask
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.inputs.rows import EditBatch, Rows
+from mend_lightning.models.inputs.rows import Rows
 
 
 def collate_groups(groups: Sequence[Sequence[EditTask]], encoder: Encoder) -> EditBatch:
@@ -39,3 +43,39 @@ def _rows(pairs: list[list[tuple[str, str]]], encoder: Encoder) -> Rows:
     flat = [pair for of_task in pairs for pair in of_task]
     task = [index for index, of_task in enumerate(pairs) for _ in of_task]
     return encoder.rows(flat, task, len(pairs))
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """One meta-learning batch: several independent edit tasks.
+
+    Attributes:
+        z_edit: the edit examples `(x_e, y_e)`.
+        x_out: unrelated inputs, with the labels that drawdown is measured on.
+        x_in: rephrases of the edits (their `labels` are `y_in`).
+        y_in: `[rows, length]` labels of `x_in`, aligned like `Rows.labels`.
+        texts: the tasks as text (`EditTask`), for reports and error messages; may be empty.
+    """
+
+    z_edit: Rows
+    x_out: Rows
+    x_in: Rows
+    texts: tuple[Any, ...] = ()
+
+    @property
+    def y_in(self) -> Tensor:
+        return self.x_in.labels
+
+    @property
+    def tasks(self) -> int:
+        return self.z_edit.tasks
+
+    def __len__(self) -> int:
+        return self.tasks
+
+    def to(self, *args, **kwargs) -> EditBatch:
+        moved = (rows.to(*args, **kwargs) for rows in (self.z_edit, self.x_out, self.x_in))
+        return EditBatch(*moved, self.texts)
+
+    def pin_memory(self) -> EditBatch:
+        return EditBatch(*(rows.pin_memory() for rows in (self.z_edit, self.x_out, self.x_in)), self.texts)

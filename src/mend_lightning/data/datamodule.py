@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from mend_lightning.data.batch import collate_groups
+from mend_lightning.data.batch import EditBatch, collate_groups
 from mend_lightning.data.buckets import TaskLengths
 from mend_lightning.data.columns import Columns
-from mend_lightning.data.guest import Guest
 from mend_lightning.data.locality import Locality, read_locality
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.records import read_records
@@ -24,8 +25,6 @@ from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, EmptyDatasetError
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.inputs.prompts import PromptFormat
-from mend_lightning.models.inputs.rows import EditBatch
-from mend_lightning.training.distributed.placement import SHARDING
 
 
 class EditDataModule(L.LightningDataModule):
@@ -225,7 +224,7 @@ class EditDataModule(L.LightningDataModule):
             guest = self._guest
             return TaskOrder(size, batch_size, shuffle, self.seed, guest.rank, guest.world_size, guest.even, lengths)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        even = self.trainer is not None and isinstance(self.trainer.strategy, SHARDING)
+        even = self.trainer is not None and getattr(self.trainer.strategy, "shards_base", False)
         return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even, lengths)
 
     def _loader(
@@ -266,3 +265,21 @@ class EditData:
 
     def __init__(self, **settings) -> None:
         self.module = EditDataModule(**settings)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """Where the tasks of an `EditDataModule` are used that is not its Trainer's data module.
+
+    Attributes:
+        model: what is edited.
+        tokenizer: its tokenizer, where the data has none.
+        rank, world_size: this process among all.
+        even: every process evaluates equally many batches, for they share the model.
+    """
+
+    model: nn.Module
+    tokenizer: Any = None
+    rank: int = 0
+    world_size: int = 1
+    even: bool = False

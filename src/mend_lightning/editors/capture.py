@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mend_lightning.errors import InferenceModeError, LayerNotCalledError, MendError
-from mend_lightning.models.inputs.positions import Tokens
-from mend_lightning.models.inputs.rows import Factors
 
 
 class Tape:
@@ -126,39 +124,3 @@ def record_factors(layers: Mapping[str, nn.Module], keep_graph: bool = False) ->
 
 def _recorder(tape: Tape, name: str):
     return lambda module, args, output: tape.record(name, args[0], output)
-
-
-def kept_factors(
-    u: Tensor, delta: Tensor, task_of_row: Tensor, tasks: int, tokens: Tokens | None = None
-) -> Factors:
-    """Flattens raw factors and drops the tokens that contribute nothing to `∇W`.
-
-    A token whose `u` or `delta` is all zero (padding; in a causal model's last block all but the
-    target positions) is dropped before statistics and transform, as in the original code.
-
-    Args:
-        u: `[rows, tokens, d_in]`; delta: `[rows, tokens, d_out]`.
-        task_of_row: `[rows]`; tasks: their number.
-        tokens: those among which all are that contribute; the device is then not asked which of them do.
-
-    Example:
-        >>> u, delta = torch.ones(1, 2, 3), torch.tensor([[[1.0], [0.0]]])
-        >>> kept_factors(u, delta, torch.tensor([0]), 1).u.shape
-        torch.Size([1, 3])
-    """
-    rows = task_of_row.shape[0]
-    u, delta = (x.reshape(rows, -1, x.shape[-1]) for x in (u, delta))
-    # A layer that is called several times, or on some of the tokens, has another number.
-    if tokens is not None and tokens.length == u.shape[1]:
-        return _factors_at(tokens, u, delta, tasks)
-    row = torch.arange(rows, device=u.device)[:, None].expand(rows, u.shape[1]).reshape(-1)
-    u, delta = u.flatten(0, 1), delta.flatten(0, 1)
-    kept = (u != 0).any(-1) & (delta != 0).any(-1)
-    return Factors(u[kept].float(), delta[kept].float(), task_of_row[row[kept]], tasks, row[kept])
-
-
-def _factors_at(tokens: Tokens, u: Tensor, delta: Tensor, tasks: int) -> Factors:
-    u, delta = tokens.where.take(u).float(), tokens.where.take(delta).float()
-    kept = (u != 0).any(-1) & (delta != 0).any(-1)
-    u, delta = (x.masked_fill(~kept[:, None], 0.0) for x in (u, delta))
-    return Factors(u, delta, tokens.task, tasks, tokens.where.row, kept, (tokens.slot, tokens.rank))

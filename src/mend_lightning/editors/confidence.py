@@ -17,15 +17,15 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.edits.deltas import Delta, applied
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluation.statistics import rows_sum
 from mend_lightning.models.forward.head import head_nll, states_at
+from mend_lightning.models.forward.hooks import Delta, applied
+from mend_lightning.models.forward.losses import rows_sum
 from mend_lightning.models.forward.phases import CONFIDENCE, phase
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.positions import Positions, joined
 from mend_lightning.models.inputs.rows import Rows
-from mend_lightning.models.sharding.lockstep import smallest
+from mend_lightning.models.sharding.collectives import smallest
 
 # Multiples of the learned edit rate that are tried. Always all of them: under FSDP every process must run the same
 # number of forward passes, and a loop that stops early would wait for the device.
@@ -157,3 +157,8 @@ def first_crossing(nll: Tensor, wanted: float) -> Tensor:
     between = reached.any(0) & (above > 0)
     share = torch.where(between, (low - math.log(wanted)) / (low - high).clamp(min=1e-12), 1.0)
     return (scales[below] + share * (scales[above] - scales[below])).exp()
+
+
+def least_probability(model: nn.Module, rows: Rows) -> float:
+    """The probability that `model` gives the least probable target of `rows`, which are of one task."""
+    return math.exp(-float(worst_of_task(target_nll(model, rows), rows)))

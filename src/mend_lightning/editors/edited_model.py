@@ -8,13 +8,32 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from mend_lightning.edits.deltas import Delta, applied
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.forward.head import HeadStates, states_at
+from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.positions import Positions
 from mend_lightning.models.inputs.rows import Rows
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an editor made of the edits of a batch.
+
+    Attributes:
+        deltas: layer name -> Delta, one `ΔW` a task.
+        inner: `[tasks]` the unedited model's NLL of the edit.
+        skipped: share of the edit tokens that were dropped because u or delta is zero.
+        reached: `[tasks]` bool, whether the targets are the edited model's greedy output; None where the editor does not
+            look.
+    """
+
+    deltas: Mapping[str, Delta]
+    inner: Tensor
+    skipped: Tensor
+    reached: Tensor | None = None
+
 
 
 class Edited(Protocol):

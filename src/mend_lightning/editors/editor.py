@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from mend_lightning.editors.confidence import check_confidence, confident_scales
-from mend_lightning.editors.edited_model import DeltaEdits, Edited
-from mend_lightning.editors.factors import edit_factors
+from mend_lightning.editors.edited_model import DeltaEdits, Edited, Made
+from mend_lightning.editors.factors import Factors, edit_factors
+from mend_lightning.editors.making import make_edit
 from mend_lightning.editors.precondition import InputMoments
-from mend_lightning.editors.saving import load_editor, save_editor
-from mend_lightning.edits.deltas import Delta
-from mend_lightning.errors import BaseModelMismatchError, ConfigError
+from mend_lightning.editors.saving import DESCRIPTION, WEIGHTS, class_named, read_editor, save_editor
+from mend_lightning.edits.edit import Edit
+from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.models.fingerprint import base_fingerprint, same_base
+from mend_lightning.models.forward.hooks import Delta
 from mend_lightning.models.forward.phases import TRANSFORMS, phase
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.inputs.rows import Factors, Rows
-from mend_lightning.models.layers import layer_shape, named_modules, select_layers
+from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.models.layers import layer_shape, layers_of_shapes, select_layers
 from mend_lightning.models.sharding.collectives import own_class
-
-if TYPE_CHECKING:
-    from mend_lightning.edits.edit import Edit
-
-
-@dataclass(frozen=True)
-class Made:
-    """What an editor made of the edits of a batch.
-
-    Attributes:
-        deltas: layer name -> Delta, one `ΔW` a task.
-        inner: `[tasks]` the unedited model's NLL of the edit.
-        skipped: share of the edit tokens that were dropped because u or delta is zero.
-        reached: `[tasks]` bool, whether the targets are the edited model's greedy output; None where the editor does not
-            look.
-    """
-
-    deltas: Mapping[str, Delta]
-    inner: Tensor
-    skipped: Tensor
-    reached: Tensor | None = None
 
 
 class Editor(nn.Module):
@@ -64,6 +44,13 @@ class Editor(nn.Module):
     rate_names = ("edit_rates", "log_ridge")
     # Weight of L_base, the drift of the resting model; see `resting_deltas`.
     c_base = 0.0
+    # Name -> class: a saved editor names its class, and a file must not import code.
+    _classes: ClassVar[dict[str, type[Editor]]] = {}
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        # The first of a name stays: nobody's class takes the place of one of this package.
+        Editor._classes.setdefault(cls.__name__, cls)
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
         super().__init__()
@@ -229,22 +216,32 @@ class Editor(nn.Module):
 
     def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
         """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
-        # Imported here: that file is above this one.
-        from mend_lightning.editors.making import make_edit
-
         return make_edit(self, model, tokenizer, [(prompt, target)])
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Saves the editor as `editor.safetensors` and `editor.json` in `folder`."""
-        return save_editor(self, folder)
+        return save_editor(self.description(), self.state_dict(), folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Loads an editor that `save_pretrained` or `mend-lightning fit` wrote, in eval mode.
 
-        `Editor.from_pretrained` loads any of this package's editors; a subclass's only its own.
+        `Editor.from_pretrained` loads any of this package's editors, and any other whose class is defined by then; a
+        subclass's only its own.
+
+        Raises:
+            StateDictError: a file is missing, truncated, holds NaN, or the two do not fit together.
         """
-        return load_editor(cls, folder)
+        description, state = read_editor(folder)
+        layers = {name: tuple(shape) for name, shape in description["layers"]}
+        editor = class_named(description, Editor._classes, cls, folder)(layers, **description["settings"])
+        editor.base_name, editor.base_fingerprint = description["base"], description["base_fingerprint"]
+        editor.prompt_format, editor.base_options = description["prompt_format"], description["base_options"]
+        try:
+            editor.load_state_dict(state)
+        except RuntimeError as error:
+            raise StateDictError(f"{Path(folder) / WEIGHTS} does not fit its {DESCRIPTION}: {error}") from error
+        return editor.eval()
 
     def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
         """name -> module of the edited layers in `model`.
@@ -252,19 +249,7 @@ class Editor(nn.Module):
         Raises:
             BaseModelMismatchError: the model lacks one of them, or it has another shape there.
         """
-        modules = named_modules(model)
-        for name, shape in self.layers.items():
-            if name not in modules:
-                raise BaseModelMismatchError(
-                    f"This editor was made for a model with a layer {name!r} of shape {shape}; "
-                    f"{type(model).__name__} has none. Load the base model the editor was trained on."
-                )
-            if layer_shape(modules[name]) != shape:
-                raise BaseModelMismatchError(
-                    f"Layer {name!r} is {layer_shape(modules[name])} (d_in, d_out) in this model, but the editor "
-                    f"was made for {shape}. Load the base model the editor was trained on."
-                )
-        return {name: modules[name] for name in self.layers}
+        return layers_of_shapes(model, self.layers)
 
 
 # What `fit` builds an editor with: everything but the layers is known from the config before the base is loaded.

@@ -16,14 +16,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from mend_lightning.editors.editor import Editor, Made
-from mend_lightning.editors.factors import edit_factors
-from mend_lightning.edits.deltas import Delta, descent
-from mend_lightning.edits.dense_delta import DenseDelta, SumDelta
+from mend_lightning.editors.edited_model import Made
+from mend_lightning.editors.editor import Editor
+from mend_lightning.editors.factors import Factors, descent, edit_factors
+from mend_lightning.edits.deltas import DenseDelta, SumDelta
 from mend_lightning.errors import ConfigError
+from mend_lightning.models.forward.hooks import Delta
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs
-from mend_lightning.models.inputs.rows import Factors, Rows
+from mend_lightning.models.inputs.rows import Rows
 
 
 class EnnEditor(Editor):

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mend_lightning.editors.capture import kept_factors, record_factors
+from mend_lightning.editors.capture import record_factors
 from mend_lightning.editors.gradient_reach import gradient_reach
-from mend_lightning.edits.deltas import Delta, applied
+from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import NonFiniteError
 from mend_lightning.models.forward.attention import quick_backward
+from mend_lightning.models.forward.device import answers_at_once
 from mend_lightning.models.forward.head import head_nll, states_at
+from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.forward.logits import labelled, logits_at
 from mend_lightning.models.forward.losses import mean_by_task, token_nll
 from mend_lightning.models.forward.phases import INNER, phase
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
-from mend_lightning.models.inputs.positions import Reach
-from mend_lightning.models.inputs.rows import Factors, Rows
-from mend_lightning.training.finite import answers_at_once
+from mend_lightning.models.inputs.positions import Reach, Tokens, slots
+from mend_lightning.models.inputs.rows import Rows
 
 
 @phase(INNER)
@@ -119,3 +121,99 @@ def _check_finite(raw: Mapping[str, tuple[Tensor, Tensor]]) -> None:
                     f"The {what} of layer {name!r} is not finite: it is too large for float16. Use a base in bfloat16 or "
                     "float32, and Trainer precision '32-true' or 'bf16-mixed'."
                 )
+
+
+def kept_factors(
+    u: Tensor, delta: Tensor, task_of_row: Tensor, tasks: int, tokens: Tokens | None = None
+) -> Factors:
+    """Flattens raw factors and drops the tokens that contribute nothing to `∇W`.
+
+    A token whose `u` or `delta` is all zero (padding; in a causal model's last block all but the
+    target positions) is dropped before statistics and transform, as in the original code.
+
+    Args:
+        u: `[rows, tokens, d_in]`; delta: `[rows, tokens, d_out]`.
+        task_of_row: `[rows]`; tasks: their number.
+        tokens: those among which all are that contribute; the device is then not asked which of them do.
+
+    Example:
+        >>> u, delta = torch.ones(1, 2, 3), torch.tensor([[[1.0], [0.0]]])
+        >>> kept_factors(u, delta, torch.tensor([0]), 1).u.shape
+        torch.Size([1, 3])
+    """
+    rows = task_of_row.shape[0]
+    u, delta = (x.reshape(rows, -1, x.shape[-1]) for x in (u, delta))
+    # A layer that is called several times, or on some of the tokens, has another number.
+    if tokens is not None and tokens.length == u.shape[1]:
+        return _factors_at(tokens, u, delta, tasks)
+    row = torch.arange(rows, device=u.device)[:, None].expand(rows, u.shape[1]).reshape(-1)
+    u, delta = u.flatten(0, 1), delta.flatten(0, 1)
+    kept = (u != 0).any(-1) & (delta != 0).any(-1)
+    return Factors(u[kept].float(), delta[kept].float(), task_of_row[row[kept]], tasks, row[kept])
+
+
+def _factors_at(tokens: Tokens, u: Tensor, delta: Tensor, tasks: int) -> Factors:
+    u, delta = tokens.where.take(u).float(), tokens.where.take(delta).float()
+    kept = (u != 0).any(-1) & (delta != 0).any(-1)
+    u, delta = (x.masked_fill(~kept[:, None], 0.0) for x in (u, delta))
+    return Factors(u, delta, tokens.task, tasks, tokens.where.row, kept, (tokens.slot, tokens.rank))
+
+
+def descent(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:
+    """A step down the gradient that the factors make up: `ΔW = −rate Σ_t delta_t u_tᵀ` of every task.
+
+    Args:
+        u: `[tokens, d_in]`; delta: `[tokens, d_out]`: the factors' own, or what an editor made of them.
+        factors: say which task each token is of.
+        rate: scalar.
+
+    Example:
+        >>> factors = Factors(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 1]), tasks=2)
+        >>> descent(factors.u, factors.delta, factors, torch.tensor(0.5)).dense().flatten().tolist()
+        [-0.5, -0.5]
+    """
+    slot, rank = factors.place or task_slots(factors.task, factors.tasks)
+    place = (factors.task, factors.tasks, rank, slot)
+    rate = rate if factors.kept is None else (rate * factors.kept)[:, None]
+    return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))
+
+
+def pack_tasks(rows: Tensor, task: Tensor, tasks: int, rank: int, slot: Tensor) -> Tensor:
+    """Lays ragged `rows` `[tokens, width]` out as zero-padded `[tasks, rank, width]`."""
+    return rows.new_zeros(tasks, rank, rows.shape[-1]).index_put((task, slot), rows)
+
+
+def task_slots(task: Tensor, tasks: int) -> tuple[Tensor, int]:
+    """Position of every token within its task `[tokens]`, and the largest task's token count, which waits for the device.
+
+    Example:
+        >>> task_slots(torch.tensor([0, 1, 0]), 2)
+        (tensor([0, 0, 1]), 2)
+    """
+    slot = slots(task, tasks)
+    return slot, int(slot.max()) + 1 if task.numel() else 0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Gradient factors of one layer: `∇W = Σ_t delta_t u_tᵀ` for each task.
+
+    Attributes:
+        u: `[tokens, d_in]` float32, the layer's input at the kept tokens of all tasks.
+        delta: `[tokens, d_out]` float32, the loss gradient at the layer's output.
+        task: `[tokens]` int64, the task of each token.
+        tasks: number of tasks.
+        row: `[tokens]` int64, the row of `z_edit` that each token is of; None where nobody asks.
+        kept: `[tokens]` bool, false for tokens that are here only because the device was not asked whether they count: their
+            `u` and `delta` are 0, and neither statistics nor edits may see them. None: all count.
+        place: each token's position within its task `[tokens]`, and the largest task's token count; None where it is
+            not known without asking the device.
+    """
+
+    u: Tensor
+    delta: Tensor
+    task: Tensor
+    tasks: int
+    row: Tensor | None = None
+    kept: Tensor | None = None
+    place: tuple[Tensor, int] | None = None

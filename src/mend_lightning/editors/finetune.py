@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.record import Record
-from mend_lightning.editors.editor import Editor, Made
+from mend_lightning.editors.edited_model import Made
+from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.locality_stream import LocalityStream, read_unrelated
-from mend_lightning.edits.deltas import applied
-from mend_lightning.edits.dense_delta import DenseDelta
+from mend_lightning.edits.deltas import DenseDelta
 from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
-from mend_lightning.evaluation.statistics import rows_all_true
+from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.logits import attended_mask, label_mask, labelled, logits_at
-from mend_lightning.models.forward.losses import is_correct, mean_by_task, token_kl, token_nll
+from mend_lightning.models.forward.losses import is_correct, mean_by_task, rows_all_true, token_kl, token_nll
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.rows import Rows

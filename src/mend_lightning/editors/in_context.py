@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
-from mend_lightning.edits.deltas import Delta
 from mend_lightning.errors import ConfigError, TokenizerError
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.forward.head import HeadStates, states_at
+from mend_lightning.models.forward.hooks import Delta
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.encoder import Encoder

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
+from mend_lightning.editors.factors import Factors, descent
+from mend_lightning.editors.original_checkpoint import converted_state, read_original
 from mend_lightning.editors.precondition import InputMoments, InputPreconditioner
 from mend_lightning.editors.ridge import ridge_delta
-from mend_lightning.editors.transform import GradientTransform, Init, Inputs
-from mend_lightning.edits.deltas import LowRankDelta, descent
+from mend_lightning.editors.transform import GradientTransform, Init, Inputs, group_layers
+from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.device import no_autocast
-from mend_lightning.models.inputs.rows import Factors
 
 
 class MendEditor(Editor):
@@ -98,11 +99,37 @@ class MendEditor(Editor):
     def from_original(
         cls, base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str], **settings
     ) -> MendEditor:
-        """An editor from a checkpoint of the original repository; see `editor_from_original`."""
-        # Imported here: that file imports this one.
-        from mend_lightning.editors.original_checkpoint import editor_from_original
+        """An editor from a checkpoint of the original repository (eric-mitchell/mend).
 
-        return editor_from_original(base_model, state_dict, layers, **settings)
+        Rank, number of hidden layers, sharing and the networks' inputs are read off the checkpoint. The original adds its
+        update where MEND's paper subtracts it: the edit rates come out negated.
+
+        Args:
+            base_model: the model the editor was trained on.
+            state_dict: what `torch.load(path, weights_only=False)` gives (the original pickles a config, so load only
+                files you trust): the whole checkpoint or its editor's state dict.
+            layers: the original's `inner_params`, all of them, in their order; `.weight` may be left out.
+            settings: what a checkpoint does not tell: `normalize` (default True), `init` ("identity", or "xavier"),
+                `constant_units` ("center", or "original"; see `RunningNormalizer`).
+
+        Raises:
+            StateDictError: entries are missing, foreign, or of another shape.
+            BaseModelMismatchError: the model lacks a layer, or its layers have other shapes.
+
+        Example:
+            >>> base = nn.ModuleDict({"fc": nn.Linear(2, 3)})
+            >>> sizes = {"mlp.layers.0.u": (5, 1), "mlp.layers.0.v": (1, 5), "mlp.layers.0.bias": (5,),
+            ...          "u_mean": (2,), "u_s": (2,), "v_mean": (3,), "v_s": (3,), "k": (1,)}
+            >>> checkpoint = {f"mend.fc#weight.{key}": torch.ones(size) for key, size in sizes.items()}
+            >>> editor = MendEditor.from_original(base, {"edit_lrs": torch.tensor([0.5]), **checkpoint}, ["fc.weight"])
+            >>> editor.edit_rates.tolist(), editor.settings["rank"], editor.settings["shared"]
+            ([-0.5], 1, False)
+        """
+        shapes, inferred, given = read_original(base_model, state_dict, layers)
+        editor = cls(shapes, **{**inferred, **settings})
+        editor.load_state_dict(converted_state(given, shapes, editor.settings["shared"], editor.state_dict()))
+        editor.bind(base_model, getattr(getattr(base_model, "config", None), "_name_or_path", ""))
+        return editor
 
     @property
     def calibrated(self) -> bool:
@@ -173,18 +200,3 @@ class MendEditor(Editor):
             # The matrix is in the units of the layer's inputs, ũ in normalised ones.
             u = transform.u_stats.inverse(u) if transform.normalize else u
             transformed[name] = preconditioner(u), delta
-
-
-def group_layers(layers: Mapping[str, tuple[int, int]], shared: bool) -> list[list[str]]:
-    """Layers that share a transform, in order: those of one shape, or each alone.
-
-    Example:
-        >>> group_layers({"a": (2, 3), "b": (3, 2), "c": (2, 3)}, shared=True)
-        [['a', 'c'], ['b']]
-    """
-    if not shared:
-        return [[name] for name in layers]
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name, shape in layers.items():
-        groups.setdefault(shape, []).append(name)
-    return list(groups.values())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.editors.mend import MendEditor, group_layers
-from mend_lightning.editors.transform import Inputs, _network_widths
+from mend_lightning.editors.transform import Inputs, network_widths, group_layers
 from mend_lightning.errors import BaseModelMismatchError, StateDictError
 from mend_lightning.models.layers import is_editable, layer_shape
 
@@ -26,23 +25,19 @@ _STATISTICS = {
 _NETWORK_KEY = re.compile(r"(mlp[12]?)\.layers\.(\d+)\.")
 
 
-def editor_from_original(
-    base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str], **settings: Any
-) -> MendEditor:
-    """Turns an editor checkpoint of the original repository into a `MendEditor`.
-
-    Rank, number of hidden layers, sharing and the networks' inputs are read off the checkpoint. The
-    original adds its update where MEND's paper subtracts it: the edit rates come out negated.
-    Statistics that are NaN (an editor that never trained) become an empty normaliser.
+def read_original(
+    base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint of the original repository tells of its editor.
 
     Args:
         base_model: the model the editor was trained on.
-        state_dict: what `torch.load(path, weights_only=False)` gives (the original pickles a config,
-            so load only files you trust): the whole checkpoint or its editor's state dict; base model
-            entries are ignored.
+        state_dict: the whole checkpoint or its editor's state dict; base model entries are ignored.
         layers: the original's `inner_params`, all of them, in their order; `.weight` may be left out.
-        settings: what a checkpoint does not tell: `normalize` (default True), `init` ("identity", or
-            "xavier"), `constant_units` ("center", or "original"; see `RunningNormalizer`).
+
+    Returns:
+        The layers' shapes (name -> (d_in, d_out)), the settings of a `MendEditor` that can be read off (rank, number of
+        hidden layers, sharing, the networks' inputs), and the checkpoint's own entries, for `converted_state`.
 
     Raises:
         StateDictError: entries are missing, foreign, or of another shape.
@@ -50,22 +45,28 @@ def editor_from_original(
 
     Example:
         >>> base = nn.ModuleDict({"fc": nn.Linear(2, 3)})
-        >>> sizes = {"mlp.layers.0.u": (5, 1), "mlp.layers.0.v": (1, 5), "mlp.layers.0.bias": (5,),
-        ...          "u_mean": (2,), "u_s": (2,), "v_mean": (3,), "v_s": (3,), "k": (1,)}
-        >>> checkpoint = {f"mend.fc#weight.{key}": torch.ones(size) for key, size in sizes.items()}
-        >>> editor = editor_from_original(base, {"edit_lrs": torch.tensor([0.5]), **checkpoint}, ["fc.weight"])
-        >>> editor.edit_rates.tolist(), editor.settings["rank"], editor.settings["shared"]
-        ([-0.5], 1, False)
+        >>> entries = {"edit_lrs": torch.tensor([0.5]), "mend.fc#weight.mlp.layers.0.u": torch.ones(5, 1)}
+        >>> shapes, settings, _ = read_original(base, entries, ["fc.weight"])
+        >>> shapes, settings["rank"], settings["shared"]
+        ({'fc': (2, 3)}, 1, False)
     """
     given = editor_entries(state_dict)
     shapes = _layer_shapes(base_model, layers)
     _check_layer_count(given, shapes)
-    editor = MendEditor(shapes, **{**_inferred_settings(given, shapes), **settings})
-    names = original_names(editor)
-    _check_entries(given, names, editor)
-    editor.load_state_dict({ours: _converted(theirs, given) for ours, theirs in names.items()})
-    editor.bind(base_model, getattr(getattr(base_model, "config", None), "_name_or_path", ""))
-    return editor
+    return shapes, _inferred_settings(given, shapes), given
+
+
+def converted_state(
+    given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], shared: bool, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The original's entries under the names of `state`, the state dict of an editor that they are for.
+
+    The original adds its update where MEND's paper subtracts it: the edit rates come out negated. Statistics that are NaN
+    (an editor that never trained) become an empty normaliser's.
+    """
+    names = original_names(shapes, shared, state)
+    _check_entries(given, names, state)
+    return {ours: _converted(theirs, given) for ours, theirs in names.items()}
 
 
 def editor_entries(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -91,16 +92,18 @@ def editor_entries(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in checkpoint.items() if not k.startswith("model.") and k != "model_config"}
 
 
-def original_names(editor: MendEditor) -> dict[str, str]:
-    """The original's name of every entry of the editor's state dict.
+def original_names(
+    shapes: Mapping[str, tuple[int, int]], shared: bool, entries: Iterable[str]
+) -> dict[str, str]:
+    """The original's name of every entry of an editor's state dict.
 
     Example:
-        >>> original_names(MendEditor({"fc": (2, 3)}, rank=1))["transforms.0.nets.combined.layers.1.scale"]
-        'mend.(2, 3).mlp.layers.1.mode_scale.weight'
+        >>> original_names({"fc": (2, 3)}, True, ["transforms.0.nets.combined.layers.1.scale"])
+        {'transforms.0.nets.combined.layers.1.scale': 'mend.(2, 3).mlp.layers.1.mode_scale.weight'}
     """
-    keys = _group_keys(editor.layers, editor.settings["shared"])
+    keys = _group_keys(shapes, shared)
     names = {}
-    for ours in editor.state_dict():
+    for ours in entries:
         kind, _, rest = ours.partition(".")
         index, _, rest = rest.partition(".")
         names[ours] = "edit_lrs" if kind == "edit_rates" else f"mend.{keys[int(index)]}.{_inner_name(rest)}"
@@ -175,7 +178,7 @@ def _inferred_inputs(sides: dict[str, set[str]], shapes: Mapping[str, tuple[int,
     """Which networks there are tells what they see. One-sided nets all on one side are read as that side."""
     first = {key: shapes[group[0]] for key, group in zip(_group_keys(shapes, shared), group_layers(shapes, shared))}
     for inputs in get_args(Inputs):
-        if all(sides[key] == {_NETS[side] for side in _network_widths(inputs, *shape)} for key, shape in first.items()):
+        if all(sides[key] == {_NETS[side] for side in network_widths(inputs, *shape)} for key, shape in first.items()):
             return inputs
     found = "; ".join(f"{key}: {', '.join(sorted(nets)) or 'none'}" for key, nets in sides.items())
     raise StateDictError(
@@ -184,7 +187,7 @@ def _inferred_inputs(sides: dict[str, set[str]], shapes: Mapping[str, tuple[int,
     )
 
 
-def _check_entries(given: Mapping[str, Tensor], names: Mapping[str, str], editor: MendEditor) -> None:
+def _check_entries(given: Mapping[str, Tensor], names: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
     expected = set(names.values())
     missing = sorted(expected - set(given))
     # The standard deviations follow from the sums of squares and the count.
@@ -194,7 +197,7 @@ def _check_entries(given: Mapping[str, Tensor], names: Mapping[str, str], editor
             f"The checkpoint does not fit the layers given: missing {_some(missing)}; foreign {_some(foreign)}. Pass a "
             "complete checkpoint of the original repository and its inner_params, in their order."
         )
-    for ours, tensor in editor.state_dict().items():
+    for ours, tensor in state.items():
         shape, wanted = tuple(given[names[ours]].shape), tuple(tensor.shape) or (1,)
         if shape != wanted:
             raise StateDictError(

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mend_lightning.edits.deltas import LowRankDelta, pack_tasks, task_slots
-from mend_lightning.models.inputs.rows import Factors
+from mend_lightning.editors.factors import Factors, pack_tasks, task_slots
+from mend_lightning.edits.deltas import LowRankDelta
 
 
 def ridge_delta(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor, damping: Tensor) -> LowRankDelta:

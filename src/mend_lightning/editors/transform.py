@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -102,7 +102,7 @@ class GradientTransform(nn.Module):
         self.d_in, self.d_out, self.normalize = d_in, d_out, normalize
         self.u_stats = RunningNormalizer(d_in, constant_units)
         self.delta_stats = RunningNormalizer(d_out, constant_units)
-        widths = _network_widths(inputs, d_in, d_out)
+        widths = network_widths(inputs, d_in, d_out)
         self.nets = nn.ModuleDict(
             {side: LowRankMLP(width, rank, n_hidden, modes if shared else 0, init) for side, width in widths.items()}
         )
@@ -151,7 +151,7 @@ class GradientTransform(nn.Module):
         return u, delta
 
 
-def _network_widths(inputs: Inputs, d_in: int, d_out: int) -> dict[str, int]:
+def network_widths(inputs: Inputs, d_in: int, d_out: int) -> dict[str, int]:
     smaller = {"delta": d_out} if d_in > d_out else {"u": d_in}
     return {
         "combined": {"combined": d_in + d_out},
@@ -160,3 +160,18 @@ def _network_widths(inputs: Inputs, d_in: int, d_out: int) -> dict[str, int]:
         "delta": {"delta": d_out},
         "smaller": smaller,
     }[inputs]
+
+
+def group_layers(layers: Mapping[str, tuple[int, int]], shared: bool) -> list[list[str]]:
+    """Layers that share a transform, in order: those of one shape, or each alone.
+
+    Example:
+        >>> group_layers({"a": (2, 3), "b": (3, 2), "c": (2, 3)}, shared=True)
+        [['a', 'c'], ['b']]
+    """
+    if not shared:
+        return [[name] for name in layers]
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, shape in layers.items():
+        groups.setdefault(shape, []).append(name)
+    return list(groups.values())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from mend_lightning.edits.edit import Edit
-
-if TYPE_CHECKING:
-    from mend_lightning.edits.stack import EditStack
+from mend_lightning.edits.stack import EditStack
 
 # What can be put on a model for a while: an edit, several on top of each other, or `function(model)` that gives a context
 # manager, such as `edit.applied`.

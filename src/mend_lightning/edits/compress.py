@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mend_lightning.edits.deltas import Delta, LowRankDelta
+from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import ConfigError
+from mend_lightning.models.forward.hooks import Delta
 
 
 def truncated(delta: Delta, rank: int | None = None, energy: float | None = None) -> tuple[LowRankDelta, float]:

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
-from mend_lightning.errors import BaseModelMismatchError
-from mend_lightning.models.forward.device import no_autocast
-from mend_lightning.models.inputs.positions import slots
-from mend_lightning.models.inputs.rows import Factors
-
-
-class Delta(Protocol):
-    """`ΔW` of one layer, for each of several independent tasks: a `LowRankDelta`, or a `DenseDelta`.
-
-    Attributes:
-        tasks: their number.
-        rank: the largest rank that ΔW can have.
-        shape: (d_in, d_out).
-    """
-
-    tasks: int
-    rank: int
-    shape: tuple[int, int]
-
-    def dense(self) -> Tensor: ...
-    def norm(self) -> Tensor: ...
-    def scaled(self, factor: Tensor | float) -> Delta: ...
-    def of_task(self, task: int) -> Delta: ...
-    def to(self, target: torch.device | torch.dtype | str) -> Delta: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor: ...
+from mend_lightning.models.forward.hooks import Delta, added, rows_of_tasks, spread
 
 
 @dataclass(frozen=True)
@@ -114,83 +87,6 @@ class LowRankDelta:
 register_dataclass(LowRankDelta)
 
 
-def spread(task_of_row: Tensor, rows: int) -> Tensor:
-    """The task of each of `rows` rows: beam search multiplies them, and they stay next to each other.
-
-    Example:
-        >>> spread(torch.tensor([1, 0]), 4).tolist()
-        [1, 1, 0, 0]
-    """
-    each = rows // task_of_row.shape[0]
-    return task_of_row.repeat_interleave(each) if each > 1 else task_of_row
-
-
-def rows_of_tasks(factors: Sequence[Tensor], x: Tensor, task_of_row: Tensor | None) -> Sequence[Tensor]:
-    """Each row's own part of `factors` `[tasks, ...]`: `[rows, ...]`, or as they are where rows are grouped."""
-    if task_of_row is None:
-        return factors
-    index = spread(task_of_row, x.shape[0])
-    # index_select: its backward is twice as fast as indexing's.
-    return [factor.index_select(0, index) for factor in factors]
-
-
-@contextmanager
-def applied(
-    layers: Mapping[str, nn.Module], deltas: Mapping[str, Delta], task_of_row: Tensor | None = None
-) -> Iterator[None]:
-    """Adds `deltas` to the layers' outputs while the block runs; weights are never touched.
-
-    Gradients flow to the deltas. Whatever happens inside, the hooks are gone afterwards.
-
-    Args:
-        layers: name -> module, at least those named in `deltas`.
-        deltas: name -> Delta.
-        task_of_row: see `LowRankDelta.output`.
-
-    Raises:
-        BaseModelMismatchError: a delta names a layer that is not there.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> delta = LowRankDelta(torch.ones(1, 1, 2), torch.ones(1, 1, 1))
-        >>> before = layer(torch.ones(1, 2))
-        >>> with applied({"fc": layer}, {"fc": delta}):
-        ...     after = layer(torch.ones(1, 2))
-        >>> round((after - before).item(), 5)
-        2.0
-    """
-    missing = [name for name in deltas if name not in layers]
-    if missing:
-        raise BaseModelMismatchError(
-            f"The model has no layer {missing[0]!r}, which the edit changes. Is this the base model that "
-            "the edit was made for?"
-        )
-    handles = []
-    try:
-        for name, delta in deltas.items():
-            handles.append(layers[name].register_forward_hook(_adder(delta, task_of_row)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _adder(delta: Delta, task_of_row: Tensor | None):
-    def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return added(output, args[0], delta, task_of_row)
-
-    # Says whether rows differ in their edit: then no row can stand for the others (`shared_prompt`).
-    add.tasks = delta.tasks
-    return add
-
-
-def added(output: Tensor, x: Tensor, delta: Delta, task_of_row: Tensor | None = None) -> Tensor:
-    """A layer's `output` plus `x ΔWᵀ`, in the output's dtype; see `LowRankDelta.output`."""
-    # Factors are tiny beside the weights: autocast would round them to nothing.
-    with no_autocast(output.device):
-        return output + delta.output(x, task_of_row).to(output.dtype)
-
-
 def added_at_once(output: Tensor, x: Tensor, delta: Delta) -> Tensor:
     """`added` of a single task; where all have one dtype, the product is added as it is computed, and rounded once."""
     same = isinstance(delta, LowRankDelta) and delta.tasks == 1 and delta.up.dtype == x.dtype == output.dtype
@@ -200,36 +96,159 @@ def added_at_once(output: Tensor, x: Tensor, delta: Delta) -> Tensor:
     return torch.baddbmm(output.reshape(1, -1, output.shape[-1]), inner, delta.up).view_as(output)
 
 
-def descent(u: Tensor, delta: Tensor, factors: Factors, rate: Tensor) -> LowRankDelta:
-    """A step down the gradient that the factors make up: `ΔW = −rate Σ_t delta_t u_tᵀ` of every task.
+def sum_of(deltas: Sequence[Delta]) -> Delta:
+    """The sum of deltas of one layer, each of a single task, in the form that is cheapest to apply.
+
+    Factors are set side by side, which is exact, as long as they are smaller than the matrix they stand for; from there
+    on, and where a delta is dense, the sum is dense.
 
     Args:
-        u: `[tokens, d_in]`; delta: `[tokens, d_out]`: the factors' own, or what an editor made of them.
-        factors: say which task each token is of.
-        rate: scalar.
+        deltas: at least one, all of the same shape, on one device.
 
     Example:
-        >>> factors = Factors(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([0, 1]), tasks=2)
-        >>> descent(factors.u, factors.delta, factors, torch.tensor(0.5)).dense().flatten().tolist()
-        [-0.5, -0.5]
+        >>> one = LowRankDelta(torch.ones(1, 1, 8), torch.ones(1, 1, 8))
+        >>> sum_of([one, one]).rank, type(sum_of([one] * 5)).__name__, sum_of([one] * 5).dense().max().item()
+        (2, 'DenseDelta', 5.0)
     """
-    slot, rank = factors.place or task_slots(factors.task, factors.tasks)
-    place = (factors.task, factors.tasks, rank, slot)
-    rate = rate if factors.kept is None else (rate * factors.kept)[:, None]
-    return LowRankDelta(down=pack_tasks(u, *place), up=pack_tasks(-rate * delta, *place))
+    if len(deltas) == 1:
+        return deltas[0]
+    d_in, d_out = deltas[0].shape
+    small = all(isinstance(delta, LowRankDelta) for delta in deltas)
+    if small and sum(delta.rank for delta in deltas) * (d_in + d_out) < d_in * d_out:
+        return concatenated(deltas)
+    return DenseDelta(_dense_sum(deltas))
 
 
-def pack_tasks(rows: Tensor, task: Tensor, tasks: int, rank: int, slot: Tensor) -> Tensor:
-    """Lays ragged `rows` `[tokens, width]` out as zero-padded `[tasks, rank, width]`."""
-    return rows.new_zeros(tasks, rank, rows.shape[-1]).index_put((task, slot), rows)
+def concatenated(deltas: Sequence[LowRankDelta]) -> LowRankDelta:
+    """The sum as one low-rank delta, whose rank is the sum of the ranks: no entry is rounded."""
+    return LowRankDelta(torch.cat([delta.down for delta in deltas], 1), torch.cat([delta.up for delta in deltas], 1))
 
 
-def task_slots(task: Tensor, tasks: int) -> tuple[Tensor, int]:
-    """Position of every token within its task `[tokens]`, and the largest task's token count, which waits for the device.
+def _dense_sum(deltas: Sequence[Delta]) -> torch.Tensor:
+    """`[1, d_out, d_in]`. All low-rank parts are one matrix product."""
+    low_rank = [delta for delta in deltas if isinstance(delta, LowRankDelta)]
+    dense = [delta.dense() for delta in deltas if not isinstance(delta, LowRankDelta)]
+    return sum(dense, concatenated(low_rank).dense() if low_rank else 0)
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """`ΔW` of one layer as it is, for each of several independent tasks.
+
+    It costs as much memory as the weight, once for every task.
+
+    Attributes:
+        weight: `[tasks, d_out, d_in]` float32.
 
     Example:
-        >>> task_slots(torch.tensor([0, 1, 0]), 2)
-        (tensor([0, 0, 1]), 2)
+        >>> delta = DenseDelta(torch.ones(1, 3, 2))
+        >>> delta.output(torch.ones(4, 5, 2)).shape, round(delta.norm().item(), 3)
+        (torch.Size([4, 5, 3]), 2.449)
     """
-    slot = slots(task, tasks)
-    return slot, int(slot.max()) + 1 if task.numel() else 0
+
+    weight: Tensor
+
+    @property
+    def tasks(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that ΔW can have."""
+        return min(self.weight.shape[1:])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out)."""
+        return int(self.weight.shape[2]), int(self.weight.shape[1])
+
+    def dense(self) -> Tensor:
+        """ΔW as `[tasks, d_out, d_in]`."""
+        return self.weight
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of ΔW per task `[tasks]`."""
+        return self.weight.flatten(1).norm(dim=1)
+
+    def scaled(self, factor: Tensor | float) -> DenseDelta:
+        """ΔW times a factor: a number, or one of each task `[tasks]`."""
+        return DenseDelta(self.weight * (factor[:, None, None] if isinstance(factor, Tensor) else factor))
+
+    def of_task(self, task: int) -> DenseDelta:
+        """The delta of one task."""
+        return DenseDelta(self.weight[task].detach()[None].clone())
+
+    def to(self, target: torch.device | torch.dtype | str) -> DenseDelta:
+        return DenseDelta(self.weight.to(target))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved of a single task's delta: `{"weight": [d_out, d_in]}`."""
+        return {"weight": self.weight[0]}
+
+    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
+        """`x ΔWᵀ` for every row with its own task's delta; see `LowRankDelta.output`."""
+        task_of_row = None if self.tasks == 1 else task_of_row
+        flat = x.to(self.weight.dtype).reshape(self.tasks if task_of_row is None else x.shape[0], -1, x.shape[-1])
+        product = torch.bmm(flat, self.weight.mT) if task_of_row is None else self._by_task(flat, task_of_row)
+        return product.reshape(*x.shape[:-1], self.weight.shape[1])
+
+    def _by_task(self, x: Tensor, task_of_row: Tensor) -> Tensor:
+        """Task by task: a weight for every row would be a copy for every row."""
+        index = spread(task_of_row, x.shape[0])
+        order = index.argsort(stable=True)
+        rows = x[order].split(torch.bincount(index, minlength=self.tasks).tolist())
+        return torch.cat([each @ weight.T for each, weight in zip(rows, self.weight)])[order.argsort()]
+
+
+@dataclass(frozen=True)
+class SumDelta:
+    """The sum of several deltas of one layer; parts of a single task hold for all tasks.
+
+    Example:
+        >>> both = SumDelta((DenseDelta(torch.ones(1, 1, 1)), DenseDelta(torch.ones(2, 1, 1))))
+        >>> both.output(torch.ones(2, 1)).flatten().tolist(), both.tasks
+        ([2.0, 2.0], 2)
+    """
+
+    parts: Sequence[Delta]
+
+    @property
+    def tasks(self) -> int:
+        return max(part.tasks for part in self.parts)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that ΔW can have."""
+        return min(sum(part.rank for part in self.parts), *self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out)."""
+        return self.parts[0].shape
+
+    def dense(self) -> Tensor:
+        """ΔW as `[tasks, d_out, d_in]`."""
+        return sum(part.dense() for part in self.parts)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of ΔW per task `[tasks]`."""
+        return DenseDelta(self.dense()).norm()
+
+    def scaled(self, factor: Tensor | float) -> DenseDelta:
+        """ΔW times a factor: a number, or one of each task `[tasks]`."""
+        return DenseDelta(self.dense()).scaled(factor)
+
+    def of_task(self, task: int) -> DenseDelta:
+        """The delta of one task."""
+        return DenseDelta(sum(part.of_task(task if part.tasks > 1 else 0).dense() for part in self.parts))
+
+    def to(self, target: torch.device | torch.dtype | str) -> SumDelta:
+        return SumDelta(tuple(part.to(target) for part in self.parts))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved of a single task's delta."""
+        return self.of_task(0).tensors()
+
+    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
+        """`x ΔWᵀ` for every row with its own task's delta; see `LowRankDelta.output`."""
+        return sum(part.output(x, task_of_row if part.tasks > 1 else None) for part in self.parts)

@@ -14,14 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mend_lightning.edits.combine import sum_of
 from mend_lightning.edits.compress import truncated
-from mend_lightning.edits.deltas import Delta, LowRankDelta, applied
-from mend_lightning.edits.dense_delta import DenseDelta
+from mend_lightning.edits.deltas import DenseDelta, LowRankDelta, sum_of
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.files import written
 from mend_lightning.models.compiled import changing_hooks, unwrapped
 from mend_lightning.models.fingerprint import base_fingerprint, layer_fingerprints, readable_weight, same_base
+from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.layers import is_editable, layer_device, layer_shape
 
 FORMAT = "1"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.edits.combine import sum_of
-from mend_lightning.edits.deltas import Delta, added_at_once
+from mend_lightning.edits.deltas import added_at_once, sum_of
 from mend_lightning.edits.edit import Edit, ids_of
 from mend_lightning.models.compiled import forget_compiled, unwrapped
+from mend_lightning.models.forward.hooks import Delta
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.evaluation.statistics import rows_all_true, rows_sum
 from mend_lightning.models.forward.generation import stop_ids
 from mend_lightning.models.forward.logits import label_mask, logits_at, row_of
-from mend_lightning.models.forward.losses import is_correct, mean_by_task, token_kl, token_nll
+from mend_lightning.models.forward.losses import is_correct, mean_by_task, rows_all_true, rows_sum, token_kl, token_nll
 from mend_lightning.models.inputs.encoder import Encoder, class_name
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 

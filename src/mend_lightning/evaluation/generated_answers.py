@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.evaluation.evaluate import BatchScores
 from mend_lightning.evaluation.statistics import exact_match, token_f1
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.inputs.rows import EditBatch
-from mend_lightning.models.sharding.lockstep import anywhere
+from mend_lightning.models.sharding.collectives import anywhere
 
 
 def questions(batch: EditBatch) -> tuple[list[str], list[str], torch.Tensor]:

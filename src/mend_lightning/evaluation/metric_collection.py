@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.edits.deltas import Delta
 from mend_lightning.evaluation.evaluate import BatchScores, ComparedScores
 from mend_lightning.evaluation.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
 from mend_lightning.models.fingerprint import readable_weight
+from mend_lightning.models.forward.hooks import Delta
 
 # name -> (what it says, how it is measured): the results table and results.json quote this.
 PROTOCOL = {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
+import transformers
 from rich.table import Table
 
+from mend_lightning import __version__
 from mend_lightning.evaluation.metric_collection import PROTOCOL
 from mend_lightning.evaluation.statistics import bootstrap_interval, exact_match
 from mend_lightning.files import write_json, write_jsonl
@@ -86,10 +87,6 @@ def write_results(
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     import lightning
-    import torch
-    import transformers
-
-    from mend_lightning import __version__
 
     return {
         "mend_lightning": __version__,
@@ -98,27 +95,3 @@ def versions() -> dict[str, str]:
         "lightning": lightning.__version__,
         "python": platform.python_version(),
     }
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun.
-
-    Example:
-        >>> counted(1, "edit"), counted(3, "edit")
-        ('1 edit', '3 edits')
-    """
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def quiet_where_nobody_watches() -> None:
-    """Has transformers draw no progress bar where there is no terminal (CI, a pipe)."""
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-
-
-def console() -> Console:
-    """A console that is as wide as the terminal, and readable where there is none (CI, a pipe)."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=120)

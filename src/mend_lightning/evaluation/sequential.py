@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from mend_lightning.data.tasks import EditTask
 from mend_lightning.editors.editor import Editor
-from mend_lightning.edits.combine import sum_of
-from mend_lightning.edits.deltas import Delta, applied
-from mend_lightning.edits.dense_delta import DenseDelta
+from mend_lightning.edits.deltas import DenseDelta, sum_of
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluation.statistics import rows_all_true, rows_sum
+from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.forward.logits import label_mask, logits_at, row_of
-from mend_lightning.models.forward.losses import is_correct, token_nll
+from mend_lightning.models.forward.losses import is_correct, rows_all_true, rows_sum, token_nll
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.rows import Rows
 

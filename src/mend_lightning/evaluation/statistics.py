@@ -9,25 +9,6 @@ import torch
 from torch import Tensor
 
 
-def rows_all_true(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Whether all of a row's values are true: `[rows]` bool. A row without values counts as true.
-
-    Args:
-        values: `[n]` bool; row: `[n]` int64, the row of each value.
-
-    Example:
-        >>> rows_all_true(torch.tensor([True, False, True]), torch.tensor([0, 0, 1]), 2).tolist()
-        [False, True]
-    """
-    misses = torch.zeros(rows, device=values.device).index_add(0, row, (~values).float())
-    return misses == 0
-
-
-def rows_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
-    """Sum of each row's values: `[rows]` float32."""
-    return torch.zeros(rows, device=values.device).index_add(0, row, values.float())
-
-
 def exact_match(prediction: str, target: str) -> bool:
     """Whether two answers are the same text, apart from blanks around them.
 

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
 )
 
 from mend_lightning.errors import ConfigError, ModelLoadError
+from mend_lightning.models.architecture import Architecture, Dtype, model_class, pick_dtype, resolve_name
 from mend_lightning.models.inputs.encoder import ModelKind
 from mend_lightning.models.quantisation import Quantize, prepare_quantised, quantisation_config
-from mend_lightning.models.smollm2 import MODEL_NAME, find_smollm2
-
-Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
-
-_AUTO_CLASSES = {
-    "causal": AutoModelForCausalLM,
-    "encoder_decoder": AutoModelForSeq2SeqLM,
-    "classifier": AutoModelForSequenceClassification,
-}
+from mend_lightning.models.random_weights import random_architecture, random_model
+from mend_lightning.models.smollm2 import MODEL_NAME
 
 
 @dataclass(frozen=True)
@@ -77,39 +66,6 @@ class BaseModel:
         )
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A model without its weights.
-
-    Attributes:
-        where: folder or hub id.
-        config: its Hugging Face config.
-        tokenizer: its tokenizer.
-        model_class: the class that builds or loads it.
-        dtype: what its weights are loaded in, or "auto": as they are stored.
-        options: of loading (revision, trust).
-    """
-
-    where: str
-    config: Any
-    tokenizer: Any
-    model_class: Any
-    dtype: torch.dtype | str
-    options: dict[str, Any]
-
-    def build(self) -> nn.Module:
-        """The model as its class initialises it."""
-        dtype = self.config.dtype or torch.float32 if self.dtype == "auto" else self.dtype
-        trust = self.options["trust_remote_code"]
-        model = self.model_class.from_config(self.config, dtype=dtype, trust_remote_code=trust)
-        if model.can_generate():
-            # As `from_pretrained`: where the model has no such file, what its config says stays.
-            with suppress(OSError):
-                where = {name: self.options[name] for name in ("revision", "local_files_only") if name in self.options}
-                model.generation_config = GenerationConfig.from_pretrained(self.where, **where)
-        return model
-
-
 def read_architecture(
     name: str = MODEL_NAME,
     dtype: Dtype = "auto",
@@ -127,9 +83,6 @@ def read_architecture(
             its shape is not known on this machine.
     """
     if random_weights:
-        # Imported here: that file imports this one.
-        from mend_lightning.models.random_weights import random_architecture
-
         return random_architecture(name, pick_dtype(dtype), revision, kind, trust_remote_code)
     where = resolve_name(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -169,8 +122,6 @@ def load_base(
         )
     found = read_architecture(name, dtype, revision, kind, trust_remote_code, random_weights)
     if random_weights:
-        from mend_lightning.models.random_weights import random_model
-
         return random_model(found).eval().requires_grad_(False), found.tokenizer
     options = dict(found.options)
     if quantize is not None:
@@ -190,62 +141,6 @@ def _said_well(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelLoadError(_not_loaded(name, error)) from error
-
-
-def resolve_name(name: str) -> str:
-    """The folder of the quickstart model for its name; any other name as it is.
-
-    Raises:
-        ModelLoadError: the quickstart model is not prepared yet.
-    """
-    if name != MODEL_NAME:
-        return str(Path(name).expanduser()) if name.startswith("~") else name
-    folder = find_smollm2()
-    if folder is None:
-        raise ModelLoadError(f"{MODEL_NAME} is not prepared on this machine yet. Run `mend-lightning get-smollm2`.")
-    return str(folder)
-
-
-def model_class(config: Any, kind: ModelKind | None = None) -> Any:
-    """The auto class of transformers that builds or loads a config's model; None reads the kind off the config."""
-    return _AUTO_CLASSES[kind or kind_of_config(config)]
-
-
-def kind_of_config(config: Any) -> ModelKind:
-    """What kind of model a Hugging Face config describes.
-
-    Example:
-        >>> from transformers import BartConfig, GPT2Config
-        >>> kind_of_config(BartConfig()), kind_of_config(GPT2Config())
-        ('encoder_decoder', 'causal')
-    """
-    architectures = getattr(config, "architectures", None) or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
-        return "classifier"
-    return "encoder_decoder" if getattr(config, "is_encoder_decoder", False) else "causal"
-
-
-def pick_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch dtype; "auto" asks the device that will compute, "stored" without files is what most are published in."""
-    if dtype == "stored":
-        return torch.bfloat16
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
-
-
-def _cpu_computes_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    if "AVX512" not in capabilities and "SVE" not in capabilities:
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def _not_loaded(name: str, error: Exception) -> str:

@@ -26,7 +26,6 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from mend_lightning.errors import ConfigError, UncompiledWarning
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.models.sharding.collectives import is_sharded
-from mend_lightning.training.checks import check_compilable
 
 # Entered at every call; made once, for that takes longer than the call's own overhead.
 _SETTINGS = (
@@ -35,6 +34,7 @@ _SETTINGS = (
     # Inside of DDP, Dynamo would split the code for gradients that a frozen base does not have.
     torch._dynamo.config.patch(optimize_ddp=False),
 )
+
 # What is compiled, by what its code depends on, and what torch would compile again and again.
 _compiled: dict[Any, Callable[..., Any]] = {}
 _given_up: set[Any] = set()
@@ -245,3 +245,10 @@ def _signature(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((name, _signature(each)) for name, each in value.items())
     return value if value is None or isinstance(value, (bool, str)) else type(value)
+
+
+def check_compilable(sharded: bool, quantised: bool) -> None:
+    """Raises ConfigError for a base whose blocks cannot be compiled."""
+    what = "sharded over processes" if sharded else "quantised" if quantised else None
+    if what:
+        raise ConfigError(f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out.")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mend_lightning.errors import LayerNotFoundError
+from mend_lightning.errors import BaseModelMismatchError, LayerNotFoundError
 
 # The MLP's matrices inside a block, by their names in transformers. The paper edits MLP matrices of
 # the last blocks (its appendix C); for gated T5 the original takes wi_0 and wo and leaves wi_1.
@@ -77,6 +77,31 @@ def _unwrapped_name(name: str) -> str:
 def editable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every editable layer of the model by name, in the order of its modules."""
     return {name: module for name, module in named_modules(model).items() if is_editable(module)}
+
+
+def layers_of_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
+    """name -> module of the layers that an editor was made for.
+
+    Args:
+        model: the base model.
+        shapes: name -> (d_in, d_out) of the editor's layers.
+
+    Raises:
+        BaseModelMismatchError: the model lacks one of them, or it has another shape there.
+    """
+    modules = named_modules(model)
+    for name, shape in shapes.items():
+        if name not in modules:
+            raise BaseModelMismatchError(
+                f"This editor was made for a model with a layer {name!r} of shape {shape}; "
+                f"{type(model).__name__} has none. Load the base model the editor was trained on."
+            )
+        if layer_shape(modules[name]) != shape:
+            raise BaseModelMismatchError(
+                f"Layer {name!r} is {layer_shape(modules[name])} (d_in, d_out) in this model, but the editor "
+                f"was made for {shape}. Load the base model the editor was trained on."
+            )
+    return {name: modules[name] for name in shapes}
 
 
 def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -10,8 +10,11 @@ import torch
 from torch import distributed, nn
 
 from mend_lightning.errors import ModelLoadError
-from mend_lightning.models.base import Architecture, BaseModel
+from mend_lightning.models.architecture import Architecture
+from mend_lightning.models.base import BaseModel
+from mend_lightning.models.random_weights import random_units
 from mend_lightning.models.sharding.fsdp import Fill
+from mend_lightning.models.sharding.meta import allocate, parameters_on_meta
 from mend_lightning.models.sharding.weights import FileWeights, SentWeights, WeightSource, places_of, safetensors_keys
 
 # Shards a model in place, unit by unit; `fill` gives each its weights first.
@@ -39,54 +42,6 @@ def known_to_all() -> Iterator[None]:
         raise ModelLoadError(f"Process {told.index(first)} could not load the base model: {first}")
 
 
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without values; buffers (masks, rotary frequencies) are real.
-
-    `torch.device("meta")` would take the values of the buffers as well, and no file holds those.
-
-    Example:
-        >>> with parameters_on_meta():
-        ...     layer = nn.BatchNorm1d(2)
-        >>> layer.weight.device.type, layer.running_var.tolist()
-        ('meta', [1.0, 1.0])
-    """
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        # One that is there already is being tied to a second name, and must stay itself.
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def allocate(
-    prefix: str, module: nn.Module, source: WeightSource, device: torch.device | str = "cpu"
-) -> list[nn.Parameter]:
-    """Gives the parameters of `module` that are on the meta device memory on `device`, and values from `source`.
-
-    Returns:
-        Those parameters.
-    """
-    # A tied weight has several names and is one parameter: all its owners get the same.
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    names = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-                owner._parameters[name] = made[parameter]
-    source.fill(prefix, module, names)
-    return list(made.values())
-
-
 def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device | str) -> tuple[nn.Module, Any]:
     """What `base.load()` gives, the model sharded. Every process must call it; one process of a node downloads.
 
@@ -111,9 +66,6 @@ def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device |
 def _units(base: BaseModel, architecture: Architecture, device: torch.device | str) -> tuple[nn.Module, Fill]:
     """The model without weights, and what gives a unit of it its own."""
     if base.random_weights:
-        # Imported here: that file imports this one.
-        from mend_lightning.models.random_weights import random_units
-
         return random_units(architecture, device)
     with parameters_on_meta():
         model = architecture.build().requires_grad_(False)

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from mend_lightning.data.records import find_data_file
 from mend_lightning.errors import ModelLoadError, RandomWeightsWarning
-from mend_lightning.models.base import Architecture, kind_of_config, model_class
+from mend_lightning.models.architecture import Architecture, kind_of_config, model_class
 from mend_lightning.models.inputs.encoder import ModelKind
 from mend_lightning.models.known_shapes import known_architecture, local_name
-from mend_lightning.models.load_sharded import allocate, parameters_on_meta
 from mend_lightning.models.sharding.fsdp import Fill, keep_whole
+from mend_lightning.models.sharding.meta import allocate, parameters_on_meta
 from mend_lightning.models.sharding.weights import RandomWeights
 
 # Of the tokenizer that is trained where the model's own is not there. The facts do not fill more.
@@ -169,7 +169,8 @@ def stand_in_tokenizer(config: PretrainedConfig, kind: ModelKind | None = None) 
 
 def _facts() -> Iterator[str]:
     for split in ("train", "validation", "test"):
-        for line in find_data_file(f"world_facts/{split}").read_text(encoding="utf-8").splitlines():
+        file = resources.files("mend_lightning").joinpath("data", "world_facts", f"{split}.jsonl")
+        for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             yield from (record["input"], *record["filtered_rephrases"])
             yield from (f" {answer}" for answer in (record["output"][0]["answer"], *record["alternatives"]))

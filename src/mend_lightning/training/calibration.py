@@ -8,12 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.models.forward.logits import attended_mask, label_mask, without_cache
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import ending_after_edits, replayed
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows, concatenate_rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, concatenate_rows
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.training.step import Trunk
 

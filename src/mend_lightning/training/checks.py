@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import (
     BaseModelMismatchError,
     CheckpointingError,
     ConfigError,
     EmptyEditError,
-    NonFiniteError,
     StateDictError,
 )
 from mend_lightning.models.fingerprint import same_base
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.models.sharding.collectives import is_sharded, own_class
-from mend_lightning.training.finite import FiniteChecks
 from mend_lightning.training.random_states import kept_random_states
 from mend_lightning.training.step import LocalityPositions, edit_step
 
@@ -44,13 +42,6 @@ def check_checkpointing(model: nn.Module) -> None:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}), or not at all: the base is frozen, and "
                 "only its edited blocks keep activations."
             )
-
-
-def check_compilable(sharded: bool, quantised: bool) -> None:
-    """Raises ConfigError for a base whose blocks cannot be compiled."""
-    what = "sharded over processes" if sharded else "quantised" if quantised else None
-    if what:
-        raise ConfigError(f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out.")
 
 
 def check_prompt_format(saved: dict[str, str], given: dict[str, str] | None) -> None:
@@ -173,37 +164,3 @@ def unreached_parameters(
         return [name for name, gradient in zip(named, gradients) if gradient is None]
     finally:
         editor.train(training)
-
-
-def check_finite(losses: dict[str, Tensor], batch: EditBatch, step: int, checks: FiniteChecks) -> None:
-    """Has `checks` raise NonFiniteError naming the tasks whose loss is NaN or infinite.
-
-    Args:
-        losses: name -> `[tasks]`.
-        batch: the tasks.
-        step: number of the step.
-        checks: says when: at once, or a step later.
-    """
-    finite = torch.stack([values.detach().isfinite() for values in losses.values()])
-    checks.add(finite, partial(_raise_unless_finite, list(losses), batch.texts, step))
-
-
-def _raise_unless_finite(names: Sequence[str], texts: Sequence[Any], step: int, finite: Tensor) -> None:
-    """`finite`: `[names, tasks]` bool, on the CPU."""
-    for name, flags in zip(names, finite.tolist()):
-        bad = [task for task, flag in enumerate(flags) if not flag]
-        if bad:
-            raise NonFiniteError(
-                f"The {name} loss is not finite in step {step} for {_describe(texts, len(flags), bad)}. The last checkpoint "
-                "is from before this step. Usual causes: a base in float16 (use bfloat16 or float32), an edit rate or "
-                "learning rate that is too high, or weights that hold NaN."
-            )
-
-
-def _describe(texts: Sequence[Any], tasks: int, chosen: Iterable[int]) -> str:
-    edits = len(texts) // tasks
-    named = []
-    for task in chosen:
-        first = f" ({texts[task * edits].prompt!r} -> {texts[task * edits].target!r})" if edits else ""
-        named.append(f"task {task}{first}" + (f" and {edits - 1} more" if edits > 1 else ""))
-    return "; ".join(named)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Devices whose results are there when an operation returns. Elsewhere the answer to a question comes when all that was asked
-# for before is done, and until then the device gets nothing new to do.
-AT_ONCE = frozenset({"cpu"})
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.errors import (
+    NonFiniteError,
+)
+from mend_lightning.models.forward.device import answers_at_once
 
-
-def answers_at_once(device: torch.device) -> bool:
-    """Whether a question to the device costs no waiting.
-
-    Example:
-        >>> answers_at_once(torch.device("cpu")), answers_at_once(torch.device("cuda"))
-        (True, False)
-    """
-    return device.type in AT_ONCE
+_UNTOUCHED, _SAVED = "its parameters are as they were", "the last checkpoint is from before this step"
 
 
 class Copied:
@@ -67,3 +63,58 @@ class FiniteChecks:
         noted, self._open = self._open, []
         for copied, tell in noted:
             tell(copied.read())
+
+
+def check_finite(losses: dict[str, Tensor], batch: EditBatch, step: int, checks: FiniteChecks) -> None:
+    """Has `checks` raise NonFiniteError naming the tasks whose loss is NaN or infinite.
+
+    Args:
+        losses: name -> `[tasks]`.
+        batch: the tasks.
+        step: number of the step.
+        checks: says when: at once, or a step later.
+    """
+    finite = torch.stack([values.detach().isfinite() for values in losses.values()])
+    checks.add(finite, partial(_raise_unless_finite, list(losses), batch.texts, step))
+
+
+def _raise_unless_finite(names: Sequence[str], texts: Sequence[Any], step: int, finite: Tensor) -> None:
+    """`finite`: `[names, tasks]` bool, on the CPU."""
+    for name, flags in zip(names, finite.tolist()):
+        bad = [task for task, flag in enumerate(flags) if not flag]
+        if bad:
+            raise NonFiniteError(
+                f"The {name} loss is not finite in step {step} for {_describe(texts, len(flags), bad)}. The last checkpoint "
+                "is from before this step. Usual causes: a base in float16 (use bfloat16 or float32), an edit rate or "
+                "learning rate that is too high, or weights that hold NaN."
+            )
+
+
+def _describe(texts: Sequence[Any], tasks: int, chosen: Iterable[int]) -> str:
+    edits = len(texts) // tasks
+    named = []
+    for task in chosen:
+        first = f" ({texts[task * edits].prompt!r} -> {texts[task * edits].target!r})" if edits else ""
+        named.append(f"task {task}{first}" + (f" and {edits - 1} more" if edits > 1 else ""))
+    return "; ".join(named)
+
+
+def check_overflow(scaler: torch.amp.GradScaler, step: int) -> None:
+    """Raises NonFiniteError unless a gradient is not finite for the scale of the loss, so that the step is skipped."""
+    # Clipping by an infinite norm would write NaN into every parameter.
+    if scaler.get_scale() <= 1:
+        scaled = f" with the loss scaled by {scaler.get_scale():g}, which no smaller scale would mend"
+        raise _not_finite(f"{step}{scaled}; {_UNTOUCHED}")
+
+
+def check_gradient(step: int, device: torch.device, finite: Tensor) -> None:
+    """Raises NonFiniteError unless the gradient's norm, on `device`, was `finite` (a flag on the CPU) in `step`."""
+    if not bool(finite):
+        raise _not_finite(f"{step}; {_UNTOUCHED if answers_at_once(device) else _SAVED}")
+
+
+def _not_finite(where: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"The editor's gradient is not finite in step {where}. Usual causes: a base in float16 or precision '16-mixed' "
+        "(use bfloat16 or float32), or a learning rate that is too high."
+    )

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.order import repeated
 from mend_lightning.editors.editor import Editor, EditorFactory
@@ -25,31 +26,28 @@ from mend_lightning.evaluation.evaluate import evaluate_batch, hard_rows
 from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
 from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
 from mend_lightning.models.base import BaseModel
+from mend_lightning.models.compile_blocks import check_compilable
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, in_words, model_kind
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.models.layers import layer_shape, select_layers
 from mend_lightning.models.sharding.collectives import whole
 from mend_lightning.training.calibration import calibrate
 from mend_lightning.training.checks import (
     check_checkpoint,
     check_checkpointing,
-    check_compilable,
-    check_finite,
     check_precision,
     check_prompt_format,
     check_single_process,
 )
 from mend_lightning.training.distributed.checkpoint_file import BASE_PREFIX
 from mend_lightning.training.distributed.placement import SHARDING, load_for
-from mend_lightning.training.finite import FiniteChecks
+from mend_lightning.training.finite import FiniteChecks, check_finite, check_gradient, check_overflow
 from mend_lightning.training.optimization import Decay, lr_factor, parameter_groups
-from mend_lightning.training.parts import step_loss
-from mend_lightning.training.precision import check_gradient, check_overflow, check_trainer_precision, loss_scaler
+from mend_lightning.training.precision import check_trainer_precision, loss_scaler
 from mend_lightning.training.progress.progress_line import followed
 from mend_lightning.training.random_states import gathered_random_states, set_own_random_states
-from mend_lightning.training.step import LocalityPositions, StepOutput
+from mend_lightning.training.step import LocalityPositions, StepOutput, step_loss
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch.plugins import BitsandbytesPrecision, MixedPrecision, Precision
-from torch import Tensor
 
-from mend_lightning.errors import ConfigError, NonFiniteError
-from mend_lightning.training.finite import answers_at_once
+from mend_lightning.errors import ConfigError
 
 _REASONS = {
     "mixed": "reduces the editor's gradients, and keeps its running statistics, in half precision under FSDP",
@@ -40,27 +38,3 @@ def check_trainer_precision(plugin: Precision) -> None:
 def loss_scaler(plugin: Precision) -> torch.amp.GradScaler | None:
     """What scales the training loss and skips steps whose gradient overflowed: "16-mixed" has one, nothing else."""
     return getattr(plugin, "scaler", None)
-
-
-def check_overflow(scaler: torch.amp.GradScaler, step: int) -> None:
-    """Raises NonFiniteError unless a gradient is not finite for the scale of the loss, so that the step is skipped."""
-    # Clipping by an infinite norm would write NaN into every parameter.
-    if scaler.get_scale() <= 1:
-        scaled = f" with the loss scaled by {scaler.get_scale():g}, which no smaller scale would mend"
-        raise _not_finite(f"{step}{scaled}; {_UNTOUCHED}")
-
-
-def check_gradient(step: int, device: torch.device, finite: Tensor) -> None:
-    """Raises NonFiniteError unless the gradient's norm, on `device`, was `finite` (a flag on the CPU) in `step`."""
-    if not bool(finite):
-        raise _not_finite(f"{step}; {_UNTOUCHED if answers_at_once(device) else _SAVED}")
-
-
-_UNTOUCHED, _SAVED = "its parameters are as they were", "the last checkpoint is from before this step"
-
-
-def _not_finite(where: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"The editor's gradient is not finite in step {where}. Usual causes: a base in float16 or precision '16-mixed' "
-        "(use bfloat16 or float32), or a learning rate that is too high."
-    )

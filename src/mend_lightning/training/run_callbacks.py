@@ -12,12 +12,13 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.saving import save_editor
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.evaluation.cost import EditCost, measure_cost
-from mend_lightning.evaluation.report import console, results_table, write_results
+from mend_lightning.evaluation.report import results_table, write_results
 from mend_lightning.files import check_writable, write_jsonl
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch
+from mend_lightning.models.inputs.rows import IGNORED_LABEL
 from mend_lightning.models.layers import layer_shape
 from mend_lightning.models.quantisation import quantising_library, stored_bytes
 from mend_lightning.models.sharding.collectives import is_sharded, own_class, whole_state
@@ -25,6 +26,7 @@ from mend_lightning.models.sharding.fsdp import load_whole_state
 from mend_lightning.training.checks import check_batch, unreached_parameters
 from mend_lightning.training.curves import plot_curves
 from mend_lightning.training.distributed.checkpoint_file import editor_state
+from mend_lightning.training.progress.console import console
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class SaveEditor(L.Callback):
             self._save(trainer, module, state)
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, torch.Tensor] | None) -> None:
-        folder = save_editor(module.editor, Path(trainer.default_root_dir) / "editor", state)
+        folder = save_editor(module.editor.description(), state, Path(trainer.default_root_dir) / "editor")
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "")).name
         source = f"best checkpoint, {best}" if best else "the last step; no checkpoint was kept"
         source = source if module.editor.trainable else f"{own_class(module.editor).__name__} needs no training"

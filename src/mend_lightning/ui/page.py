@@ -6,18 +6,16 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
+from mend_lightning.edits.stack_state import StackedEdit
 from mend_lightning.errors import MendError
 from mend_lightning.evaluation.neutral import neutral_questions
 from mend_lightning.ui import views
 from mend_lightning.ui.comparison import questions_of
 from mend_lightning.ui.session import Session
-
-if TYPE_CHECKING:
-    from mend_lightning.edits.stack_state import StackedEdit
 
 CSS = Path(__file__).with_name("page.css")
 # Seconds after which a tab sees what another one did.

@@ -14,10 +14,11 @@ from torch import nn
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.making import make_edit, ready
+from mend_lightning.edits.applying import without
 from mend_lightning.edits.stack import EditStack
 from mend_lightning.edits.stack_state import StackedEdit
 from mend_lightning.errors import ConfigError, EmptyEditError, StoppedError
-from mend_lightning.evaluation.shifts import answer_shifts, next_token_shifts, token_shifts, without
+from mend_lightning.evaluation.shifts import answer_shifts, next_token_shifts, token_shifts
 from mend_lightning.ui.captured_warnings import heard
 from mend_lightning.ui.comparison import Comparison, Probe, questions_of
 

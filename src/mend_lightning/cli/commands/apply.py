@@ -8,19 +8,16 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from mend_lightning.cli.commands.bases import load_asked_base
-from mend_lightning.cli.commands.facts import read_questions
-from mend_lightning.cli.commands.inputs import read_edits
-from mend_lightning.cli.commands.machine import print_json
-from mend_lightning.cli.commands.output import shift_table
+from mend_lightning.cli.commands.inputs import load_asked_base, read_edits, read_questions
+from mend_lightning.cli.commands.output import print_json, shift_table
 from mend_lightning.edits.applying import without
 from mend_lightning.edits.stack import EditStack
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluation.report import console
 from mend_lightning.evaluation.shift_plot import plot_shifts
 from mend_lightning.evaluation.shifts import Shift, answer_shifts
 from mend_lightning.files import check_writable_file
-from mend_lightning.models.base import Dtype
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.training.progress.console import console
 
 PROMPT = "question> "
 

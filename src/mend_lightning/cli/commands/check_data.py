@@ -10,9 +10,9 @@ from rich.table import Table
 
 from mend_lightning.data.check import DataCheck, Lengths, check_source, counts, token_lengths
 from mend_lightning.errors import EmptyDatasetError, ModelLoadError, RecordError
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.base import resolve_name
+from mend_lightning.models.architecture import resolve_name
 from mend_lightning.models.inputs.prompts import RUNNING_TEXT, PromptFormat
+from mend_lightning.training.progress.console import console
 
 SHOWN = 10
 

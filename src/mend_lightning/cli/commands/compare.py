@@ -24,8 +24,9 @@ from mend_lightning.cli.commands.plots import draw_comparison
 from mend_lightning.cli.config.overlays import read_config
 from mend_lightning.cli.config.tree import Leaf, merge_trees, plain, to_yaml
 from mend_lightning.errors import ConfigError, MendError
-from mend_lightning.evaluation.report import console, versions
+from mend_lightning.evaluation.report import versions
 from mend_lightning.files import check_writable, write_json, written
+from mend_lightning.training.progress.console import console
 
 SECTION = "compare"
 

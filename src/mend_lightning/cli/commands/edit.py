@@ -12,23 +12,21 @@ import torch
 from rich.markup import escape
 from torch import nn
 
-from mend_lightning.cli.commands.bases import load_editor_and_base
-from mend_lightning.cli.commands.check_report import print_check
-from mend_lightning.cli.commands.facts import given_facts
-from mend_lightning.cli.commands.output import before_after_table, shift_table
+from mend_lightning.cli.commands.inputs import given_facts, load_editor_and_base
+from mend_lightning.cli.commands.output import before_after_table, print_check, shift_table
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.making import editor_encoder, make_edit, ready
 from mend_lightning.edits.edit import Edit
 from mend_lightning.edits.stack import numbered, slug
 from mend_lightning.errors import ConfigError
 from mend_lightning.evaluation.neutral import neutral_questions
-from mend_lightning.evaluation.report import console, counted
 from mend_lightning.evaluation.safety import EditCheck, check_edit
 from mend_lightning.evaluation.shifts import Shift, answer_shifts
 from mend_lightning.files import check_writable, check_writable_file
-from mend_lightning.models.base import Dtype
+from mend_lightning.models.architecture import Dtype
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.inputs.encoder import Encoder, in_words
+from mend_lightning.training.progress.console import console, counted
 
 # The exit code of `--check` where the edit is not safe to keep.
 NOT_SAFE = 3

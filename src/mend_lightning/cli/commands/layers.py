@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.base import Dtype, load_base
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.models.base import load_base
 from mend_lightning.models.layers import find_stacks, layer_shape, select_layers
+from mend_lightning.training.progress.console import console
 
 
 def layers_command(

@@ -12,15 +12,25 @@ import torch
 from rich.progress import track
 
 from mend_lightning.cli.generation_data.continuations import batch_seed, sample_continuations
-from mend_lightning.cli.generation_data.passages import Passage, paragraphs, passages, split_of
-from mend_lightning.cli.generation_data.unfinished import ABOUT, PARTIAL, append, is_finished, resume
+from mend_lightning.cli.generation_data.passages import (
+    ABOUT,
+    PARTIAL,
+    Passage,
+    append,
+    is_finished,
+    paragraphs,
+    passages,
+    resume,
+    split_of,
+)
 from mend_lightning.errors import ConfigError, DataFileError, EmptyDatasetError
-from mend_lightning.evaluation.report import console
 from mend_lightning.files import check_writable, write_json, write_jsonl
-from mend_lightning.models.base import Dtype, load_base
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.models.base import load_base
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
 from mend_lightning.models.inputs.prompts import RUNNING_TEXT
 from mend_lightning.models.smollm2 import MODEL_NAME
+from mend_lightning.training.progress.console import console
 
 
 def make_generation_data_command(

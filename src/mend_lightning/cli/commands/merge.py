@@ -8,11 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from mend_lightning.cli.commands.inputs import load_base_of, read_edits
-from mend_lightning.edits.export.merging import EDITS_FILE, merge
-from mend_lightning.edits.export.rounding import MergeReport
-from mend_lightning.evaluation.report import console, counted
+from mend_lightning.edits.export.merging import EDITS_FILE, MergeReport, merge
 from mend_lightning.files import check_free_folder
-from mend_lightning.models.base import Dtype
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.training.progress.console import console, counted
 
 
 def merge_command(

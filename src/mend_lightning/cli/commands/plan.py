@@ -15,19 +15,21 @@ from mend_lightning.cli.config.overlays import resolved_configs
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, ModelLoadError
-from mend_lightning.evaluation.report import console, versions
+from mend_lightning.evaluation.report import versions
 from mend_lightning.files import check_writable, write_json
-from mend_lightning.models.base import BaseModel, kind_of_config, pick_dtype
+from mend_lightning.models.architecture import kind_of_config, pick_dtype
+from mend_lightning.models.base import BaseModel
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.known_shapes import known_architecture
 from mend_lightning.models.layers import layer_shape, select_layers
 from mend_lightning.models.quantisation import check_whole
 from mend_lightning.models.random_weights import empty_model, local_tokenizer, stand_in_tokenizer
-from mend_lightning.models.sharding.fsdp import check_shardable
+from mend_lightning.training.distributed.strategies import check_shardable
 from mend_lightning.training.memory.activations import BatchCounts, step_bytes
 from mend_lightning.training.memory.batch_sizes import measured_counts, most_counts
 from mend_lightning.training.memory.plan import GIB, MemoryPlan, Sizes, Strategy, advice, gib, plan_memory, sizes_of
 from mend_lightning.training.module import MendModule
+from mend_lightning.training.progress.console import console
 
 WHAT = {
     "base": "its weights", "editor": "parameters, float32", "gradient": "the editor's", "moments": "Adam's two",

@@ -17,12 +17,13 @@ from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.tasks import EditTask
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.evaluation.report import console, versions
+from mend_lightning.evaluation.report import versions
 from mend_lightning.evaluation.sequential import BROKEN, EditSequence, check_builds_on, edit_in_sequence
 from mend_lightning.files import check_writable, write_json
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.training.checks import check_prompt_format
+from mend_lightning.training.progress.console import console
 
 # Unrelated facts whose perplexity is watched.
 PROBES = 128
@@ -88,7 +89,7 @@ def edits_and_probes(data: EditDataModule, edits: int) -> tuple[Sequence[EditTas
 
 
 def _report(found: EditSequence, folder: Path, about: dict[str, Any]) -> None:
-    from mend_lightning.cli.commands.sequential_plot import draw_sequence
+    from mend_lightning.cli.commands.plots import draw_sequence
 
     summary = found.summary()
     write_json(folder / "sequential.json", {**about, "broken_at_perplexity": f"{BROKEN} x base", **summary, "versions": versions()})

@@ -12,16 +12,15 @@ from typing import Any
 from rich.markup import escape
 from torch import nn
 
-from mend_lightning.cli.commands.check_report import print_check
-from mend_lightning.cli.commands.output import shift_table
+from mend_lightning.cli.commands.output import print_check, shift_table
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.making import editor_encoder, make_edit
 from mend_lightning.edits.applying import without
 from mend_lightning.edits.stack import EditStack, numbered
 from mend_lightning.errors import ConfigError, MendError
-from mend_lightning.evaluation.report import console
 from mend_lightning.evaluation.safety import check_edit
 from mend_lightning.evaluation.shifts import answer_shifts
+from mend_lightning.training.progress.console import console
 
 PROMPT = "> "
 ARROW = "=>"

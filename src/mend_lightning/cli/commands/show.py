@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from mend_lightning.cli.commands.inputs import load_base_of, read_edits
-from mend_lightning.cli.commands.machine import print_json
+from mend_lightning.cli.commands.output import print_json
 from mend_lightning.edits.edit import Edit
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.base import Dtype
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.training.progress.console import console
 
 
 def show_command(

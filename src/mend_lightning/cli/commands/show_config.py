@@ -7,7 +7,7 @@ from pathlib import Path
 from mend_lightning.cli.config.files import comparison_names, config_folder, config_names
 from mend_lightning.cli.config.overlays import MergedConfig, read_config
 from mend_lightning.cli.config.tree import Leaf, Tree, to_yaml
-from mend_lightning.evaluation.report import console
+from mend_lightning.training.progress.console import console
 
 
 def show_config_command(name: str | None = None) -> None:

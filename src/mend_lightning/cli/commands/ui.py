@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from mend_lightning.cli.commands.bases import load_editor_and_base
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.base import Dtype
+from mend_lightning.cli.commands.inputs import load_editor_and_base
+from mend_lightning.models.architecture import Dtype
+from mend_lightning.training.progress.console import console
 from mend_lightning.ui.server import address, check_installed, is_local, listen, run
 from mend_lightning.ui.session import Session
 

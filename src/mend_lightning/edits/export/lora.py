@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import AdapterError, MissingPackageError, ModelLoadError
-from mend_lightning.models.base import resolve_name
+from mend_lightning.models.architecture import resolve_name
 from mend_lightning.models.inputs.encoder import model_kind
 from mend_lightning.models.smollm2 import MODEL_NAME
 

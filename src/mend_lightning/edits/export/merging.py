@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning.edits.edit import Edit, check_summable
-from mend_lightning.edits.export.rounding import LayerRounding, MergeReport, layer_rounding
-from mend_lightning.edits.export.tied import tied_layers
-from mend_lightning.errors import ConfigError, MergeError, OutputPathError
+from mend_lightning.errors import ConfigError, MergeError, NoEffectWarning, OutputPathError, RoundingWarning
 from mend_lightning.files import write_json, written_folder
 from mend_lightning.models.compiled import unwrapped
 
 EDITS_FILE = "mend_lightning_edits.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# From here on a layer's rounding is worth a warning: this part of ΔW (Frobenius) is not what was stored.
+MUCH_LOST = 0.25
 
 
 def merge(
@@ -189,3 +192,88 @@ def _write(
         raise OutputPathError(
             f"The merged model could not be written to {folder}: {error}. Nothing is left there."
         ) from error
+
+
+@dataclass(frozen=True)
+class LayerRounding:
+    """What storing `W + ΔW` in the base's dtype did to one layer.
+
+    Attributes:
+        entries: of the weight.
+        changed: how many of them ΔW changes (is not 0 at).
+        lost: how many of those are stored as they were in the base.
+        relative_error: ‖stored − (W + ΔW)‖ / ‖ΔW‖ (Frobenius); 0 where ΔW is 0.
+    """
+
+    entries: int
+    changed: int
+    lost: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        layers: layer name -> LayerRounding.
+        dtype: that the edited weights are stored in.
+        folder: where the model was written; None if it was not.
+    """
+
+    layers: dict[str, LayerRounding]
+    dtype: str
+    folder: Path | None = None
+
+    @property
+    def lost(self) -> float:
+        """Share of the entries that ΔW changes which are stored as they were."""
+        changed = sum(layer.changed for layer in self.layers.values())
+        return sum(layer.lost for layer in self.layers.values()) / changed if changed else 0.0
+
+    def warn(self) -> None:
+        """Warns of a layer of whose change much is not what was stored, and of edits that change nothing."""
+        if not any(layer.changed for layer in self.layers.values()):
+            warnings.warn("The edits change nothing: every ΔW is zero.", NoEffectWarning, stacklevel=3)
+        name, worst = max(self.layers.items(), key=lambda item: item[1].relative_error)
+        if worst.relative_error > MUCH_LOST:
+            warnings.warn(
+                f"Much of the edit is lost in {self.dtype}: of {name} {100 * worst.relative_error:.0f} % of ΔW (Frobenius) "
+                f"is rounding, and {100 * self.lost:.0f} % of all changed entries are stored as they were. Ask the merged "
+                "model; float32 keeps the edit.",
+                RoundingWarning,
+                stacklevel=3,
+            )
+
+
+def layer_rounding(base: Tensor, change: Tensor, exact: Tensor, stored: Tensor) -> LayerRounding:
+    """Compares what was stored with `exact = base + change`, all of one shape.
+
+    Example:
+        >>> import torch
+        >>> base, change = torch.ones(2).bfloat16(), torch.tensor([1e-4, 1.0])
+        >>> layer_rounding(base, change, base + change, (base + change).bfloat16())
+        LayerRounding(entries=2, changed=2, lost=1, relative_error=0.0001000165...)
+    """
+    changed = change != 0
+    size = float(change.norm())
+    error = float((stored.to(exact.dtype) - exact).norm()) / size if size else 0.0
+    return LayerRounding(change.numel(), int(changed.sum()), int((changed & (stored == base)).sum()), error)
+
+
+def tied_layers(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Of the named layers those whose weight is reached under another name too -> that name.
+
+    Example:
+        >>> model = nn.ModuleDict({"embedding": nn.Embedding(3, 2), "head": nn.Linear(2, 3), "fc": nn.Linear(2, 2)})
+        >>> model["head"].weight = model["embedding"].weight
+        >>> tied_layers(model, ["head", "fc"])
+        {'head': 'embedding'}
+    """
+    owners: dict[int, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    others = {name: [o for o in owners.get(id(modules[name].weight), []) if o != name] for name in names}
+    return {name: found[0] for name, found in others.items() if found}

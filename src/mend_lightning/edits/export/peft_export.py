@@ -14,11 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from mend_lightning.edits.combine import concatenated
-from mend_lightning.edits.deltas import LowRankDelta
+from mend_lightning.edits.deltas import LowRankDelta, concatenated
 from mend_lightning.edits.edit import Edit, combined
 from mend_lightning.edits.export.lora import adapter_tensors, check_outside_head, head_tensors, lora_config
-from mend_lightning.edits.export.tied import tied_layers
+from mend_lightning.edits.export.merging import tied_layers
 from mend_lightning.errors import (
     AdapterError,
     ConfigError,

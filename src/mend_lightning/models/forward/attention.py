@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
+from mend_lightning.models.forward.device import answers_at_once
 from mend_lightning.models.inputs.rows import Rows
-from mend_lightning.training.finite import answers_at_once
 
 # From about here on the fused kernel's smaller memory traffic makes up for its slow gradient.
 LONGEST = 128

@@ -6,6 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+# Devices whose results are there when an operation returns. Elsewhere the answer to a question comes when all that was asked
+# for before is done, and until then the device gets nothing new to do.
+AT_ONCE = frozenset({"cpu"})
+
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """What runs inside is computed in the dtypes that it has, whatever precisions a Trainer mixes.
@@ -17,3 +21,13 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     """
     # The meta device, on which memory is planned, has no autocast.
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether a question to the device costs no waiting.
+
+    Example:
+        >>> answers_at_once(torch.device("cpu")), answers_at_once(torch.device("cuda"))
+        (True, False)
+    """
+    return device.type in AT_ONCE

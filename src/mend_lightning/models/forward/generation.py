@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.edits.deltas import Delta, applied
+from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.forward.logits import contiguous_head, run_model
 from mend_lightning.models.forward.shared_prompt import beginning_cache, one_task, padded, shared_beginning
 from mend_lightning.models.inputs.encoder import Encoder, class_name

@@ -127,3 +127,22 @@ def is_correct(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.shape[-1] == 1:
         return (logits[:, 0] > 0) == (targets > 0.5)
     return logits.argmax(-1) == targets
+
+
+def rows_all_true(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Whether all of a row's values are true: `[rows]` bool. A row without values counts as true.
+
+    Args:
+        values: `[n]` bool; row: `[n]` int64, the row of each value.
+
+    Example:
+        >>> rows_all_true(torch.tensor([True, False, True]), torch.tensor([0, 0, 1]), 2).tolist()
+        [False, True]
+    """
+    misses = torch.zeros(rows, device=values.device).index_add(0, row, (~values).float())
+    return misses == 0
+
+
+def rows_sum(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Sum of each row's values: `[rows]` float32."""
+    return torch.zeros(rows, device=values.device).index_add(0, row, values.float())

@@ -18,7 +18,7 @@ from mend_lightning.models.forward.phases import TRUNK, phase
 from mend_lightning.models.forward.trunk import StackOutput, TrunkOutputs, record_trunk
 from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.layers import find_stacks
-from mend_lightning.models.sharding.lockstep import smallest
+from mend_lightning.models.sharding.collectives import smallest
 
 # Below this the second forward call costs more than it saves.
 SHORTEST_PREFIX = 4

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from mend_lightning.edits.deltas import Delta
+from mend_lightning.models.forward.hooks import Delta
 from mend_lightning.models.forward.run_trunk import leading_tokens, shares_prefixes
 from mend_lightning.models.sharding.collectives import is_sharded
 
@@ -33,10 +33,10 @@ def one_task(deltas: Mapping[str, Delta] | None, task_of_row: Tensor | None) -> 
     """The deltas of the only task that rows are of, to be applied to any number of rows; None where there are several.
 
     Example:
-        >>> from mend_lightning.edits.deltas import LowRankDelta
-        >>> deltas = {"fc": LowRankDelta(torch.ones(2, 3, 4), torch.ones(2, 3, 4))}
-        >>> one_task(deltas, None), one_task(deltas, torch.tensor([1, 1]))["fc"].tasks, one_task(None, None)
-        (None, 1, {})
+        >>> from types import SimpleNamespace
+        >>> delta = SimpleNamespace(tasks=2, of_task=lambda task: f"task {task}")
+        >>> one_task({"fc": delta}, None), one_task({"fc": delta}, torch.tensor([1, 1])), one_task(None, None)
+        (None, {'fc': 'task 1'}, {})
     """
     deltas = dict(deltas or {})
     if all(delta.tasks == 1 for delta in deltas.values()):

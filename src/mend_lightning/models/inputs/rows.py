@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from mend_lightning.models.inputs.positions import Positions, Reach, Tokens
 
 IGNORED_LABEL = -100
-
 _MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
 
@@ -188,67 +187,6 @@ class Rows:
     def task_of_row(self) -> Tensor | None:
         """None when rows are grouped: the cheap case, where a reshape replaces an index."""
         return None if self.grouped else self.task
-
-
-@dataclass(frozen=True)
-class EditBatch:
-    """One meta-learning batch: several independent edit tasks.
-
-    Attributes:
-        z_edit: the edit examples `(x_e, y_e)`.
-        x_out: unrelated inputs, with the labels that drawdown is measured on.
-        x_in: rephrases of the edits (their `labels` are `y_in`).
-        y_in: `[rows, length]` labels of `x_in`, aligned like `Rows.labels`.
-        texts: the tasks as text (`EditTask`), for reports and error messages; may be empty.
-    """
-
-    z_edit: Rows
-    x_out: Rows
-    x_in: Rows
-    texts: tuple[Any, ...] = ()
-
-    @property
-    def y_in(self) -> Tensor:
-        return self.x_in.labels
-
-    @property
-    def tasks(self) -> int:
-        return self.z_edit.tasks
-
-    def __len__(self) -> int:
-        return self.tasks
-
-    def to(self, *args, **kwargs) -> EditBatch:
-        moved = (rows.to(*args, **kwargs) for rows in (self.z_edit, self.x_out, self.x_in))
-        return EditBatch(*moved, self.texts)
-
-    def pin_memory(self) -> EditBatch:
-        return EditBatch(*(rows.pin_memory() for rows in (self.z_edit, self.x_out, self.x_in)), self.texts)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Gradient factors of one layer: `∇W = Σ_t delta_t u_tᵀ` for each task.
-
-    Attributes:
-        u: `[tokens, d_in]` float32, the layer's input at the kept tokens of all tasks.
-        delta: `[tokens, d_out]` float32, the loss gradient at the layer's output.
-        task: `[tokens]` int64, the task of each token.
-        tasks: number of tasks.
-        row: `[tokens]` int64, the row of `z_edit` that each token is of; None where nobody asks.
-        kept: `[tokens]` bool, false for tokens that are here only because the device was not asked whether they count: their
-            `u` and `delta` are 0, and neither statistics nor edits may see them. None: all count.
-        place: each token's position within its task `[tokens]`, and the largest task's token count; None where it is
-            not known without asking the device.
-    """
-
-    u: Tensor
-    delta: Tensor
-    task: Tensor
-    tasks: int
-    row: Tensor | None = None
-    kept: Tensor | None = None
-    place: tuple[Tensor, int] | None = None
 
 
 def concatenate_rows(parts: Sequence[Rows]) -> Rows:

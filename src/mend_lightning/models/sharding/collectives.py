@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 # On a layer inside a block that FSDP1 shards: the block, which alone can gather it.
@@ -72,3 +73,27 @@ def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
         ['fc.weight', 'fc.bias']
     """
     return {prefix + name: whole(value.detach()).cpu() for name, value in module.state_dict().items()}
+
+
+def smallest(value: int, model: nn.Module) -> int:
+    """The smallest `value` of all processes that share `model`; itself where the model is not sharded.
+
+    Example:
+        >>> smallest(3, nn.Linear(2, 2))
+        3
+    """
+    if not is_sharded(model):
+        return value
+    shared = torch.tensor(value, device=next(model.parameters()).device)
+    distributed.all_reduce(shared, distributed.ReduceOp.MIN)
+    return int(shared)
+
+
+def anywhere(flag: bool, model: nn.Module) -> bool:
+    """Whether `flag` is true on any of the processes that share `model`; itself where the model is not sharded.
+
+    Example:
+        >>> anywhere(False, nn.Linear(2, 2))
+        False
+    """
+    return not smallest(int(not flag), model)

@@ -6,22 +6,17 @@ Weights are never touched by an edit, so nothing else of the method has to know:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from mend_lightning.errors import ConfigError
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.models.sharding.collectives import is_sharded, remember_unit
-
-if TYPE_CHECKING:
-    from mend_lightning.editors.editor import Editor
-
 
 # Gives a unit (its name, and the module) its weights.
 Fill = Callable[[str, nn.Module], None]
@@ -81,31 +76,6 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, fill: Fill) -> None:
     # It runs an encoder by itself, before the model, whose embeddings are to be gathered by then.
     if hasattr(model, "generate"):
         register_fsdp_forward_method(model, "generate")
-
-
-def shard_editor(editor: Editor, mesh: DeviceMesh) -> None:
-    """Shards what an editor learns, its gradient and its optimiser's state, on the device of `mesh`.
-
-    Raises:
-        ConfigError: see `check_shardable`.
-    """
-    check_shardable(editor)
-    # The same on every process, whatever the seeds: each keeps its part of the first one's.
-    for parameter in editor.parameters():
-        distributed.broadcast(parameter.data, src=0)
-    # The editor last: it is gathered when its own forward is called, with what is in no unit (edit rates).
-    for unit in [*editor.shard_units(), editor]:
-        fully_shard(unit, mesh=mesh)
-
-
-def check_shardable(editor: Editor) -> None:
-    """Raises ConfigError if this editor cannot work on a sharded model."""
-    if editor.shard_units() is None:
-        raise ConfigError(
-            f"{type(editor).__name__} cannot work on a sharded model: it uses its parameters or the base's outside of "
-            "their modules' forward, or decides from the data how often the model runs. Use --trainer.strategy ddp, or "
-            "MendEditor."
-        )
 
 
 @torch.no_grad()

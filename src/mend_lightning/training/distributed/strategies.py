@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from mend_lightning.editors.editor import Editor
@@ -18,9 +19,7 @@ from mend_lightning.errors import ConfigError
 from mend_lightning.models.sharding.collectives import whole
 from mend_lightning.models.sharding.fsdp import (
     Fill,
-    check_shardable,
     load_whole_state,
-    shard_editor,
     shard_model,
     sharded_optimizer_state,
     wrap_blocks,
@@ -44,6 +43,9 @@ class ShardedStrategy(ModelParallelStrategy):
         process_group_backend: "nccl" or "gloo"; None: by the device.
         timeout: how long a process waits for the others before it gives up.
     """
+
+    # A process has a part of the base: all of them must run equally many batches.
+    shards_base = True
 
     def __init__(
         self,
@@ -137,6 +139,8 @@ class ShardedBaseStrategy(DDPStrategy):
     output head stay whole on every device. `fsdp2` shards those and the editor as well.
     """
 
+    shards_base = True
+
     def shard_base(self, model: nn.Module, fill: Fill) -> None:
         """See `wrap_blocks`."""
         wrap_blocks(model, self.root_device, fill)
@@ -152,6 +156,32 @@ class ShardedBaseStrategy(DDPStrategy):
 
 # "fsdp" itself is Lightning's; the command line puts `ShardedBaseStrategy` in its place.
 StrategyRegistry.register("fsdp1", ShardedBaseStrategy, description="The base's blocks sharded (FSDP1), the editor whole")
+
 StrategyRegistry.register(
     "fsdp2", ShardedStrategy, description="The base sharded by its blocks, and the editor, over all processes (FSDP2)"
 )
+
+
+def shard_editor(editor: Editor, mesh: DeviceMesh) -> None:
+    """Shards what an editor learns, its gradient and its optimiser's state, on the device of `mesh`.
+
+    Raises:
+        ConfigError: see `check_shardable`.
+    """
+    check_shardable(editor)
+    # The same on every process, whatever the seeds: each keeps its part of the first one's.
+    for parameter in editor.parameters():
+        distributed.broadcast(parameter.data, src=0)
+    # The editor last: it is gathered when its own forward is called, with what is in no unit (edit rates).
+    for unit in [*editor.shard_units(), editor]:
+        fully_shard(unit, mesh=mesh)
+
+
+def check_shardable(editor: Editor) -> None:
+    """Raises ConfigError if this editor cannot work on a sharded model."""
+    if editor.shard_units() is None:
+        raise ConfigError(
+            f"{type(editor).__name__} cannot work on a sharded model: it uses its parameters or the base's outside of "
+            "their modules' forward, or decides from the data how often the model runs. Use --trainer.strategy ddp, or "
+            "MendEditor."
+        )

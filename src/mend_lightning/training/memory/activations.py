@@ -23,22 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mend_lightning.editors.editor import Editor, Made
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.editors.edited_model import Made
+from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.enn import EnnEditor
-from mend_lightning.editors.factors import edit_factors
+from mend_lightning.editors.factors import descent, edit_factors
 from mend_lightning.editors.gradient_reach import remember_reach
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.edits.deltas import descent
 from mend_lightning.models.forward.head import whole_logits
 from mend_lightning.models.forward.logits import output_head, without_cache
 from mend_lightning.models.forward.phases import BACKWARD, EDITED, PHASES, TRANSFORMS, TRUNK, phase
 from mend_lightning.models.forward.trunk import TrunkOutputs, record_trunk
 from mend_lightning.models.inputs.positions import Reach
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.training.memory.live_bytes import FusedAttention, LiveBytes
-from mend_lightning.training.parts import check_in_parts, known_loss
-from mend_lightning.training.step import edit_step, outer_losses
+from mend_lightning.training.step import check_in_parts, edit_step, known_loss, outer_losses
 
 
 @dataclass(frozen=True)

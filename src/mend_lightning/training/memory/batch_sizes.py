@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from mend_lightning.data.batch import collate_tasks
+from mend_lightning.data.batch import EditBatch, collate_tasks
 from mend_lightning.data.buckets import Key, TaskLengths, bucketed
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.sources import find_data_file, split_name
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import DataFileError, TruncationWarning
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, EditBatch, Rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.training.memory.activations import BatchCounts, RowCounts
 from mend_lightning.training.step import LocalityPositions, locality_positions_of
-
-if TYPE_CHECKING:
-    from mend_lightning.data.datamodule import EditDataModule
 
 # Batches that are looked at: a step takes as much memory as the largest of them.
 BATCHES = 24

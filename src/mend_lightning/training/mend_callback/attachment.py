@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from mend_lightning.data.guest import Guest
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.data.datamodule import EditDataModule, Guest
+from mend_lightning.data.order import repeated
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.making import make_edit
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import ConfigError, NoEffectWarning
+from mend_lightning.evaluation.evaluate import evaluate_batch, hard_rows
+from mend_lightning.evaluation.metric_collection import Scoreboard
 from mend_lightning.models.layers import layer_shape, select_layers
 from mend_lightning.models.sharding.collectives import is_sharded
 from mend_lightning.training.calibration import calibrate
+from mend_lightning.training.checks import check_checkpoint
 from mend_lightning.training.mend_callback.find_model import check_forward, find_model
 from mend_lightning.training.mend_callback.host_checks import check_forward_pass, check_sharded
 from mend_lightning.training.mend_callback.isolation import borrowed
-from mend_lightning.training.mend_callback.keeping import editor_state, load_editor_state
-from mend_lightning.training.mend_callback.measuring import measure_editor
-
-if TYPE_CHECKING:
-    from mend_lightning.data.datamodule import EditDataModule
 
 
 class Visit:
@@ -201,3 +201,42 @@ class Visit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps a state for the next `arrive`: the model may not be there yet."""
         self._pending = state
+
+
+def editor_state(editor: Editor) -> dict[str, Any]:
+    """The editor's tensors, copied to the CPU, and what it is."""
+    tensors = {name: value.detach().cpu().clone() for name, value in editor.state_dict().items()}
+    return {"tensors": tensors, "description": editor.description()}
+
+
+def load_editor_state(editor: Editor, state: dict[str, Any]) -> None:
+    """Loads what `editor_state` gave into an editor of the same class, layers and settings.
+
+    Raises:
+        BaseModelMismatchError: it has others.
+        StateDictError: a tensor is missing.
+    """
+    # The base's weights have moved since, so that its fingerprint says nothing.
+    about = {**state["description"], "base_fingerprint": editor.base_fingerprint}
+    tensors = {f"editor.{name}": value for name, value in state["tensors"].items()}
+    check_checkpoint({"mend_lightning": about, "state_dict": tensors}, editor)
+    editor.load_state_dict(state["tensors"])
+
+
+@torch.no_grad()
+def measure_editor(model: nn.Module, editor: Editor, batches: Iterable[EditBatch]) -> dict[str, float]:
+    """name -> value of every metric of `Scoreboard`, over the batches of all processes.
+
+    Args:
+        model: the host's, borrowed (`manners.borrowed`).
+        editor: in eval mode.
+        batches: a loader of evaluation tasks.
+    """
+    device = next(model.parameters()).device
+    scoreboard = Scoreboard().to(device)
+    for index, batch in enumerate(batches):
+        batch = batch.to(device)
+        scores = evaluate_batch(model, editor, batch)
+        if not repeated(batches, index):
+            scoreboard.update(scores, hard_rows(batch))
+    return scoreboard.compute()

@@ -19,9 +19,7 @@ from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import ModelNotFoundError
-from mend_lightning.evaluation.report import console
 from mend_lightning.training.mend_callback.attachment import Visit
-from mend_lightning.training.mend_callback.clock import Clock
 from mend_lightning.training.mend_callback.editor_training import LearningSettings
 from mend_lightning.training.mend_callback.host_checks import (
     check_budget,
@@ -30,9 +28,10 @@ from mend_lightning.training.mend_callback.host_checks import (
     check_prefixes,
 )
 from mend_lightning.training.mend_callback.patch import Patch
-from mend_lightning.training.mend_callback.schedule import Schedule
+from mend_lightning.training.mend_callback.schedule import Clock, Schedule
 from mend_lightning.training.mend_callback.side_training import Beside
 from mend_lightning.training.optimization import Decay
+from mend_lightning.training.progress.console import console
 from mend_lightning.training.step import LocalityPositions
 
 

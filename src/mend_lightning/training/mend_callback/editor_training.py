@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.normalizer import RunningNormalizer
 from mend_lightning.errors import NoEffectWarning
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.training.optimization import Decay, lr_factor, parameter_groups
-from mend_lightning.training.parts import step_loss
-from mend_lightning.training.step import LocalityPositions
+from mend_lightning.training.step import LocalityPositions, step_loss
 
 
 @dataclass(frozen=True)

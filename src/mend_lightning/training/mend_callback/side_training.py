@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.data.order import ResumableLoader
 from mend_lightning.errors import NoEffectWarning
-from mend_lightning.evaluation.report import counted
 from mend_lightning.training.mend_callback.attachment import Visit
-from mend_lightning.training.mend_callback.clock import Clock
 from mend_lightning.training.mend_callback.editor_training import EditorTraining, LearningSettings
-from mend_lightning.training.mend_callback.feed import Feed
-from mend_lightning.training.mend_callback.schedule import Schedule
+from mend_lightning.training.mend_callback.schedule import Clock, Schedule
+from mend_lightning.training.progress.console import counted
 
 
 class Beside:
@@ -88,3 +89,32 @@ class Beside:
             f"{counted(training.steps, 'editor step')}{skipped}; {clock.guest:.1f} s of {clock.total:.1f} s were the "
             f"callback's ({clock.share:.1%})"
         )
+
+
+class Feed:
+    """Epoch after epoch of a loader.
+
+    Args:
+        loader: of the training edits.
+        place: where to go on, from `state_dict`.
+    """
+
+    def __init__(self, loader: ResumableLoader, place: dict[str, int] | None = None) -> None:
+        self._loader, self._batches = loader, None
+        if place:
+            loader.load_state_dict(place)
+
+    def next(self) -> EditBatch:
+        """The next batch, of the next epoch where this one is over."""
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = next(self._batches, None)
+        if batch is None:
+            self._loader.sampler.set_epoch(self._loader.sampler.epoch + 1)
+            self._batches: Iterator[Any] | None = iter(self._loader)
+            batch = next(self._batches)
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place behind the last batch, as builtins."""
+        return self._loader.state_dict()

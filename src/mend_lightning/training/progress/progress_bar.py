@@ -11,8 +11,8 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from tqdm import tqdm
 
-from mend_lightning.evaluation.report import counted
-from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.training.progress.console import counted
 from mend_lightning.training.progress.pace import ending
 from mend_lightning.training.progress.progress_line import ProgressLine
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.inputs.rows import EditBatch
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.training.progress.console import console
 from mend_lightning.training.progress.pace import Pace, amount, duration
 from mend_lightning.training.progress.pace import ending as ending_text
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mend_lightning.models.inputs.rows import Rows
-from mend_lightning.training.trunk_cache.index import KEY_BYTES
+from mend_lightning.training.trunk_cache.row_store import KEY_BYTES
 
 MASK_OF = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 

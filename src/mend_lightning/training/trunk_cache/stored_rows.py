@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mend_lightning.models.forward.run_trunk import SHORTEST_PREFIX
-from mend_lightning.training.trunk_cache.index import NO_PARENT
 from mend_lightning.training.trunk_cache.observe import TrunkShape
 from mend_lightning.training.trunk_cache.row_keys import row_key
-from mend_lightning.training.trunk_cache.row_store import RowStore
+from mend_lightning.training.trunk_cache.row_store import NO_PARENT, RowStore
 
 # What the model reads of a row, see `row_texts`.
 Text = Sequence[np.ndarray]

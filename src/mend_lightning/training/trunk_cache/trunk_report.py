@@ -10,17 +10,16 @@ from typing import Any
 import lightning as L
 import torch
 
+from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.errors import ConfigError, NoEffectWarning
-from mend_lightning.evaluation.report import console
-from mend_lightning.models.inputs.rows import EditBatch
 from mend_lightning.models.sharding.collectives import is_sharded, own_class
 from mend_lightning.training.distributed.placement import SHARDING
+from mend_lightning.training.progress.console import console
 from mend_lightning.training.trunk_cache import CachedTrunk, check_folder
 from mend_lightning.training.trunk_cache.cached import SHARDED
-from mend_lightning.training.trunk_cache.estimate import Worth, worth_of
+from mend_lightning.training.trunk_cache.estimate import Worth, run_rows, worth_of
 from mend_lightning.training.trunk_cache.observe import NotCacheable, observe_trunk
-from mend_lightning.training.trunk_cache.repeats import run_rows
 
 
 def check_trunk_cache(folder: str | Path, strategy: Any) -> None:
