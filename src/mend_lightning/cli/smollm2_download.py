@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mend_lightning.errors import ModelLoadError, OutputPathError
 from mend_lightning.files import check_writable
-from mend_lightning.models.smollm2 import MARKER, MODEL_NAME, WEIGHTS, read_marker, cache_folder, find_smollm2
+from mend_lightning.models.smollm2 import MARKER, MODEL_NAME, WEIGHTS, cache_folder, find_smollm2, read_marker
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from mend_lightning.editors.transform import Inputs, network_widths, group_layers
+from mend_lightning.editors.transform import Inputs, group_layers, network_widths
 from mend_lightning.errors import BaseModelMismatchError, StateDictError
 from mend_lightning.models.layers import is_editable, layer_shape
 

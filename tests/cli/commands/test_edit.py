@@ -1,0 +1,162 @@
+"""`edit` with its check and its separate files: end to end on a tiny base."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.commandline import assert_says, call
+from helpers.edit_commands import OTHER, QUESTION, TARGET, edit, typed
+from helpers.edited import CLAIM
+
+from mend_lightning import Edit
+from mend_lightning.cli.commands.edit import NOT_SAFE
+from mend_lightning.cli.commands.inputs import read_facts, read_questions
+from mend_lightning.cli.commands.output import verdict
+
+pytest_plugins = ["helpers.bases", "helpers.edit_commands"]
+
+
+def test_check_of_an_edit_that_is_not_safe(tiny, shipped, tmp_path):
+    out = tmp_path / "edit.safetensors"
+    asked = ["--prompt", QUESTION, "--target", TARGET, "--rephrase", "Where?", "--rephrase", "When?", "--out", out]
+    result = edit(tiny, *asked, "--check", "true")
+    assert (result.code, result.err) == (NOT_SAFE, "") and NOT_SAFE == 3
+    assert "Not safe to keep. 0 of 3 edited questions and rephrases get the new answer" in result.out
+    check = Edit.load(out).about["check"]
+    assert check["safe"] is False and check["others"] == "neutral" and check["failed"] == [QUESTION, "Where?", "When?"]
+    assert check["questions"] == {"edited": 1, "rephrase": 2, "neutral": 3}
+    assert "not safe to keep (success 0.00" in call("show", out).out
+
+
+def test_check_of_an_edit_that_is_safe(tiny, shipped, tmp_path):
+    """The new answer is the base's own, and the edit does next to nothing."""
+    out = tmp_path / "edit.safetensors"
+    asked = ["--prompt", QUESTION, "--target", "Asia", "--out", out, "--check", "true"]
+    result = edit(tiny, *asked, editor="weak")
+    assert (result.code, result.err) == (0, "")
+    assert "Asking 178 neutral questions" in result.out
+    assert "Safe to keep." in result.out and "shipped neutral questions" in result.out and "No rephrase" in result.out
+    assert Edit.load(out).about["check"]["safe"] is True
+    result = edit(tiny, *asked, "--neighbour", OTHER, "--unrelated+", "Who?", editor="weak")
+    check = Edit.load(out).about["check"]
+    assert result.code == 0 and check["others"] == "given" and "Asking" not in result.out
+    assert check["questions"] == {"edited": 1, "unrelated": 1, "neighbour": 1}
+    assert "near neighbour" in result.out and OTHER in result.out
+
+
+def test_without_a_check_there_is_none(tiny, tmp_path):
+    result = edit(tiny, "--prompt", QUESTION, "--target", TARGET, "--out", tmp_path / "edit.safetensors")
+    assert result.code == 0 and "safe" not in result.out.replace("safetensors", "")
+    assert "check" not in Edit.load(tmp_path / "edit.safetensors").about
+
+
+def test_check_of_a_classifier_needs_statements(tiny, tmp_path):
+    asked = ["--prompt", CLAIM[0], "--target", CLAIM[1], "--out", tmp_path / "edit.safetensors", "--check", "true"]
+    assert_says(edit(tiny, *asked, editor="claims").err, "no statements that a classifier could judge")
+    result = edit(tiny, *asked, "--unrelated", "Paris is a city.", editor="claims")
+    assert result.code in (0, NOT_SAFE) and result.err == ""
+
+
+def test_separate_edits(tiny, tmp_path, shipped):
+    lines = [
+        {"prompt": QUESTION, "target": "Africa"},
+        {"prompt": OTHER, "target": "Cuba"},
+        {"prompt": OTHER, "target": "cuba!"},
+    ]
+    file, out = tmp_path / "facts.jsonl", tmp_path / "new" / "edits"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    result = edit(tiny, "--edits", file, "--separate", "true", "--out", out, "--check", "true")
+    assert (result.code, result.err) == (NOT_SAFE, "")
+    names = [
+        "which-continent-is-north-korea-in-africa",
+        "which-country-is-managua-in-cuba",
+        "which-country-is-managua-in-cuba-2",
+    ]
+    assert {path.name for path in out.iterdir()} == {f"{name}.safetensors" for name in names}
+    for name, line in zip(names, lines):
+        saved = Edit.load(out / f"{name}.safetensors")
+        assert saved.about["edits"] == [line] and saved.about["on_top_of"] == [] and "check" in saved.about
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--separate", "true", "--prompt", "a", "--target", "b"], "Give --edits FILE"),
+        (["--interactive", "true", "--prompt", "a"], "asks for the facts itself"),
+        (["--interactive", "true", "--check", "true"], "In a conversation, type :check"),
+        (["--prompt", "a", "--target", " "], "--target is empty"),
+        (["--prompt", "", "--target", "b"], "--prompt is empty"),
+        (["--prompt", "a", "--target", "b", "--out", "/"], "it is a folder"),
+        (["--prompt", "a", "--target", "b", "--out", "/dev/null/edit"], "Cannot write to the folder"),
+        ([], "needs --prompt and --target"),
+    ],
+)
+def test_what_edit_refuses(arguments, text, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    typed(monkeypatch)
+    result = edit(tiny, *arguments)
+    assert result.code == 1
+    assert_says(result.err, text)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_an_edit_cannot_be_written_shows_at_once(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+
+    def load(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("mend_lightning.cli.commands.edit.load_editor_and_base", load)
+    monkeypatch.setattr("mend_lightning.cli.commands.apply.load_asked_base", load)
+    result = edit(tiny, "--prompt", "a", "--target", "b", "--out", tmp_path / "file" / "edit")
+    assert_says(result.err, "Cannot write to the folder")
+    result = call("apply", tiny.path, "--ask", "a", "--plot", tmp_path / "file" / "plot")
+    assert_says(result.err, "Cannot write to the folder")
+
+
+def test_switches_without_a_value(tiny, shipped, tmp_path):
+    """`--check` and `--json` as in other programs."""
+    made = edit(tiny, "--prompt", QUESTION, "--target", "Africa", "--check", "--out", tmp_path / "edit")
+    assert "check" in Edit.load(tmp_path / "edit").about and made.code in (0, NOT_SAFE)
+    assert json.loads(call("show", tmp_path / "edit", "--json").out)["check"]
+
+
+def test_lines_end_where_json_says(tmp_path):
+    """Windows line ends, and separators that are letters to JSON and line ends to str.splitlines."""
+    lines = [{"prompt": "Where is\u2028Lyon?", "target": "Italy"}, {"prompt": "Where\x85?", "target": "Spain"}]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines)
+    (tmp_path / "facts").write_bytes(text.encode())
+    expected = [(line["prompt"], line["target"]) for line in lines]
+    assert read_facts(tmp_path / "facts") == expected
+    assert read_questions(tmp_path / "facts") == [prompt for prompt, _ in expected]
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("Asia", "Cuba", "changed as asked"),
+        ("Cuba", "Cuba", "as asked, as before"),
+        ("Asia", "Asia", "not what was asked"),
+    ],
+)
+def test_verdicts(old, new, said):
+    """An edit to what the base says anyway changes nothing, and must not look as if it did."""
+    for kind in ("edited", "rephrase"):
+        assert said in verdict(kind, OTHER, old, new, {OTHER: "Cuba"})
+
+
+def test_one_unsafe_edit_of_several(tiny, tmp_path):
+    """The first gets the answer that the base gives anyway."""
+    lines = [{"prompt": QUESTION, "target": "Asia"}, {"prompt": QUESTION, "target": "Africa"}]
+    for name, some, code in (("both", lines, NOT_SAFE), ("first", lines[:1], 0)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, some)))
+        asked = ["--edits", tmp_path / name, "--separate", "true", "--out", tmp_path / "edits", "--check", "true"]
+        assert edit(tiny, *asked, "--unrelated", OTHER, editor="weak").code == code
+
+
+def test_separate_edits_where_nothing_can_be_written(tiny, tmp_path):
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"prompt": "a", "target": "b"}))
+    (tmp_path / "file").touch()
+    result = edit(tiny, "--edits", tmp_path / "facts.jsonl", "--separate", "true", "--out", tmp_path / "file" / "edits")
+    assert_says(result.err, "Cannot write to the folder")

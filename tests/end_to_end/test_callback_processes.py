@@ -1,0 +1,111 @@
+"""MendCallback on two processes, ddp and FSDP2: the same training, the same editor; this file is also what they run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from helpers.bases import REMARKS
+from helpers.hosts import Host, Watch, compare, guest, host_loader, train_host, trainer_for
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+
+from mend_lightning.models.sharding.collectives import whole_state
+
+pytest_plugins = ["helpers.bases"]
+pytestmark = pytest.mark.filterwarnings(*REMARKS)
+
+
+class Still(Host):
+    """Does not move, so that the editor's numbers can be told from those of one process."""
+
+    def __init__(self) -> None:
+        super().__init__("llama", lr=0.0)
+
+
+class Sharded(Still):
+    """Shards its blocks, as a host does under FSDP2."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self.model, "set_requires_gradient_sync"):
+            for block in self.model.model.layers:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+class Moving(Sharded):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 1e-3
+
+
+def editor_of(facts: Path, host: type[Host], processes: int, **settings) -> tuple[dict, dict]:
+    """The editor's state after a training, on every process, and what was measured."""
+    # Two processes have half as many batches an epoch each.
+    callback = guest(facts, precondition=0.1, calibration_batches=2, every_n_steps=4 // processes)
+    callback._visit.edits.batch_size = 4 // processes
+    L.seed_everything(7, verbose=False)
+    module = host()
+    trainer = trainer_for([callback], num_sanity_val_steps=0, **settings)
+    trainer.fit(module, host_loader(module, facts), host_loader(module, facts, shuffle=False))
+    measured = {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" not in name}
+    measured.pop("mend/time_share")
+    return callback.editor.state_dict(), measured
+
+
+def sharded_run(facts: Path, callbacks: list[L.Callback]) -> dict:
+    L.seed_everything(7, verbose=False)
+    module, watch = Moving(), Watch()
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer = trainer_for([*callbacks, watch], strategy=strategy, devices=2, max_epochs=1)
+    trainer.fit(module, host_loader(module, facts), host_loader(module, facts, shuffle=False))
+    losses = [(state[0], state[1], state[-1]) for state in watch.states]
+    return {"states": losses, "weights": whole_state(module), "logged": trainer.logger.without("mend")}
+
+
+def main(facts: Path, folder: Path) -> None:
+    """What each of the two processes does; it leaves its numbers in a file of its own."""
+    spread = {"devices": 2, "strategy": "ddp"}
+    compare(train_host(facts, [], **spread), train_host(facts, [guest(facts)], **spread))
+    alone, visited = sharded_run(facts, []), sharded_run(facts, [guest(facts)])
+    compare(alone, visited)
+    sharded = {"devices": 2, "strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
+    out = {"ddp": editor_of(facts, Still, 2, **spread), "fsdp2": editor_of(facts, Sharded, 2, **sharded)}
+    torch.save(out, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def processes(facts, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(
+        [*command, __file__, str(facts), str(folder)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    # Both hosts are compared there, with and without the callback.
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-6000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_one_editor_and_that_of_one_process(processes, facts):
+    state, measured = editor_of(facts, Still, 1)
+    for layout in ("ddp", "fsdp2"):
+        (first, told), (second, other) = (each[layout] for each in processes)
+        assert told == other and told == pytest.approx(measured, rel=1e-4, abs=2e-6), layout
+        for name, value in state.items():
+            assert torch.equal(first[name], second[name]), (layout, name)
+            torch.testing.assert_close(
+                first[name], value, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.use_deterministic_algorithms(True)
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What tests share: tiny models and bases, random edits, hosts of MendCallback, and slow truths to compare with."""
