@@ -105,7 +105,9 @@ def watched(watch: Stopwatch) -> Iterator[list[Tensor]]:
         yield made
 
 
-def profile(model: Any, editor: MendEditor, batches: list[EditBatch], positions: str, console: Console) -> dict[str, Any]:
+def profile(
+    model: Any, editor: MendEditor, batches: list[EditBatch], positions: str, console: Console
+) -> dict[str, Any]:
     """Phase -> median seconds of a step over `batches`, each once, after two that do not count."""
     optimizer = torch.optim.Adam(editor.parameters(), lr=LEARNING_RATE, fused=True)
     found: dict[str, list[float]] = {phase: [] for phase in PHASES}
@@ -138,7 +140,12 @@ def _quickstart(folder: Path, steps: int) -> tuple[Any, MendEditor, list[EditBat
 def _random(options: argparse.Namespace) -> tuple[Any, MendEditor, list[EditBatch], str]:
     model = make_model(options.model, dtype=options.dtype)
     editor = make_editor(model, options.rank).train()
-    return model, editor, [make_batch(model, options.edits, options.tokens, seed=i) for i in range(options.repeats)], "all"
+    return (
+        model,
+        editor,
+        [make_batch(model, options.edits, options.tokens, seed=i) for i in range(options.repeats)],
+        "all",
+    )
 
 
 def show(seconds: dict[str, float], title: str, console: Console) -> None:
@@ -164,7 +171,9 @@ def plot(lines: list[dict[str, Any]], target: Path) -> Path:
     for number, phase in enumerate(PHASES):
         shares = [line["seconds"][phase] / sum(line["seconds"].values()) for line in lines]
         bars = axes.barh(names, shares, left=left, label=phase, color=f"C{number}", edgecolor="white")
-        axes.bar_label(bars, [f"{share:.0%}" if share > 0.03 else "" for share in shares], label_type="center", fontsize=8)
+        axes.bar_label(
+            bars, [f"{share:.0%}" if share > 0.03 else "" for share in shares], label_type="center", fontsize=8
+        )
         left = [a + b for a, b in zip(left, shares)]
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -181,8 +190,12 @@ def add_parser(commands: Any) -> None:
         "profile", help="where a training step's time goes, as a table and a picture",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--model", default="gpt2-small", help=f"{', '.join([*MODELS, *SHAPES])} (random weights), or a name")
-    parser.add_argument("--editor", type=Path, help="folder of the quickstart's editor: its model, data and bfloat16 instead")
+    parser.add_argument(
+        "--model", default="gpt2-small", help=f"{', '.join([*MODELS, *SHAPES])} (random weights), or a name"
+    )
+    parser.add_argument(
+        "--editor", type=Path, help="folder of the quickstart's editor: its model, data and bfloat16 instead"
+    )
     parser.add_argument("--edits", type=int, default=8, help="of a step")
     parser.add_argument("--tokens", type=int, default=24, help="of every row")
     parser.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")

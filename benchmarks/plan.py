@@ -1,4 +1,4 @@
-"""The memory plan beside the measured peak of a training run, in a process of its own: `python -m benchmarks.plan SETTINGS_AS_JSON`."""
+"""The memory plan beside the measured peak of a training run: `python -m benchmarks.plan SETTINGS_AS_JSON`."""
 
 from __future__ import annotations
 
@@ -174,7 +174,9 @@ def add_parser(commands: Any) -> None:
         "plan", help="the memory plan beside the measured peak of training steps, for several models",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--model", help="a model whose shape ships with the package, or a folder; default: a list of runs")
+    parser.add_argument(
+        "--model", help="a model whose shape ships with the package, or a folder; default: a list of runs"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     parser.add_argument("--edits", type=int, default=8, help="of a step")
     parser.add_argument("--rank", type=int, default=1920, help="rank of the editor's matrices")

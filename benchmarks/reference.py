@@ -77,9 +77,7 @@ class ReferenceMend:
             of the edited layers' only.
     """
 
-    def __init__(
-        self, model: nn.Module, editor: MendEditor, c_edit: float = 0.1, all_gradients: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, editor: MendEditor, c_edit: float = 0.1, all_gradients: bool = True) -> None:
         self.model, self.editor, self.c_edit = model, editor, c_edit
         modules = dict(model.named_modules())
         self.layers = {name: modules[name] for name in editor.layers}

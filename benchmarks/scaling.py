@@ -29,7 +29,9 @@ class StepClock(L.Callback):
         self.path, self.warm_up, self.steps = Path(path), warm_up, steps
         self._started = 0.0
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         done = trainer.global_step
         if done == self.warm_up:
             trainer.strategy.barrier()
@@ -39,7 +41,9 @@ class StepClock(L.Callback):
             trainer.strategy.barrier()
             seconds = time.perf_counter() - self._started
             if trainer.is_global_zero:
-                self.path.write_text(json.dumps({"seconds": seconds, "edits": self.steps * len(batch) * trainer.world_size}))
+                self.path.write_text(
+                    json.dumps({"seconds": seconds, "edits": self.steps * len(batch) * trainer.world_size})
+                )
 
 
 def edits_per_second(config: str, processes: int, strategy: str, warm_up: int, steps: int) -> float:
@@ -63,9 +67,7 @@ def edits_per_second(config: str, processes: int, strategy: str, warm_up: int, s
     return found["edits"] / found["seconds"]
 
 
-def measure(
-    config: str, processes: list[int], strategy: str, warm_up: int, steps: int, repeats: int
-) -> dict[str, Any]:
+def measure(config: str, processes: list[int], strategy: str, warm_up: int, steps: int, repeats: int) -> dict[str, Any]:
     """Edits per second of each number of processes, in turn, and how they compare with the first."""
     runs: dict[int, list[float]] = {count: [] for count in processes}
     for _ in range(repeats):

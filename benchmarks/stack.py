@@ -37,7 +37,9 @@ def random_edits(model: nn.Module, layers: Sequence[str] | None, rank: int, coun
         for name, layer in chosen.items():
             down, up = (0.01 * torch.randn(1, rank, width, generator=generator) for width in layer_shape(layer))
             deltas[name] = LowRankDelta(down, up)
-        return Edit(deltas, {"id": str(number), "edits": [{"prompt": f"q {number}", "target": "a"}], "weights": weights})
+        return Edit(
+            deltas, {"id": str(number), "edits": [{"prompt": f"q {number}", "target": "a"}], "weights": weights}
+        )
 
     return [one(number) for number in range(count)]
 

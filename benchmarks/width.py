@@ -117,7 +117,12 @@ def add_parser(commands: Any) -> None:
 def command(options: argparse.Namespace, arguments: list[str], console: Console) -> dict[str, Any]:
     """Measures, prints a table, appends a line; returns the line."""
     rows = compare(options.widths, options.tokens)
-    line = {**when(arguments), "settings": {"widths": options.widths, "tokens": options.tokens}, "rows": rows, **machine()}
+    line = {
+        **when(arguments),
+        "settings": {"widths": options.widths, "tokens": options.tokens},
+        "rows": rows,
+        **machine(),
+    }
     show(rows, console)
     console.print(f"Appended to {append(options.out, 'width', line)}")
     return line

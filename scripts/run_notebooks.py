@@ -1,6 +1,6 @@
 """Runs notebooks in a kernel of this Python and saves them with their outputs, in a form that git can compare.
 
-    python scripts/run_notebooks.py notebooks/*.ipynb
+python scripts/run_notebooks.py notebooks/*.ipynb
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ NATIONS_OF_GB = {"ENG": "England", "SCT": "Scotland", "WLS": "Wales", "NIR": "No
 CAPITALS = {
     "BO": ["Sucre", "La Paz"], "KZ": ["Astana", "Nur-Sultan"], "LK": ["Colombo", "Sri Jayawardenepura Kotte"],
     "MM": ["Naypyidaw", "Naypyitaw", "Nay Pyi Taw"], "MN": ["Ulaanbaatar", "Ulan Bator"], "NL": ["Amsterdam"],
-    "SZ": ["Mbabane", "Lobamba"], "UA": ["Kyiv", "Kiev"], "US": ["Washington, D.C.", "Washington", "Washington D.C.", "Washington, DC"],
+    "SZ": ["Mbabane", "Lobamba"], "UA": ["Kyiv", "Kiev"],
+    "US": ["Washington, D.C.", "Washington", "Washington D.C.", "Washington, DC"],
     "ZA": ["Pretoria", "Cape Town", "Bloemfontein"], "YE": ["Sana'a", "Sanaa"], "BR": ["Brasília", "Brasilia"],
     "CO": ["Bogotá", "Bogota"], "CR": ["San José", "San Jose"], "PY": ["Asunción", "Asuncion"], "TG": ["Lomé", "Lome"],
     "CM": ["Yaoundé", "Yaounde"], "MV": ["Malé", "Male"], "MD": ["Chisinau", "Chișinău"], "CU": ["Havana"],

@@ -143,7 +143,9 @@ def check_writable(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputPathError(f"Cannot write to the folder {folder}: {error}. Give one that you may write to.") from error
+        raise OutputPathError(
+            f"Cannot write to the folder {folder}: {error}. Give one that you may write to."
+        ) from error
 
 
 def check_writable_file(path: str | Path) -> None:

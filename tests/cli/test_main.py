@@ -258,7 +258,10 @@ def test_typos_in_a_config(old, new, text, config, tmp_path):
             ["--trainer.strategy", "ShardedStrategy", "--trainer.strategy.tensor_parallel_size", 2],
             "cannot be set up: tensor_parallel_size=2: tensor parallelism is not supported.*Leave it at 1.*over all devices.$",
         ),
-        (["--ckpt_path", "best"], "known to the process that trained alone.*--model.editor RUN/editor.*--ckpt_path last"),
+        (
+            ["--ckpt_path", "best"],
+            "known to the process that trained alone.*--model.editor RUN/editor.*--ckpt_path last",
+        ),
         (["--trainer.devices", 0], r"cannot be set up: .*devices='0'.* is not a valid input"),
     ],
 )
@@ -273,7 +276,9 @@ def test_what_a_run_is_refused_for(arguments, text, config, tmp_path, monkeypatc
 def test_unknown_config():
     result = call("fit", "--config", "quikstart")
     assert result.code == 1
-    assert_says(result.err, "Config 'quikstart' is no file .*Did you mean quickstart.*show-config` lists the shipped ones")
+    assert_says(
+        result.err, "Config 'quikstart' is no file .*Did you mean quickstart.*show-config` lists the shipped ones"
+    )
 
 
 def test_layers(base_folder):

@@ -118,7 +118,9 @@ def test_a_file_with_a_colon_in_its_name(tmp_path):
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(DataFileError, match=r"'no\.csv' does not exist.*JSONL, JSON, CSV or Parquet"):
         read_records("no.csv")
-    with pytest.raises(DataFileError, match=r"library cannot load 'owner/none' \(config default, split test; looked in"):
+    with pytest.raises(
+        DataFileError, match=r"library cannot load 'owner/none' \(config default, split test; looked in"
+    ):
         read_records("owner/none:test")
     with pytest.raises(DataFileError, match=r"'world_facts/tarin' does not exist.*world_facts/train"):
         read_records("world_facts/tarin")
@@ -135,7 +137,9 @@ def test_what_cannot_be_loaded(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_wrong_column_is_named_with_a_near_one(kind, tmp_path):
     name = write_table(tmp_path, kind)
-    with pytest.raises(RecordError, match=r"1: there is no column 'qestion'\. Did you mean 'question'\? The columns: que"):
+    with pytest.raises(
+        RecordError, match=r"1: there is no column 'qestion'\. Did you mean 'question'\? The columns: que"
+    ):
         read_records(name, columns={**COLUMNS, "prompt": "qestion"})
 
 

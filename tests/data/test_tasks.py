@@ -149,7 +149,9 @@ def test_a_limit_is_of_the_first_records_and_too_many_at_once_are_refused():
     sampler = TaskSampler(RECORDS, locality=2)
     edited = {task.prompt for index in range(len(TaskDataset(sampler, 2, 6))) for task in sampler.group(0, index, 2, 6)}
     assert edited == {record.prompt for record in RECORDS[:6]}
-    with pytest.raises(ConfigError, match="12 edits at once leave no unrelated fact over: the set has 12 records. Lower"):
+    with pytest.raises(
+        ConfigError, match="12 edits at once leave no unrelated fact over: the set has 12 records. Lower"
+    ):
         sampler.group(0, 0, 12)
 
 

@@ -121,7 +121,9 @@ def test_combined_edits():
     assert both.layers_in(model).keys() == {a, b}
     assert combined([one]) is one
     other = Edit(two.deltas, {**two.about, "base": "y", "weights": {a: "another"}})
-    with pytest.raises(BaseModelMismatchError, match=f"different base models: their weights of '{a}' are .*another.*x, y"):
+    with pytest.raises(
+        BaseModelMismatchError, match=f"different base models: their weights of '{a}' are .*another.*x, y"
+    ):
         combined([one, other])
     with pytest.raises(ConfigError, match="no edit to combine"):
         combined([])

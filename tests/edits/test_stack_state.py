@@ -56,7 +56,9 @@ def test_colliding_prompts_are_both_shown(llama):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         stack.add(random_edit(llama, 2, prompt="Who leads Spain?"), "spain")
-    with pytest.warns(CollidingEditWarning, match="'old' has 'Who leads France.' -> 'answer 1', 'new' has 'who leads France'"):
+    with pytest.warns(
+        CollidingEditWarning, match="'old' has 'Who leads France.' -> 'answer 1', 'new' has 'who leads France'"
+    ):
         stack.add(random_edit(llama, 3, prompt="who leads France"), "new")
     stack.remove("new")
     stack.disable("old")
@@ -68,7 +70,9 @@ def test_colliding_prompts_are_both_shown(llama):
 def test_edits_made_on_top_of_others(llama):
     stack = EditStack(llama)
     first = random_edit(llama, 1)
-    with pytest.warns(DependentEditWarning, match="'later' was made on top of 1 edit.* not on this model .id1.*Add those"):
+    with pytest.warns(
+        DependentEditWarning, match="'later' was made on top of 1 edit.* not on this model .id1.*Add those"
+    ):
         stack.add(random_edit(llama, 2, on_top_of=["id1"]), "later")
     stack.remove("later")
     stack.add(first, "first")

@@ -137,7 +137,9 @@ def test_variants_are_chosen(tmp_path, capsys):
 
 def test_memory_alone(tmp_path, monkeypatch):
     """Without the measurement, which takes a process of its own for each variant."""
-    monkeypatch.setattr(compared, "peak_memory", lambda settings, variant: {"before": 9.0, "beyond": 2.0 + (variant == "ours")})
+    monkeypatch.setattr(
+        compared, "peak_memory", lambda settings, variant: {"before": 9.0, "beyond": 2.0 + (variant == "ours")}
+    )
     line = main(["memory", "--model", "tiny-gpt2", *OPTIONS, "--compare", "floor", "--out", str(tmp_path)])
     assert not line["seconds_per_edit"] and line["memory_of_floor"] == 1.5
     assert json.loads((tmp_path / "memory.jsonl").read_text()) == line
@@ -151,7 +153,9 @@ def test_the_floor_runs_the_same_tensors(model):
     ours = edit_step(bench.model, bench.editor, bench.batch)
     assert float(floor.inner_loss()) == pytest.approx(float(ours.inner.mean()), rel=1e-6)
     factors = edit_factors(bench.model, bench.editor.modules_in(bench.model), bench.batch.z_edit)[0]
-    assert {name: len(places) for name, places in floor.kept.items()} == {name: len(each.u) for name, each in factors.items()}
+    assert {name: len(places) for name, places in floor.kept.items()} == {
+        name: len(each.u) for name, each in factors.items()
+    }
     floor.step()
     matrices = [p for name, p in bench.editor.named_parameters() if name.endswith((".u", ".v"))]
     assert matrices and all(p.grad is not None and p.grad.any() for p in matrices)
@@ -176,7 +180,19 @@ def test_rows_too_short_for_their_targets_are_refused():
 
 
 def test_the_command_for_stacks(tmp_path, capsys):
-    arguments = ["stack", "--model", "tiny-gpt2", "--dtype", "float32", "--rank", "3", "--tokens", "6", "--changes", "12"]
+    arguments = [
+        "stack",
+        "--model",
+        "tiny-gpt2",
+        "--dtype",
+        "float32",
+        "--rank",
+        "3",
+        "--tokens",
+        "6",
+        "--changes",
+        "12",
+    ]
     line = main([*arguments, "--stacked", "1", "5", "--repeats", "2", "--threads", "1", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "stack.jsonl").read_text()) == line
     assert line["changes"]["edits"] == 12 and line["changes"]["bit_equal"] is True
@@ -209,7 +225,9 @@ def test_the_command_for_plans(tmp_path, monkeypatch, capsys):
     found = {"planned_mb": sizes, "measured_mb": {**sizes, "total": 100.0}, "off": off, "loading_mb": 7.0}
     runs = []
     monkeypatch.setattr(plan, "run_apart", lambda run: runs.append(run) or found)
-    line = main(["plan", "--model", "openai-community/gpt2", "--dtype", "float32", "--edits", "3", "--out", str(tmp_path)])
+    line = main(
+        ["plan", "--model", "openai-community/gpt2", "--dtype", "float32", "--edits", "3", "--out", str(tmp_path)]
+    )
     assert json.loads((tmp_path / "plan.jsonl").read_text()) == line and line["planned_mb"] == sizes
     assert runs == [plan.Run("openai-community/gpt2", "float32", 3)] and line["settings"]["rank"] == 1920
     assert "+10.0" in capsys.readouterr().out

@@ -33,7 +33,8 @@ PUBLISHED = [name for name, values in VALUES.items() if values["data"]["train"].
 # The small files have no room for the real sizes.
 SMALL = {
     "model.rank": 4, "model.base.dtype": "float32", "data.batch_size": 2, "data.eval_batch_size": 2,
-    "data.max_length": 96, "data.validation_edits": 2, "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.limit_val_batches": 1,
+    "data.max_length": 96, "data.validation_edits": 2, "trainer.max_steps": 1, "trainer.val_check_interval": 1,
+    "trainer.limit_val_batches": 1,
     "trainer.accumulate_grad_batches": 1, "trainer.accelerator": "cpu", "trainer.log_every_n_steps": 1,
     "trainer.enable_progress_bar": "false",
 }  # fmt: skip

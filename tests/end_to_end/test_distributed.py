@@ -113,7 +113,9 @@ def run(root: Path, layout: Layout) -> None:
         out = {"losses": losses.losses, "validations": losses.validations, "states": states, "sharded": sharded}
         out["logged"] = losses.logged
         out["fingerprint"] = module.editor.base_fingerprint
-        out["held"] = sum(held(parameter) for block in blocks_of(module.base_model).values() for parameter in block.parameters())
+        out["held"] = sum(
+            held(parameter) for block in blocks_of(module.base_model).values() for parameter in block.parameters()
+        )
         torch.save(out, root / "out.pt")
 
 
@@ -128,7 +130,9 @@ def runs(base_folder, facts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for layout in {*SPREAD, *(layout.alone for layout in SPREAD)}:
         kind = "encoder_decoder" if layout.family == "t5" else "causal"
-        base = base_folder(layout.family) if layout.family != "gpt2" else old_files(base_folder("gpt2"), folder / "gpt2")
+        base = (
+            base_folder(layout.family) if layout.family != "gpt2" else old_files(base_folder("gpt2"), folder / "gpt2")
+        )
         run_config(folder / layout.name, base, facts, kind)
     for processes, layouts in LAYOUTS.items():
         launch(folder, processes, layouts)
@@ -237,7 +241,9 @@ def test_accumulation_sees_the_same_tokens(runs):
     whole, halves = (runs(Layout(1, accumulate=count))[0]["states"][0] for count in (1, 2))
     for name, value in whole.items():
         if name.endswith(("count", "mean", "m2")):
-            torch.testing.assert_close(halves[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                halves[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def test_fewer_examples_than_processes(facts):

@@ -50,7 +50,9 @@ def test_a_signals_handler_waits_for_no_other_process(monkeypatch):
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
     note_sigterm_only(trainer)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda *args, **kwargs: pytest.fail("the others may never answer"))
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda *args, **kwargs: pytest.fail("the others may never answer")
+    )
     before = signal.getsignal(signal.SIGTERM)
     trainer._signal_connector.register_signal_handlers()
     try:

@@ -96,7 +96,9 @@ class Noise(L.Callback):
         {"accumulate_grad_batches": 2, "max_steps": 5},
         {"accumulate_grad_batches": 3, "max_steps": 4},
     ],
-    ids=lambda settings: "-".join(f"{key}_{getattr(value, '__name__', value)}" for key, value in settings.items()) or "plain",
+    ids=lambda settings: (
+        "-".join(f"{key}_{getattr(value, '__name__', value)}" for key, value in settings.items()) or "plain"
+    ),
 )
 def test_stopped_after_any_step(settings, mend, edit_data, trainer, tmp_path):
     runs = Runs(mend, edit_data, trainer, tmp_path, **settings)

@@ -54,7 +54,9 @@ def test_small_t5(tmp_path):
     model, tokenizer = BaseModel(str(tmp_path), "float32").load()
     assert model_kind(model) == "encoder_decoder" and len(tokenizer) == model.config.vocab_size == 400
     # What was learned from names nobody trained on can be spelled too.
-    assert tokenizer.decode(tokenizer("Zürich, Ægypt?")["input_ids"], skip_special_tokens=True).strip() == "Zürich, Ægypt?"
+    assert (
+        tokenizer.decode(tokenizer("Zürich, Ægypt?")["input_ids"], skip_special_tokens=True).strip() == "Zürich, Ægypt?"
+    )
     report = json.loads((tmp_path / "training.json").read_text())
     assert report["parameters"] == sum(p.numel() for p in model.parameters()) and report["steps"] == 2
     assert set(report["accuracy"]) == {"train", "validation", "test", "unseen phrasings"}
@@ -195,7 +197,11 @@ def test_statements_of_leap_of_thought(thoughts):
     }  # fmt: skip
     assert nucleus.split == sing.split
     record = nucleus.record()
-    assert (record["prediction"], record["alternatives"], len(record["filtered_rephrases"])) == ("REFUTES", ["SUPPORTS"], 4)
+    assert (record["prediction"], record["alternatives"], len(record["filtered_rephrases"])) == (
+        "REFUTES",
+        ["SUPPORTS"],
+        4,
+    )
     assert not set(nucleus.unseen) & {record["input"], *record["filtered_rephrases"]} and len(nucleus.unseen) == 2
 
 

@@ -215,7 +215,8 @@ def test_sums_of_ragged_rows(seed):
     "prediction, target, f1",
     [
         ("Paris", "Paris", 1.0), ("paris", "Paris", 1.0), ("Rome", "Paris", 0.0), ("New York City", "New York", 0.8),
-        ("a a b", "a b b", 2 / 3), ("no no", "no no", 1.0), ("b a", "a b", 1.0), ("", "", 1.0), ("", "Paris", 0.0), ("Paris", "", 0.0),
+        ("a a b", "a b b", 2 / 3), ("no no", "no no", 1.0), ("b a", "a b", 1.0), ("", "", 1.0),
+        ("", "Paris", 0.0), ("Paris", "", 0.0),
         ("the city of Paris, France", "Paris", 0.0), (" Paris\n", "Paris", 1.0),
     ],
 )  # fmt: skip

@@ -86,7 +86,14 @@ def test_limits_are_arguments():
     shifts = [EDITED, shift("rephrase", new="x"), STAYS, shift("neutral", new="x", kl=0.2)]
     assert len(judged(shifts, TARGETS, Limits()).reasons) == 3
     assert judged(shifts, TARGETS, Limits(min_success=0.5, min_kept=0.5, max_kl=0.2)).safe
-    for wrong in ({"min_success": 1.1}, {"min_kept": -0.1}, {"sure": 2.0}, {"falls": 2.0}, {"max_kl": -1.0}, {"max_kl": math.nan}):
+    for wrong in (
+        {"min_success": 1.1},
+        {"min_kept": -0.1},
+        {"sure": 2.0},
+        {"falls": 2.0},
+        {"max_kl": -1.0},
+        {"max_kl": math.nan},
+    ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Limits(**wrong)
 

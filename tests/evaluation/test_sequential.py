@@ -84,7 +84,9 @@ def right(model, encoder, pair) -> bool:
 @torch.no_grad()
 def perplexity(model, rows) -> float:
     logits = torch.log_softmax(model(**rows.inputs).logits, -1)
-    losses = [-logits[i, t, int(label)] for i, row in enumerate(rows.labels) for t, label in enumerate(row) if label != -100]
+    losses = [
+        -logits[i, t, int(label)] for i, row in enumerate(rows.labels) for t, label in enumerate(row) if label != -100
+    ]
     return math.exp(sum(losses) / len(losses))
 
 
@@ -141,12 +143,17 @@ def test_the_command(base_folder, facts, tmp_path):
     too_many = call(*given, "--edits", 99)
     assert too_many.code == 1
     assert_says(too_many.err, "test.jsonl has 7 facts, fewer than the 99 edits asked for")
-    assert_says(call(*given, "--edits", 7).err, "7 edits at once leave no unrelated fact over: the set has 7 records. Lower edits")
+    assert_says(
+        call(*given, "--edits", 7).err,
+        "7 edits at once leave no unrelated fact over: the set has 7 records. Lower edits",
+    )
     assert_says(call(*given, "--edits", 0).err, "edits and every must be at least 1, not 0 and 10")
     assert_says(call(*given, "--editor", tmp_path).err, "is not a saved editor")
     other = tmp_path / "other.yaml"
     other.write_text("data: {tset: x}")
-    assert_says(call("sequential", other).err, "other.yaml is not the config of a run: .*'tset'. Give the one the editor was")
+    assert_says(
+        call("sequential", other).err, "other.yaml is not the config of a run: .*'tset'. Give the one the editor was"
+    )
     changed = yaml.safe_load(config.read_text())
     changed["data"]["stop"] = "."
     other.write_text(yaml.safe_dump(changed))

@@ -63,7 +63,9 @@ def check_final_parameters(case: Case, editor: MendEditor) -> None:
     for name, value in ours.items():
         errors = (value - expected[name]).detach().abs()
         off = float((errors > FINAL_PARAMETER).float().mean())
-        assert off <= SHARE_AT_KINK and float(errors.max()) <= AT_KINK, f"{name}: {off:.1%} off, error {errors.max():.2e}"
+        assert off <= SHARE_AT_KINK and float(errors.max()) <= AT_KINK, (
+            f"{name}: {off:.1%} off, error {errors.max():.2e}"
+        )
 
 
 def whole_row_accuracy(all_logits: Tensor, rows: Rows) -> float:

@@ -55,7 +55,9 @@ def facts(tmp_path_factory) -> Path:
     """Folder with a few facts of each split of world_facts, and with claims to verify (FEVER's kind)."""
     folder = tmp_path_factory.mktemp("facts")
     for split, size in SIZES.items():
-        lines = (Path(__file__).parents[1] / "assets" / "facts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (
+            (Path(__file__).parents[1] / "assets" / "facts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         assert len(lines) == size
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         claims = "\n".join(json.dumps(claim(json.loads(line), i)) for i, line in enumerate(lines))

@@ -29,7 +29,9 @@ def compiled(model: nn.Module, how: str) -> nn.Module:
     return torch.compile(model, backend="eager", fullgraph=how == "full graph")
 
 
-@pytest.mark.parametrize("family, how", [("llama", "whole"), ("llama", "full graph"), ("gpt2", "in place"), ("t5", "whole")])
+@pytest.mark.parametrize(
+    "family, how", [("llama", "whole"), ("llama", "full graph"), ("gpt2", "in place"), ("t5", "whole")]
+)
 def test_compiled_before_the_edit(family, how):
     plain, rows = tiny_model(family, blocks=2), make_rows(family, [0, 0], 1)
     first, second = random_edit(plain, 1), random_edit(plain, 2)
@@ -74,7 +76,12 @@ def test_more_changes_than_torch_compiles_again(monkeypatch):
     with EditStack(wrapped) as stack:
         for count, edit in enumerate(edits, start=1):
             stack.add(edit)
-            assert relative_error(logits(wrapped, rows), logits(changed(tiny_model("llama", blocks=2), *edits[:count]), rows)) < 1e-5
+            assert (
+                relative_error(
+                    logits(wrapped, rows), logits(changed(tiny_model("llama", blocks=2), *edits[:count]), rows)
+                )
+                < 1e-5
+            )
     assert torch.equal(logits(wrapped, rows), before)
 
 

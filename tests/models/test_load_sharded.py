@@ -108,9 +108,7 @@ def renamed(folder: Path, target: Path, change) -> Path:
     return target
 
 
-@pytest.mark.parametrize(
-    "family, prefix", [("gpt2", "transformer."), ("bert", "bert."), ("llama", "model.")]
-)
+@pytest.mark.parametrize("family, prefix", [("gpt2", "transformer."), ("bert", "bert."), ("llama", "model.")])
 def test_files_without_the_base_models_prefix(family, prefix, base_folder, shard, tmp_path):
     """As GPT-2's on the hub: h.0.attn… for transformer.h.0.attn…"""
     folder = renamed(
@@ -367,4 +365,6 @@ def test_strategies_that_cannot():
 
 def test_strategies_have_names():
     for name, kind in (("fsdp2", ShardedStrategy), ("fsdp1", ShardedBaseStrategy)):
-        assert type(L.Trainer(accelerator="cpu", strategy=name, logger=False, enable_checkpointing=False).strategy) is kind
+        assert (
+            type(L.Trainer(accelerator="cpu", strategy=name, logger=False, enable_checkpointing=False).strategy) is kind
+        )

@@ -52,7 +52,9 @@ def test_a_training_step_does_not_wait(family, monkeypatch):
     assert waits(monkeypatch, model, editor, batches) == []
 
 
-@pytest.mark.parametrize("kind", ["ridge", "preconditioned", "ENN", "ENN first order", "parts", "answer", "float16", "confidence"])
+@pytest.mark.parametrize(
+    "kind", ["ridge", "preconditioned", "ENN", "ENN first order", "parts", "answer", "float16", "confidence"]
+)
 def test_other_kinds_of_steps(kind, monkeypatch):
     model = tiny_model("llama", torch.float16 if kind == "float16" else torch.float32)
     editor, settings = MendEditor.for_model(model, rank=4), {}

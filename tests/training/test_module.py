@@ -174,7 +174,9 @@ def test_an_untrained_editor_is_not_measured(mend, edit_data, trainer):
 def test_an_editor_without_training_on_several_processes():
     editor = FineTuning({"fc": (2, 2)})
     check_single_process(editor, 1)
-    with pytest.raises(ConfigError, match="FineTuning needs no training, and fit on 2 processes cannot run without. Use"):
+    with pytest.raises(
+        ConfigError, match="FineTuning needs no training, and fit on 2 processes cannot run without. Use"
+    ):
         check_single_process(editor, 2)
 
 

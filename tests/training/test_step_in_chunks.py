@@ -57,7 +57,9 @@ def test_only_a_part_is_in_memory(monkeypatch):
 
     seen = []
     outer = parts.outer_losses
-    monkeypatch.setattr(parts, "outer_losses", lambda *args: (seen.append(args[2].x_out.task.tolist()), outer(*args))[1])
+    monkeypatch.setattr(
+        parts, "outer_losses", lambda *args: (seen.append(args[2].x_out.task.tolist()), outer(*args))[1]
+    )
     model, batch = tiny_model("llama"), make_batch("llama", tasks=3)
     edit_step_in_parts(model, editor_of(model), batch, 0.1, 2)
     assert seen == [[0, 0, 1, 1], [0, 0]]

@@ -84,7 +84,10 @@ def shows_progress(settings: Mapping[str, Any]) -> bool:
 def with_checkpoint_io(plugins: Any, strategy: Any) -> list[Any]:
     """The Trainer's plugins as a list, with EditorCheckpointIO unless a plugin or the strategy brings a CheckpointIO."""
     given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
-    if any(isinstance(plugin, CheckpointIO) for plugin in given) or getattr(strategy, "_checkpoint_io", None) is not None:
+    if (
+        any(isinstance(plugin, CheckpointIO) for plugin in given)
+        or getattr(strategy, "_checkpoint_io", None) is not None
+    ):
         return given
     return [*given, EditorCheckpointIO()]
 
@@ -95,10 +98,10 @@ def refusals_named() -> Iterator[None]:
 
     Example:
         >>> with refusals_named():
-        ...     raise ValueError("Does not validate\\nErrors:\\n  - Expected a <class 'str'>\\n  - size=2: not supported.\\nGiven …")
+        ...     raise ValueError("Does not validate\\nErrors:\\n  - Expected a <class 'str'>\\n  - size=2: no.\\nGiven …")
         Traceback (most recent call last):
         ...
-        mend_lightning.errors.ConfigError: The run cannot be set up: size=2: not supported.
+        mend_lightning.errors.ConfigError: The run cannot be set up: size=2: no.
     """
     try:
         yield

@@ -136,7 +136,9 @@ class EditDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Checks that the files are there, before gigabytes of model load."""
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
-        elsewhere = self.locality_data if isinstance(self.locality_data, dict) else dict.fromkeys(splits, self.locality_data)
+        elsewhere = (
+            self.locality_data if isinstance(self.locality_data, dict) else dict.fromkeys(splits, self.locality_data)
+        )
         for source in (*map(self.files.get, splits), *map(elsewhere.get, splits)):
             if source is not None:
                 check_source(source)
@@ -202,7 +204,9 @@ class EditDataModule(L.LightningDataModule):
 
     def _require(self, split: str) -> None:
         if self.files[split] is None:
-            raise ConfigError(f"data.{split} is not set. Give a JSONL file, or a shipped set such as world_facts/{split}.")
+            raise ConfigError(
+                f"data.{split} is not set. Give a JSONL file, or a shipped set such as world_facts/{split}."
+            )
 
     def _evaluation_loader(self, split: str) -> DataLoader | list:
         if self.files[split] is None:

@@ -157,7 +157,12 @@ class TaskSampler:
         return sorted(chosen, key=lambda question: not question.hard)
 
     def _unrelated(
-        self, draw: random.Random, edited: Sequence[Record], count: int, pool: Sequence[Record], taken: Sequence[Record] = ()
+        self,
+        draw: random.Random,
+        edited: Sequence[Record],
+        count: int,
+        pool: Sequence[Record],
+        taken: Sequence[Record] = (),
     ) -> list[Record]:
         """Up to `count` records of the pool about other subjects than the edited ones, none twice."""
         found: list[Record] = []

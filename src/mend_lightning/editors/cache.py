@@ -133,7 +133,9 @@ class CachedModel:
             ConfigError: the edits were not made of text.
         """
         if not self.texts:
-            raise ConfigError("Cache answers with the text of edits (Rows.texts), which these lack. Encoder.rows sets it.")
+            raise ConfigError(
+                "Cache answers with the text of edits (Rows.texts), which these lack. Encoder.rows sets it."
+            )
         tasks = torch.tensor(tasks_of_prompts(len(prompts), int(self.task.max()) + 1, task_of_row))
         distances, which = self.nearest(prompt_keys(model, encoder, prompts), tasks.to(self.task.device))
         answers = [encoder.format.read(self.texts[i]) for i in which.tolist()]

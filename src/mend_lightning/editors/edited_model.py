@@ -35,7 +35,6 @@ class Made:
     reached: Tensor | None = None
 
 
-
 class Edited(Protocol):
     """What an editor made of `z_edit`. Most editors change weights (`DeltaEdits`), some the prompt or the output.
 

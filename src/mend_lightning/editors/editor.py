@@ -197,7 +197,9 @@ class Editor(nn.Module):
         """
         check_confidence(confidence)
         if confidence is not None and "confidence" not in self.settings:
-            raise ConfigError(f"{type(self).__name__} has no confidence: how far its edits go is decided in another way.")
+            raise ConfigError(
+                f"{type(self).__name__} has no confidence: how far its edits go is decided in another way."
+            )
         self.confidence = confidence
         if "confidence" in self.settings:
             self.settings["confidence"] = confidence

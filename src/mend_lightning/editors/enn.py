@@ -103,4 +103,3 @@ class EnnEditor(Editor):
         rates = dict(zip(self.layers, self.edit_rates))
         steps = {name: descent(each.u, each.delta, each, rates[name]) for name, each in factors.items()}
         return {name: SumDelta((delta, steps[name])) for name, delta in deltas.items()}
-

@@ -123,9 +123,7 @@ def _check_finite(raw: Mapping[str, tuple[Tensor, Tensor]]) -> None:
                 )
 
 
-def kept_factors(
-    u: Tensor, delta: Tensor, task_of_row: Tensor, tasks: int, tokens: Tokens | None = None
-) -> Factors:
+def kept_factors(u: Tensor, delta: Tensor, task_of_row: Tensor, tasks: int, tokens: Tokens | None = None) -> Factors:
     """Flattens raw factors and drops the tokens that contribute nothing to `∇W`.
 
     A token whose `u` or `delta` is all zero (padding; in a causal model's last block all but the

@@ -89,7 +89,9 @@ class MendEditor(Editor):
         )
 
         if rephrase_ridge is not None and precondition is None:
-            raise ConfigError("rephrase_ridge is a part of the preconditioning: set precondition (its damping) as well.")
+            raise ConfigError(
+                "rephrase_ridge is a part of the preconditioning: set precondition (its damping) as well."
+            )
         widths = [shape[0] for shape in self.layers.values()] if precondition is not None else []
         self.preconditioners = nn.ModuleList(
             InputPreconditioner(width, precondition, rephrase_ridge) for width in widths

@@ -46,9 +46,7 @@ def moments(rows: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, T
     return count, mean, ((rows - mean).square() * weight).sum(0)
 
 
-def all_reduced_moments(
-    count: Tensor, mean: Tensor, m2: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def all_reduced_moments(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The moments over all ranks' rows, the same on every rank; no-op in a single process."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):

@@ -92,9 +92,7 @@ def editor_entries(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in checkpoint.items() if not k.startswith("model.") and k != "model_config"}
 
 
-def original_names(
-    shapes: Mapping[str, tuple[int, int]], shared: bool, entries: Iterable[str]
-) -> dict[str, str]:
+def original_names(shapes: Mapping[str, tuple[int, int]], shared: bool, entries: Iterable[str]) -> dict[str, str]:
     """The original's name of every entry of an editor's state dict.
 
     Example:

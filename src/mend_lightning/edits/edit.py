@@ -212,7 +212,9 @@ def combined(edits: Sequence[Edit]) -> Edit:
     kept = {key: edits[0].about[key] for key in ("base", "base_options", "prompt_format") if key in edits[0].about}
     facts = [fact for edit in edits for fact in edit.about.get("edits", [])]
     resting = {"holds_resting": True} if any(edit.about.get("holds_resting") for edit in edits) else {}
-    return Edit(deltas, {**kept, **resting, "edits": facts, "weights": weights, "combined": [edit.about for edit in edits]})
+    return Edit(
+        deltas, {**kept, **resting, "edits": facts, "weights": weights, "combined": [edit.about for edit in edits]}
+    )
 
 
 def check_summable(edits: Sequence[Edit]) -> None:

@@ -104,7 +104,10 @@ def evaluate_batch(model: nn.Module, editor: Editor, batch: EditBatch) -> BatchS
     of_edits, of_others = after.split(len(after) - len(before))
     changed = _scored(of_edits, concatenate_rows(sets[:2]))
     return BatchScores(
-        changed.part(slice(0, edits)), changed.part(slice(edits, inside)), _compared(before, of_others, batch.x_out), edited
+        changed.part(slice(0, edits)),
+        changed.part(slice(edits, inside)),
+        _compared(before, of_others, batch.x_out),
+        edited,
     )
 
 

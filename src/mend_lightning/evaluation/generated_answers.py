@@ -89,4 +89,3 @@ def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] |
             record["generated"] = [answers[i], *answers[len(batch.texts) :][of_rephrases]]
         records.append(record)
     return records
-

@@ -166,7 +166,9 @@ def _checkpoint(
     found.final = [_correct(model, layers, stack, rows) for rows in asked]
     nll, correct = _scores(model, layers, stack, probes)
     perplexity = math.exp(min(700.0, float(nll.sum() / label_mask(probes).sum())))
-    return Checkpoint(len(asked), _share(found.immediate), _share(found.final), perplexity, float(correct.float().mean()))
+    return Checkpoint(
+        len(asked), _share(found.immediate), _share(found.final), perplexity, float(correct.float().mean())
+    )
 
 
 def _correct(model: nn.Module, layers: Mapping[str, nn.Module], stack: Mapping[str, Delta], rows: Rows) -> list[bool]:

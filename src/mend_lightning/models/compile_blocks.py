@@ -251,4 +251,6 @@ def check_compilable(sharded: bool, quantised: bool) -> None:
     """Raises ConfigError for a base whose blocks cannot be compiled."""
     what = "sharded over processes" if sharded else "quantised" if quantised else None
     if what:
-        raise ConfigError(f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out.")
+        raise ConfigError(
+            f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out."
+        )

@@ -109,7 +109,11 @@ def readable_weight(layer: nn.Module) -> Tensor | None:
 def _form(layer: nn.Module) -> str:
     """How a quantised weight is stored: the library's class and the dtype it stands for (of bitsandbytes' the stored one)."""
     weight = getattr(layer, "weight", None)
-    return f"{type(weight).__name__}.{str(weight.dtype).removeprefix('torch.')}" if isinstance(weight, Tensor) else type(layer).__name__
+    return (
+        f"{type(weight).__name__}.{str(weight.dtype).removeprefix('torch.')}"
+        if isinstance(weight, Tensor)
+        else type(layer).__name__
+    )
 
 
 def _sample(layer: nn.Module) -> Tensor | None:

@@ -52,9 +52,7 @@ def collect_moments(
                 _add_answers(moments[name], u, answers, paired)
 
 
-def calibrate(
-    model: nn.Module, editor: Editor, batches: Iterable[EditBatch], trunk_of: Trunk = run_trunk
-) -> None:
+def calibrate(model: nn.Module, editor: Editor, batches: Iterable[EditBatch], trunk_of: Trunk = run_trunk) -> None:
     """Fixes the preconditioning of `editor` by what its layers see in `batches`, of all processes together."""
     moments: dict[str, InputMoments] = {}
     layers = editor.modules_in(model)
@@ -63,9 +61,7 @@ def calibrate(
     editor.calibrate(moments)
 
 
-def _add_answers(
-    moments: InputMoments, u: Tensor, answers: Tensor, paired: tuple[Tensor, Tensor] | None
-) -> None:
+def _add_answers(moments: InputMoments, u: Tensor, answers: Tensor, paired: tuple[Tensor, Tensor] | None) -> None:
     moments.answers.add(u[answers])
     if paired is not None:
         # Both rows of a pair have the same labels, so their label positions correspond one by one.

@@ -43,7 +43,12 @@ def plot_curves(metrics_csv: Path, target: Path) -> Path:
     losses, shares, rates = figure.subplots(1, 3)
     _draw(losses, curves, {"train/edit": "edit loss", "train/locality": "locality loss (KL)"}, "training", smooth=True)
     losses.set_yscale("log")
-    names = {"edit_success": "edit success", "generality": "generality", "kept": "known facts kept", "kept_hard": "kept, hard"}
+    names = {
+        "edit_success": "edit success",
+        "generality": "generality",
+        "kept": "known facts kept",
+        "kept_hard": "kept, hard",
+    }
     _draw(shares, curves, {f"val/{name}": label for name, label in names.items()}, "validation (held-out subjects)")
     shares.set_ylim(0, 1.02)
     _draw(rates, curves, {"train/edit_rate_min": "smallest", "train/edit_rate_max": "largest"}, "edit rates α")

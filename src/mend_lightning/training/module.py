@@ -133,7 +133,9 @@ class MendModule(L.LightningModule):
         if calibration_batches < 1:
             raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
         if tasks_at_once is not None and tasks_at_once < 1:
-            raise ConfigError(f"tasks_at_once must be at least 1, not {tasks_at_once}; leave it out to take a batch whole.")
+            raise ConfigError(
+                f"tasks_at_once must be at least 1, not {tasks_at_once}; leave it out to take a batch whole."
+            )
         self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
@@ -364,7 +366,9 @@ class MendModule(L.LightningModule):
         )
         if self.base_kind == "classifier":
             # In the words of the edit: "true" becomes "false", and not REFUTES.
-            before, after = ([in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after))
+            before, after = (
+                [in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after)
+            )
         if repeated(self.trainer.predict_dataloaders, batch_idx):
             return []
         return [

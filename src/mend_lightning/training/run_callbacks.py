@@ -105,7 +105,11 @@ class SaveEditor(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Ctrl-C and SIGTERM keep what was learned: the best checkpoint's editor, or the current one."""
-        if not isinstance(exception, (KeyboardInterrupt, SIGTERMException)) or trainer.state.fn != "fit" or module.editor is None:
+        if (
+            not isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+            or trainer.state.fn != "fit"
+            or module.editor is None
+        ):
             return
         # By one process, with what it has: the others may be anywhere, and never answer.
         if not trainer.is_global_zero or trainer.fast_dev_run:
@@ -224,7 +228,9 @@ def _cost(trainer: L.Trainer, module: L.LightningModule) -> EditCost:
 
 
 def _cost_line(cost: dict[str, Any]) -> str:
-    memory = "" if cost["megabytes"] is None else f", {cost['megabytes']:.0f} MB of memory beyond the model and the editor"
+    memory = (
+        "" if cost["megabytes"] is None else f", {cost['megabytes']:.0f} MB of memory beyond the model and the editor"
+    )
     return f"Making one edit takes {cost['seconds']:.3g} s (median of {cost['edits']}){memory}."
 
 

@@ -147,7 +147,8 @@ def shifts_table(probe: Probe, most: int | None = None) -> str:
     rows = "".join(_shift_row(shift) for shift in shifts[:most])
     hidden = "" if most is None or len(shifts) <= most else f" The {most} that moved farthest are shown."
     return (
-        f'<p class="caption">{changed} of {len(shifts)} answers changed, with {edits_on(probe.on)}.{hidden}</p><table class="shifts">'
+        f'<p class="caption">{changed} of {len(shifts)} answers changed, with {edits_on(probe.on)}.{hidden}</p>'
+        '<table class="shifts">'
         "<thead><tr><th>Question</th><th>Before</th><th>After</th><th>Old answer’s probability</th>"
         f"<th>New answer’s probability</th></tr></thead><tbody>{rows}</tbody></table>"
     )

@@ -77,7 +77,10 @@ def test_apply_to_another_base(tiny, tmp_path):
     changed.save_pretrained(tmp_path / "other")
     tiny.tokenizer.save_pretrained(tmp_path / "other")
     asked = ["apply", tiny.path, *FLOAT, "--ask", QUESTION, "--base", tmp_path / "other"]
-    assert_says(call(*asked).err, r"same shapes and other weights .model.layers.3.mlp.down_proj: \w+, not \w+; 1 of 9 layers differ.*\(--force\)")
+    assert_says(
+        call(*asked).err,
+        r"same shapes and other weights .model.layers.3.mlp.down_proj: \w+, not \w+; 1 of 9 layers differ.*\(--force\)",
+    )
     assert call(*asked, "--force", "true").code == 0
 
 

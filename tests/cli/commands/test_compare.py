@@ -100,7 +100,10 @@ def test_another_config_in_the_same_folder(compared, tmp_path):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     result = call("compare", "--config", tmp_path / "other.yaml")
     assert result.code == 1
-    assert_says(result.err, "mend/k1 holds results of another config than MEND's is now. Remove that folder, or give another --out")
+    assert_says(
+        result.err,
+        "mend/k1 holds results of another config than MEND's is now. Remove that folder, or give another --out",
+    )
 
 
 def test_a_failure_names_the_command(base_folder, facts, tmp_path, capfd, monkeypatch):
@@ -142,8 +145,15 @@ def test_what_is_planned(base_folder, facts, tmp_path):
     )  # fmt: skip
     runs, reference = plan(str(config))
     assert reference == "A"
-    found = [(run.editor, run.config["data"]["edits_at_once"], run.config["data"]["batch_size"], run.trained) for run in runs]
-    assert found == [("A", 1, 4, None), ("A", 4, 1, None), ("B", 1, 4, Path("some/folder")), ("B", 4, 1, Path("some/folder"))]
+    found = [
+        (run.editor, run.config["data"]["edits_at_once"], run.config["data"]["batch_size"], run.trained) for run in runs
+    ]
+    assert found == [
+        ("A", 1, 4, None),
+        ("A", 4, 1, None),
+        ("B", 1, 4, Path("some/folder")),
+        ("B", 4, 1, Path("some/folder")),
+    ]
     assert [run.config["trainer"]["max_steps"] for run in runs] == [9, 9, 2, 2]
     (only,), _ = plan(str(config), out=tmp_path / "x", editors=["B"], counts=[2])
     assert only.folder == tmp_path / "x" / "b" / "k2"
@@ -188,7 +198,11 @@ def test_differences_are_those_of_plain_means(edits_at_once):
     a, b = outcome("a", 1, edits_at_once), outcome("b", 2, edits_at_once)
     successes = [[v for record in each.records for v in (record["reliable"], *record["general"])] for each in (a, b)]
     drawdowns = [
-        [before - after for record in each.records for before, after in zip(record["known_before"], record["known_after"])]
+        [
+            before - after
+            for record in each.records
+            for before, after in zip(record["known_before"], record["known_after"])
+        ]
         for each in (a, b)
     ]
     for metric, (mine, theirs) in (("edit_success", successes), ("drawdown", drawdowns)):
@@ -197,7 +211,9 @@ def test_differences_are_those_of_plain_means(edits_at_once):
         assert low < middle < high
         assert len(per_task(a, metric)) == 12 // edits_at_once
     assert difference(a, a, "edit_success") == (0, 0, 0)
-    assert rows_of([a, b], "a")[1]["minus_a"]["edit_success"][0] == pytest.approx(difference(b, a, "edit_success")[0], abs=1e-6)
+    assert rows_of([a, b], "a")[1]["minus_a"]["edit_success"][0] == pytest.approx(
+        difference(b, a, "edit_success")[0], abs=1e-6
+    )
 
 
 def test_pairing_makes_the_interval_narrow():
@@ -213,7 +229,9 @@ def test_other_edits_are_not_compared():
     a, b = outcome("A", 1), outcome("B", 1)
     check_same_edits([a, b])
     b.records[3]["locality"] = [["another?", "fact"]]
-    with pytest.raises(ConfigError, match="B was tested on other edits than A, so their difference says nothing. Leave test"):
+    with pytest.raises(
+        ConfigError, match="B was tested on other edits than A, so their difference says nothing. Leave test"
+    ):
         check_same_edits([a, b])
     with pytest.raises(ConfigError, match="B was tested on other edits"):
         check_same_edits([a, replace(outcome("B", 1), records=a.records[:-1])])

@@ -131,9 +131,9 @@ def test_export_each_overwrites_nothing_but_exports(shipped):
     assert_says(result.err, "not overwritten.*Give another folder")
     assert (out / "trained" / "notes.txt").read_text() == "a week's work"
     # A LoRA that was trained: PEFT's, without our mark.
-    peft.get_peft_model(load_base(shipped.base, "float32")[0], peft.LoraConfig(target_modules=["up_proj"])).save_pretrained(
-        out / "trained"
-    )
+    peft.get_peft_model(
+        load_base(shipped.base, "float32")[0], peft.LoraConfig(target_modules=["up_proj"])
+    ).save_pretrained(out / "trained")
     trained = (out / "trained" / "adapter_model.safetensors").read_bytes()
     for arguments in (again, ["export", shipped.files[0], "--out", out / "trained", "--overwrite", "true"]):
         result = call(*arguments)

@@ -45,7 +45,10 @@ MEASURED = {
         "model": {**EDITOR, "confidence": 0.77},
         "data": {**FACTS, "validation_edits": 163},
         "trainer": {
-            **TRAINER, "default_root_dir": "runs/smollm2-world-facts", "max_steps": 100, "val_check_interval": 100
+            **TRAINER,
+            "default_root_dir": "runs/smollm2-world-facts",
+            "max_steps": 100,
+            "val_check_interval": 100,
         },
     },
 }
@@ -190,7 +193,8 @@ def test_a_typo_in_what_a_config_builds_on(write):
 
 
 @pytest.mark.parametrize(
-    "text, shown", [("model: 3", "model must .* got 3"), ("data:", "data must .* None"), ("trainer: [a]", "trainer must")]
+    "text, shown",
+    [("model: 3", "model must .* got 3"), ("data:", "data must .* None"), ("trainer: [a]", "trainer must")],
 )
 def test_a_section_that_is_no_mapping(text, shown, write):
     result = call("fit", "--config", write("mine", f"base_config: quickstart\n{text}"))
@@ -216,5 +220,7 @@ def test_show_config(write):
     assert "compare/smollm2 " in listed
     comparison = call("fit", "--config", "compare/smollm2")
     assert comparison.code == 1
-    assert_says(comparison.err, "compares several editors. Give it to `mend-lightning compare --config compare/smollm2`")
+    assert_says(
+        comparison.err, "compares several editors. Give it to `mend-lightning compare --config compare/smollm2`"
+    )
     assert all(name in listed for name in config_names())

@@ -270,7 +270,9 @@ def test_unknown_keys_list_every_format():
 
 
 def test_unknown_format():
-    with pytest.raises(ConfigError, match=r"Unknown data format 'counterfakt'\. Did you mean 'counterfact'\? Formats: a"):
+    with pytest.raises(
+        ConfigError, match=r"Unknown data format 'counterfakt'\. Did you mean 'counterfact'\? Formats: a"
+    ):
         find_format("counterfakt")
     with pytest.raises(ConfigError, match="Unknown data format 'x'"):
         read_records(FILES["kilt"], format="x")

@@ -84,7 +84,9 @@ def test_edits_of_different_layers_are_one_adapter(tmp_path):
     other_weights.model.layers[2].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(BaseModelMismatchError):
         back.layers_in(other_weights)
-    forced = export_peft([ragged_edit(other_weights), ragged_edit(model)], other_weights, tmp_path / "forced", force=True)
+    forced = export_peft(
+        [ragged_edit(other_weights), ragged_edit(model)], other_weights, tmp_path / "forced", force=True
+    )
     assert len(import_peft(forced).about["combined"]) == 2
 
 

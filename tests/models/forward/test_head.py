@@ -71,7 +71,9 @@ def test_rest_of_the_model(family, few_at_once):
     model, rows = tiny_model(family), make_rows(family, [0, 1, 2], 3)
     where, ran = rows.attended_positions, []
     states = states_at(model, rows, where)
-    handles = [m.register_forward_hook(lambda *_: ran.append(1)) for m in model.modules() if isinstance(m, nn.Embedding)]
+    handles = [
+        m.register_forward_hook(lambda *_: ran.append(1)) for m in model.modules() if isinstance(m, nn.Embedding)
+    ]
     logits = torch.cat([states.logits_of(part) for part in states.hidden.split(states.at_once)])
     for handle in handles:
         handle.remove()

@@ -236,7 +236,9 @@ def test_dense_and_summed_deltas_equal_dense_weights(family, task):
     model, rows = tiny_model(family), make_rows(family, task, TASKS)
     layers = {name: layer for name, layer in editable_layers(model).items() if name != "lm_head"}
     low = random_deltas(layers)
-    base = {name: 0.1 * torch.randn(1, *reversed(layer_shape(layer)), dtype=torch.float64) for name, layer in layers.items()}
+    base = {
+        name: 0.1 * torch.randn(1, *reversed(layer_shape(layer)), dtype=torch.float64) for name, layer in layers.items()
+    }
     dense = {name: DenseDelta(delta.dense()) for name, delta in low.items()}
     summed = {name: SumDelta((DenseDelta(base[name]), delta)) for name, delta in low.items()}
     with applied(layers, dense, rows.task_of_row):
@@ -267,7 +269,9 @@ def test_what_a_dense_and_a_summed_delta_say_of_themselves():
         assert (delta.tasks, delta.shape) == (3, (2, 4))
         torch.testing.assert_close(delta.dense(), whole)
         torch.testing.assert_close(delta.norm(), torch.stack([torch.linalg.matrix_norm(each) for each in whole]))
-        torch.testing.assert_close(delta.scaled(factor).dense(), torch.stack([f * each for f, each in zip(factor, whole)]))
+        torch.testing.assert_close(
+            delta.scaled(factor).dense(), torch.stack([f * each for f, each in zip(factor, whole)])
+        )
         torch.testing.assert_close(delta.of_task(2).tensors()["weight"], whole[2])
     assert summed.rank == dense.rank == 2
 

@@ -212,7 +212,9 @@ def padded_shares(model: nn.Module, editor: MendEditor, batches: list[EditBatch]
         shared = shared if shared >= SHORTEST_PREFIX else 0
         real[0] += int(rows.inputs["attention_mask"].sum()) - (len(rows) - 1) * shared
         # The unrelated rows run twice, unedited and edited.
-        real[1] += sum(int(each.inputs["attention_mask"].sum()) for each in (batch.z_edit, batch.x_out, batch.x_out, batch.x_in))
+        real[1] += sum(
+            int(each.inputs["attention_mask"].sum()) for each in (batch.z_edit, batch.x_out, batch.x_out, batch.x_in)
+        )
     return tuple(1 - tokens / ran for tokens, ran in zip(real, slots))
 
 

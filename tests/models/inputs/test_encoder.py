@@ -156,7 +156,9 @@ def test_long_prompt_loses_its_beginning_and_the_target_nothing(max_length):
     tokenizer = byte_level()
     prompt = "Which of all the cities of France is the capital of France?"
     full = Encoder(tokenizer, QUESTION, max_length=1000).pair(prompt, "Italy")
-    with pytest.warns(TruncationWarning, match=rf"max_length \({max_length} tokens.*lose their beginning. Raise max_length"):
+    with pytest.warns(
+        TruncationWarning, match=rf"max_length \({max_length} tokens.*lose their beginning. Raise max_length"
+    ):
         cut = Encoder(tokenizer, QUESTION, max_length=max_length).pair(prompt, "Italy")
     assert len(cut["input_ids"]) <= max_length < len(full["input_ids"])
     assert cut["input_ids"] == full["input_ids"][-len(cut["input_ids"]) :]
@@ -297,7 +299,9 @@ def test_grouped_rows(task, tasks, grouped):
 def test_a_worked_example_in_front_changes_no_label():
     tokenizer = with_bos()
     plain = Encoder(tokenizer, LINES).pair(*PAIRS[0])["labels"]
-    worked = Encoder(tokenizer, PromptFormat("Q: Where is Rome?\nA: Italy\nQ: {input}\nA:", stop="\n")).pair(*PAIRS[0])["labels"]
+    worked = Encoder(tokenizer, PromptFormat("Q: Where is Rome?\nA: Italy\nQ: {input}\nA:", stop="\n")).pair(*PAIRS[0])[
+        "labels"
+    ]
     assert [label for label in plain if label != -100] == [label for label in worked if label != -100]
 
 

@@ -130,7 +130,10 @@ def test_a_full_disk(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OutputPathError, match=r"Cannot write the checkpoint .*last.ckpt: OSError: .*File too large.* is as it was. Make room"):
+        with pytest.raises(
+            OutputPathError,
+            match=r"Cannot write the checkpoint .*last.ckpt: OSError: .*File too large.* is as it was. Make room",
+        ):
             write_checkpoint(numbered(2, 100_000), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

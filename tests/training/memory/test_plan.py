@@ -248,7 +248,9 @@ def test_fsdp2_divides_and_ddp_copies():
     outside = sizes.base - 4 * block
     assert sharded.communication == 2 * block + outside + 2 * largest and outside >= whole - 4 * block
     older = plan_memory(sizes, {}, "fsdp", 4)
-    assert older.base == outside + block and older.editor == one.editor and older.communication == 2 * block + ddp.gradient
+    assert (
+        older.base == outside + block and older.editor == one.editor and older.communication == 2 * block + ddp.gradient
+    )
     assert sharded.step == sum(sharded.parts().values())
     assert plan_memory(sizes, {}, "fsdp2", 1).total == plan_memory(sizes, {}, "one").total
 
@@ -271,7 +273,13 @@ def test_advice_is_what_makes_it_fit():
     assert count == 8 and plan_memory(sizes, plan.activations, "fsdp2", 8).total <= 24 * GIB
     assert plan_memory(sizes, plan.activations, "fsdp2", 4).total > 24 * GIB
     said = "\n".join(advice(plan, sizes, "one", tasks=8, at_once=8, rank=1920, memory=24 * GIB))
-    for part in ("accumulate_grad_batches 8", "--model.tasks_at_once 1", "--model.rank 256", "fsdp2 --trainer.devices 8", "quantize int8"):
+    for part in (
+        "accumulate_grad_batches 8",
+        "--model.tasks_at_once 1",
+        "--model.rank 256",
+        "fsdp2 --trainer.devices 8",
+        "quantize int8",
+    ):
         assert part in said
     assert said.splitlines()[0].startswith("--trainer.strategy fsdp2")
     tight = plan_memory(sizes, {}, "fsdp2", 2)
@@ -279,12 +287,18 @@ def test_advice_is_what_makes_it_fit():
     for strategy, quantised in (("fsdp", False), ("fsdp2", False), ("ddp", True)):
         hints = " ".join(advice(plan, sizes, strategy, 8, 8, 1920, 24 * GIB, quantised))
         assert "rank" in hints and "quantize" not in hints and ("fsdp2" in hints) == (strategy == "fsdp")
-    assert advice(tight, sizes, "fsdp2", 1, 1, None, GIB, quantised=True) == ["A smaller model, or devices with more memory."]
+    assert advice(tight, sizes, "fsdp2", 1, 1, None, GIB, quantised=True) == [
+        "A smaller model, or devices with more memory."
+    ]
 
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(EnnEditor, {}), (EnnEditor, {"first_order": True}), (MendEditor, {"rank": 48, "precondition": 1e-3, "ridge": 1e-2})],
+    [
+        (EnnEditor, {}),
+        (EnnEditor, {"first_order": True}),
+        (MendEditor, {"rank": 48, "precondition": 1e-3, "ridge": 1e-2}),
+    ],
 )
 def test_whatever_an_editor_does_is_planned(kind, settings):
     real, empty, tokenizer = built("t5")
@@ -380,7 +394,9 @@ def test_the_strategy_is_the_trainers_unless_one_is_asked_for(tmp_path, no_netwo
     assert (ddp["strategy"], ddp["processes"]) == ("ddp", 2) and ddp["parts"]["communication"] == ddp["sizes"]["editor"]
     # On the shipped facts, with a stand-in for GPT-2's tokenizer.
     assert "measured" in ddp["lengths"] and "stand-in" in ddp["lengths"]
-    own = planned("--trainer.strategy", "mend_lightning.training.distributed.strategies.ShardedStrategy", "--trainer.num_nodes", 2)
+    own = planned(
+        "--trainer.strategy", "mend_lightning.training.distributed.strategies.ShardedStrategy", "--trainer.num_nodes", 2
+    )
     assert (own["strategy"], own["processes"]) == ("fsdp2", 2)
     # Where processes share the base, all logits of a pass are made at once.
     assert own["parts"]["step: logits"] > 1.5 * ddp["parts"]["step: logits"]
@@ -393,7 +409,11 @@ def test_what_cannot_be_planned_is_said(tmp_path, no_network):
     assert_says(call("plan", "--config", "gpt2", "--model.base.name", "foo/bar").err, "'foo/bar'.*config.json")
     assert_says(call("plan", "--config", "gpt2", "--strategy", "one", "--devices", 2).err, "2 are asked for")
     many = ["plan", "--config", "gpt2", "--strategy", "fsdp2", "--devices", 2]
-    assert_says(call(*many, "--model.base.quantize", "int8").err, "quantize 'int8' and a sharded base cannot go together")
-    assert_says(call(*many, "--model.algorithm.class_path", "EnnEditor").err, "EnnEditor cannot work on a sharded model")
+    assert_says(
+        call(*many, "--model.base.quantize", "int8").err, "quantize 'int8' and a sharded base cannot go together"
+    )
+    assert_says(
+        call(*many, "--model.algorithm.class_path", "EnnEditor").err, "EnnEditor cannot work on a sharded model"
+    )
     unknown = call("plan", "--config", "gpt2", "--model.rnk", 3)
     assert unknown.code == 2 and "Did you mean 'model.rank'" in unknown.err

@@ -90,7 +90,8 @@ def plan(
         section = {"editors": {_editor_name(tree): {}}, "out": _leaf(Path("runs") / f"{Path(config).stem}-several")}
     if not isinstance(section, dict) or not isinstance(section.get("editors"), dict):
         raise ConfigError(
-            f"{config} has no section `{SECTION}` with `editors`. Expected, beside what fit needs: compare: {{editors: {{MEND: {{}}, "
+            f"{config} has no section `{SECTION}` with `editors`. Expected, beside what fit needs: "
+            "compare: {editors: {MEND: {}, "
             "FT: {model: {algorithm: …}}}}}; for one editor at several numbers of edits give --edits_at_once [1,5,25]."
         )
     settings = {key: plain(value) for key, value in section.items() if key != "editors"}
@@ -110,7 +111,9 @@ def plan(
     _check_folders(runs)
     reference = settings.get("reference", names[0])
     if reference not in section["editors"]:
-        raise ConfigError(f"{config}: {SECTION}.reference is {reference!r}; it must be one of {', '.join(section['editors'])}.")
+        raise ConfigError(
+            f"{config}: {SECTION}.reference is {reference!r}; it must be one of {', '.join(section['editors'])}."
+        )
     return runs, reference if reference in names else names[0]
 
 
@@ -119,7 +122,9 @@ def _check_folders(runs: Sequence[Run]) -> None:
     for run in runs:
         other = owners.setdefault(run.folder, run.editor)
         if other != run.editor:
-            raise ConfigError(f"The editors {other!r} and {run.editor!r} would share the folder {run.folder}. Rename one.")
+            raise ConfigError(
+                f"The editors {other!r} and {run.editor!r} would share the folder {run.folder}. Rename one."
+            )
 
 
 def _leaf(value: Any) -> Leaf:
@@ -142,7 +147,9 @@ def _check_settings(settings: Mapping[str, Any], config: str) -> None:
 
 def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, Any], own: Any) -> Run:
     if isinstance(own, Leaf) and own.value is not None and own.value != {}:
-        raise ConfigError(f"compare.editors.{name} must hold what differs from the shared config, or {{}}; it is {own.value!r}.")
+        raise ConfigError(
+            f"compare.editors.{name} must hold what differs from the shared config, or {{}}; it is {own.value!r}."
+        )
     merged = plain(merge_trees(shared, own if isinstance(own, dict) else {}))
     broken = next((key for key in ("model", "data", "trainer") if not isinstance(merged.get(key, {}), dict)), None)
     if broken:
@@ -199,7 +206,9 @@ def _fit(run: Run, config: Path) -> float:
 
 def _call(command: str, config: Path, *arguments: str) -> None:
     """Runs a command in a process of its own: its memory is its own, and gone afterwards."""
-    process = subprocess.Popen([sys.executable, "-m", "mend_lightning.cli", command, "--config", str(config), *arguments])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mend_lightning.cli", command, "--config", str(config), *arguments]
+    )
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -223,7 +232,8 @@ def write_comparison(root: Path, outcomes: Sequence[Outcome], reference: str, co
     title = f"{len({row['editor'] for row in rows})} editors of {first['base']} on {edits} edits of {first['test']}"
     notes = [
         f"`mend-lightning compare --config {config}`. All with one k are tested on the same edits; k: edits made together, "
-        f"and in training max(1, batch_size // k) such tasks a step. Differences to {reference} with a 95 % interval from a paired bootstrap over tasks."
+        f"and in training max(1, batch_size // k) such tasks a step. "
+        f"Differences to {reference} with a 95 % interval from a paired bootstrap over tasks."
     ]
     write_json(root / "comparison.json", {"title": title, "reference": reference, "rows": rows, "versions": versions()})
     with written(root / "comparison.md") as temporary:

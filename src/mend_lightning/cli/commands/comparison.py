@@ -61,7 +61,9 @@ def read_outcome(name: str, folder: Path, fit_seconds: float = 0.0) -> Outcome:
         lines = (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()
         return Outcome(name, results["edits_at_a_time"], results, [json.loads(line) for line in lines], fit_seconds)
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise StateDictError(f"{folder} does not hold the results of `test` ({error}). Remove it and compare again.") from error
+        raise StateDictError(
+            f"{folder} does not hold the results of `test` ({error}). Remove it and compare again."
+        ) from error
 
 
 def check_same_edits(outcomes: Sequence[Outcome]) -> None:
@@ -83,7 +85,9 @@ def per_task(outcome: Outcome, metric: str) -> list[tuple[float, int]]:
     groups = range(0, len(outcome.records), outcome.edits_at_once)
     found = []
     for start in groups:
-        values = [v for record in outcome.records[start : start + outcome.edits_at_once] for v in _values(record, metric)]
+        values = [
+            v for record in outcome.records[start : start + outcome.edits_at_once] for v in _values(record, metric)
+        ]
         found.append((sum(values) / len(values) if values else 0.0, len(values)))
     return found
 
@@ -144,7 +148,9 @@ def _signed(value: Sequence[float]) -> str:
 def comparison_tables(title: str, rows: Sequence[Mapping[str, Any]], reference: str) -> list[Table]:
     """The comparison for a terminal."""
     tables = []
-    for heading, (names, *lines) in zip((title, "Differences (95 % interval, paired) and costs"), tables_of(rows, reference)):
+    for heading, (names, *lines) in zip(
+        (title, "Differences (95 % interval, paired) and costs"), tables_of(rows, reference)
+    ):
         table = Table(title=heading, title_justify="left")
         for index, name in enumerate(names):
             table.add_column(name, justify="right" if index else "left")

@@ -61,12 +61,17 @@ def export_command(
         loaded = [_compressed(edit, rank, energy) for edit in (loaded if separate else [combined(loaded)])]
     if not separate:
         export_peft(loaded, model, out, overwrite=overwrite, force=force)
-        console().print(f"LoRA adapter of {counted(len(edits), 'edit')} written to {escape(str(out))}.", highlight=False)
+        console().print(
+            f"LoRA adapter of {counted(len(edits), 'edit')} written to {escape(str(out))}.", highlight=False
+        )
         return
     with written_folder(out, replaces) as folder:
         for path, edit in zip(edits, loaded):
             export_peft(edit, model, folder / Path(path).stem, force=force)
-    console().print(f"A LoRA adapter of each of {counted(len(edits), 'edit')} written to folders in {escape(str(out))}.", highlight=False)
+    console().print(
+        f"A LoRA adapter of each of {counted(len(edits), 'edit')} written to folders in {escape(str(out))}.",
+        highlight=False,
+    )
 
 
 def _compressed(edit: Edit, rank: int | None, energy: float | None) -> Edit:

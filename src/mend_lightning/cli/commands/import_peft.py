@@ -24,4 +24,6 @@ def import_peft_command(adapter: Path, out: Path = Path("edit.safetensors")) -> 
     path = edit.save(out)
     known = edit.about.get("weights") or edit.about.get("base_fingerprint")
     doubt = "" if known else " It does not say which weights it was made for."
-    console().print(f"Edit of {counted(len(edit.deltas), 'layer')} saved to {escape(str(path))}.{doubt}", highlight=False)
+    console().print(
+        f"Edit of {counted(len(edit.deltas), 'layer')} saved to {escape(str(path))}.{doubt}", highlight=False
+    )

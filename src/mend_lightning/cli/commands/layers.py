@@ -32,5 +32,7 @@ def layers_command(
     console().print(table)
     for name, stack in find_stacks(base).items():
         console().print(f"Stack {name}: {len(stack)} blocks", highlight=False)
-    reason = f"they match {layers}" if layers else "the paper's choice: the MLP matrices of the last blocks of every stack"
+    reason = (
+        f"they match {layers}" if layers else "the paper's choice: the MLP matrices of the last blocks of every stack"
+    )
     console().print(f"Why these: {reason}.", highlight=False)

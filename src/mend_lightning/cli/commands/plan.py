@@ -37,7 +37,8 @@ WHAT = {
     "step: trunk": "hidden states below the edited blocks", "step: inner pass": "the edits' factors u and delta",
     "step: transforms": "what the editor's gradient needs", "step: confidence": "the search for each edit's size",
     "step: edited pass": "what the edited blocks' gradient needs",
-    "step: logits": "of a few positions at a time; of all where processes share the base", "step: backward": "gradients on their way",
+    "step: logits": "of a few positions at a time; of all where processes share the base",
+    "step: backward": "gradients on their way",
 }  # fmt: skip
 
 
@@ -235,7 +236,16 @@ def lines(found: Planned, limit: float | None, memory: int | None) -> list[str]:
     if found.plan.total <= memory:
         return [*said, f"Fits into {limit:g} GiB: {gib(memory - found.plan.total)} GiB are left."]
     edits = (found.counts.tasks, found.at_once)
-    given = (found.plan, found.sizes, found.strategy, *edits, found.rank, memory, found.quantised, found.sharded_activations)
+    given = (
+        found.plan,
+        found.sizes,
+        found.strategy,
+        *edits,
+        found.rank,
+        memory,
+        found.quantised,
+        found.sharded_activations,
+    )
     hints = advice(*given)
     return [*said, f"Does not fit into {limit:g} GiB: {gib(found.plan.total - memory)} GiB too much. What helps:",
             *(f"  {hint}" for hint in hints)]  # fmt: skip

@@ -90,10 +90,14 @@ def _by_count(axes, rows: Sequence[Row]) -> None:
 
 def _costs(axes, rows: Sequence[Row]) -> None:
     names = [row["editor"] for row in rows][::-1]
-    for panel, key, title in zip(axes, ("seconds", "megabytes"), ("seconds to make one edit", "MB beyond the model to make one")):
+    for panel, key, title in zip(
+        axes, ("seconds", "megabytes"), ("seconds to make one edit", "MB beyond the model to make one")
+    ):
         values = [row["cost_of_an_edit"][key] or 0 for row in rows][::-1]
         bars = panel.barh(names, values, color="C0")
-        panel.bar_label(bars, labels=[f"{value:.2g}" if key == "seconds" else f"{value:.0f}" for value in values], padding=3)
+        panel.bar_label(
+            bars, labels=[f"{value:.2g}" if key == "seconds" else f"{value:.0f}" for value in values], padding=3
+        )
         panel.set_title(title)
         panel.margins(x=0.15)
     axes[1].set_yticklabels([])
@@ -110,12 +114,16 @@ def draw_sequence(checkpoints: Sequence[Checkpoint], target: Path) -> Path:
     edits = [each.edits for each in edited]
     success.plot(edits, [each.immediate for each in edited], "o-", label="right just after the edit")
     success.plot(edits, [each.retained for each in edited], "o-", label="still right")
-    success.plot([each.edits for each in checkpoints], [each.accuracy for each in checkpoints], "o-", label="unrelated facts")
+    success.plot(
+        [each.edits for each in checkpoints], [each.accuracy for each in checkpoints], "o-", label="unrelated facts"
+    )
     success.set_ylim(-0.02, 1.05)
     success.set_title("edit success (question and rephrases), and accuracy elsewhere")
     success.legend()
     unrelated.plot([each.edits for each in checkpoints], [each.perplexity for each in checkpoints], "o-", color="C2")
-    unrelated.axhline(BROKEN * checkpoints[0].perplexity, color="C3", linestyle="--", label=f"{BROKEN:g} × base: broken")
+    unrelated.axhline(
+        BROKEN * checkpoints[0].perplexity, color="C3", linestyle="--", label=f"{BROKEN:g} × base: broken"
+    )
     unrelated.set_yscale("log")
     unrelated.set_title("perplexity on unrelated facts")
     unrelated.legend()

@@ -69,7 +69,9 @@ def _data_and_base(values: dict[str, Any], name: str) -> tuple[EditDataModule, B
         data = EditDataModule(**(values.get("data") or {}))
         base = BaseModel(**((values.get("model") or {}).get("base") or {}))
     except TypeError as error:
-        raise ConfigError(f"{name} is not the config of a run: {error}. Give the one the editor was trained with.") from error
+        raise ConfigError(
+            f"{name} is not the config of a run: {error}. Give the one the editor was trained with."
+        ) from error
     if data.files["test"] is None:
         raise ConfigError(f"{name} has no data.test, whose facts are edited. Give a file, or world_facts/test.")
     return data, base
@@ -92,7 +94,10 @@ def _report(found: EditSequence, folder: Path, about: dict[str, Any]) -> None:
     from mend_lightning.cli.commands.plots import draw_sequence
 
     summary = found.summary()
-    write_json(folder / "sequential.json", {**about, "broken_at_perplexity": f"{BROKEN} x base", **summary, "versions": versions()})
+    write_json(
+        folder / "sequential.json",
+        {**about, "broken_at_perplexity": f"{BROKEN} x base", **summary, "versions": versions()},
+    )
     picture = draw_sequence(found.checkpoints, folder / "sequential.png")
     console().print(sequence_table(found))
     for line in conclusions(summary):
@@ -116,12 +121,16 @@ def conclusions(summary: dict[str, Any]) -> Iterator[str]:
     yield (
         f"Just after its edit {summary['immediate_success']:.3f} of questions and rephrases are right, under the final model "
         f"{summary['retained_success']:.3f}; "
-        + ("nothing was right, so nothing is forgotten." if summary["forgetting"] is None else
-           f"{summary['forgetting']:.3f} of what was right is forgotten.")
+        + (
+            "nothing was right, so nothing is forgotten."
+            if summary["forgetting"] is None
+            else f"{summary['forgetting']:.3f} of what was right is forgotten."
+        )
     )
     broken = summary["broken_after"]
     yield (
         f"Perplexity on unrelated facts never reaches {BROKEN:g} times the base's."
         if broken is None
-        else f"The model is broken at the look after {broken} edits: perplexity on unrelated facts is more than {BROKEN:g} times the base's."
+        else f"The model is broken at the look after {broken} edits: "
+        f"perplexity on unrelated facts is more than {BROKEN:g} times the base's."
     )

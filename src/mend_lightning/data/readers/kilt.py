@@ -34,11 +34,11 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
 def answers(value: Any, where: str) -> tuple[str, ...]:
     """The answers of KILT's `output`."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RecordError(f"{where}: 'output' must be a list like [{{\"answer\": \"Paris\"}}], got {value!r}.")
+        raise RecordError(f'{where}: \'output\' must be a list like [{{"answer": "Paris"}}], got {value!r}.')
     # KILT's outputs may hold provenance alone, without an answer.
     found = texts([item["answer"] for item in value if item.get("answer")], "output", where)
     if not found:
-        raise RecordError(f"{where}: 'output' holds no answer. Expected a list like [{{\"answer\": \"Paris\"}}].")
+        raise RecordError(f'{where}: \'output\' holds no answer. Expected a list like [{{"answer": "Paris"}}].')
     return found
 
 

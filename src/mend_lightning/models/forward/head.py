@@ -109,9 +109,7 @@ def head_kl(base: HeadStates, edited: HeadStates, task: Tensor, tasks: int) -> T
 
 
 @phase(LOGITS)
-def _mean_by_task(
-    states: HeadStates, value: Callable[[Tensor, slice], Tensor], task: Tensor, tasks: int
-) -> Tensor:
+def _mean_by_task(states: HeadStates, value: Callable[[Tensor, slice], Tensor], task: Tensor, tasks: int) -> Tensor:
     # Multiplied by its share where the loss is made: the gradient is then rounded like that of the mean.
     share = mean_shares(task, tasks)
     weighted = _ByPosition.apply(states.hidden, lambda part, rows: value(part, rows) * share[rows], states.at_once)

@@ -75,7 +75,7 @@ class Encoder:
         if self.kind != "classifier" and self.format.stop == "" and self.tokenizer.eos_token_id is None:
             raise TokenizerError(
                 f"{type(self.tokenizer).__name__} has no end-of-sequence token, so nothing would end an answer. "
-                "Set a stop text (for example stop: \"\\n\"), or null for running text."
+                'Set a stop text (for example stop: "\\n"), or null for running text.'
             )
 
     def rows(self, pairs: Sequence[tuple[str, str]], task: Sequence[int], tasks: int) -> Rows:
@@ -253,7 +253,9 @@ def _sound(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TokenizerError(f"The text {ascii(text)[:80]} is not valid Unicode (was it UTF-8?): {error.reason}.") from error
+        raise TokenizerError(
+            f"The text {ascii(text)[:80]} is not valid Unicode (was it UTF-8?): {error.reason}."
+        ) from error
     return text
 
 

@@ -125,7 +125,11 @@ def safetensors_keys(where: str, **options: Any) -> dict[str, Path] | None:
 
 def _file(where: str, name: str, **options: Any) -> Path | None:
     found = cached_file(
-        where, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **options
+        where,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **options,
     )
     return None if found is None else Path(found)
 

@@ -155,7 +155,9 @@ class ShardedBaseStrategy(DDPStrategy):
 
 
 # "fsdp" itself is Lightning's; the command line puts `ShardedBaseStrategy` in its place.
-StrategyRegistry.register("fsdp1", ShardedBaseStrategy, description="The base's blocks sharded (FSDP1), the editor whole")
+StrategyRegistry.register(
+    "fsdp1", ShardedBaseStrategy, description="The base's blocks sharded (FSDP1), the editor whole"
+)
 
 StrategyRegistry.register(
     "fsdp2", ShardedStrategy, description="The base sharded by its blocks, and the editor, over all processes (FSDP2)"

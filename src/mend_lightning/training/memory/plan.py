@@ -238,9 +238,15 @@ def advice(
     if plan.kept + plan.calibration == plan.total > plan.step:
         found.append((plan.total - plan.step, "--model.precondition null, so that nothing is calibrated"))
     said = [f"{text}: about {gib(less)} GiB less" for less, text in sorted(found, reverse=True) if less > GIB // 100]
-    count = None if strategy == "fsdp2" or quantised else devices_needed(sizes, sharded_activations or plan.activations, memory)
+    count = (
+        None
+        if strategy == "fsdp2" or quantised
+        else devices_needed(sizes, sharded_activations or plan.activations, memory)
+    )
     if count:
-        said.insert(0, f"--trainer.strategy fsdp2 --trainer.devices {count}: base and editor, shared by {count} devices, fit")
+        said.insert(
+            0, f"--trainer.strategy fsdp2 --trainer.devices {count}: base and editor, shared by {count} devices, fit"
+        )
     return said or ["A smaller model, or devices with more memory."]
 
 

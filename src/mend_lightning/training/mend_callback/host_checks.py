@@ -40,8 +40,8 @@ def check_sharded(editor: Editor) -> None:
     """Raises ConfigError where this editor cannot work on a model that is sharded over processes."""
     if editor.shard_units() is None:
         raise ConfigError(
-            f"{type(editor).__name__} cannot work on a sharded model: it reads weights outside of their modules' forward, or decides "
-            "from the data how often the model runs. Use MendEditor (leave out `algorithm`), or strategy='ddp'."
+            f"{type(editor).__name__} cannot work on a sharded model: it reads weights outside of their modules' forward, or "
+            "decides from the data how often the model runs. Use MendEditor (leave out `algorithm`), or strategy='ddp'."
         )
 
 
