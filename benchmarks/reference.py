@@ -49,7 +49,7 @@ class RunningStatistics:
         self.mean = self.mean + difference * (len(rows) / total)
         self.count = total
 
-    def normalise(self, rows: Tensor) -> Tensor:
+    def normalize(self, rows: Tensor) -> Tensor:
         """`(rows - mean) / std`; a unit that never varied is only centred, as in the package."""
         if self.count < 2:
             return rows
@@ -166,7 +166,7 @@ class ReferenceMend:
         if training:
             u_statistics.update(u)
             delta_statistics.update(delta)
-        h = torch.cat([u_statistics.normalise(u), delta_statistics.normalise(delta)], -1)
+        h = torch.cat([u_statistics.normalize(u), delta_statistics.normalize(delta)], -1)
         layers, mode = self.networks[name]
         for layer in layers:
             z = (h @ layer.v.T) @ layer.u.T + layer.bias

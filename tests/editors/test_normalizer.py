@@ -39,8 +39,8 @@ def test_any_batches_are_the_rows_one_by_one(sizes):
     expected = row_by_row(*batches)
     check(normalizer, expected)
     rows = some_rows(6)
-    normalised = torch.stack([(row - expected.mean) / (expected.std() + EPSILON) for row in rows.double()])
-    torch.testing.assert_close(normalizer(rows).double(), normalised, rtol=2e-3, atol=2e-3)
+    normalized = torch.stack([(row - expected.mean) / (expected.std() + EPSILON) for row in rows.double()])
+    torch.testing.assert_close(normalizer(rows).double(), normalized, rtol=2e-3, atol=2e-3)
 
 
 def test_matches_torch_on_all_rows_at_once():

@@ -131,8 +131,8 @@ def test_editor_at_its_start_is_the_formula():
     editor.calibrate({"fc": moments})
     dense = editor(factors)["fc"].dense()[0].double()
     d = delta.double()
-    normalised = (d - d.mean(0)) / (d.std(0) + 1e-7)
-    expected = -0.01 * normalised.T @ (u.double() @ slow_matrix(u, DAMPING))
+    normalized = (d - d.mean(0)) / (d.std(0) + 1e-7)
+    expected = -0.01 * normalized.T @ (u.double() @ slow_matrix(u, DAMPING))
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 

@@ -49,7 +49,7 @@ def editor_of(facts: Path, host: type[Host], processes: int, **settings) -> tupl
     """The editor's state after a training, on every process, and what was measured."""
     # Two processes have half as many batches an epoch each.
     callback = guest(facts, precondition=0.1, calibration_batches=2, every_n_steps=4 // processes)
-    callback._visit.edits.batch_size = 4 // processes
+    callback._attachment.edits.batch_size = 4 // processes
     L.seed_everything(7, verbose=False)
     module = host()
     trainer = trainer_for([callback], num_sanity_val_steps=0, **settings)

@@ -13,18 +13,18 @@ import yaml
 from helpers.bases import REMARKS, SIZES, assert_same_state, run_config
 from helpers.commandline import assert_says, call
 from helpers.models import make_batch, relative_error, tiny_model
-from helpers.quantised import with_weights_of
+from helpers.quantized import with_weights_of
 
 from mend_lightning import Edit, MendEditor
 from mend_lightning.editors import EnnEditor
 from mend_lightning.errors import ConfigError, MissingPackageError, UnverifiedBaseWarning
-from mend_lightning.models import quantisation as quantisation_module
+from mend_lightning.models import quantisation as quantization_module
 from mend_lightning.models.base import BaseModel, load_base
-from mend_lightning.models.fingerprint import is_quantised
+from mend_lightning.models.fingerprint import is_quantized
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import replayed
 from mend_lightning.models.layers import editable_layers, find_stacks, layer_shape, select_layers
-from mend_lightning.models.quantisation import quantisation_config, stored_bytes
+from mend_lightning.models.quantisation import quantization_config, stored_bytes
 from mend_lightning.training.checks import check_checkpoint
 from mend_lightning.training.step import edit_step
 
@@ -59,7 +59,7 @@ def test_what_is_quantised(family, quantize, base_folder):
     """The blocks' linear layers, not what makes the logits; the model is that of the weights they stand for."""
     folder = str(base_folder(family))
     model, tokenizer = BaseModel(folder, "float32", quantize=quantize).load()
-    packed = {name for name, layer in editable_layers(model).items() if is_quantised(layer)}
+    packed = {name for name, layer in editable_layers(model).items() if is_quantized(layer)}
     expected = {
         name for name in editable_layers(model) if any(name.startswith(f"{stack}.") for stack in find_stacks(model))
     }
@@ -225,8 +225,8 @@ def test_what_cannot_be_quantised(base_folder, tmp_path, monkeypatch):
         load_base(str(base_folder("llama")), quantize="int2")
     stored = transformers.LlamaConfig(quantization_config={"quant_method": "gptq"})
     with pytest.raises(ConfigError, match="files are quantised already.*Leave quantize out"):
-        quantisation_config("int4", transformers.AutoModelForCausalLM, stored, torch.float32)
-    monkeypatch.setitem(quantisation_module.PACKAGES, "optimum-quanto", ("not_there.quanto", "accelerate"))
+        quantization_config("int4", transformers.AutoModelForCausalLM, stored, torch.float32)
+    monkeypatch.setitem(quantization_module.PACKAGES, "optimum-quanto", ("not_there.quanto", "accelerate"))
     with pytest.raises(MissingPackageError, match=r"not_there-quanto is not installed: pip install optimum-quanto"):
         load_base(str(base_folder("llama")), quantize="int4")
 
@@ -239,10 +239,10 @@ def test_bitsandbytes_on_a_cuda_device(monkeypatch):
         with pytest.raises(
             MissingPackageError, match="needs bitsandbytes on this machine.*pip install bitsandbytes acc"
         ):
-            quantisation_config("int4", *asked)
-    monkeypatch.setitem(quantisation_module.PACKAGES, "bitsandbytes", ())
+            quantization_config("int4", *asked)
+    monkeypatch.setitem(quantization_module.PACKAGES, "bitsandbytes", ())
     monkeypatch.setattr(transformers.BitsAndBytesConfig, "post_init", lambda self: None)
-    eight, four = (quantisation_config(name, *asked) for name in ("int8", "int4"))
+    eight, four = (quantization_config(name, *asked) for name in ("int8", "int4"))
     assert (eight.load_in_8bit, eight.load_in_4bit, eight.llm_int8_skip_modules) == (True, False, ["lm_head"])
     assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.bfloat16)
     assert four.llm_int8_skip_modules == ["lm_head"]

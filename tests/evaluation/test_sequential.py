@@ -54,7 +54,7 @@ def enn(model) -> EnnEditor:
 def slow(model, editor, encoder, tasks, probes):
     """Writes each edit into the weights. ENN's own ΔW⁰ is there from the start and added once."""
     layers = editor.modules_in(model)
-    resting = editor.resting_deltas() or {}
+    resting = editor.base_deltas() or {}
     for name, delta in resting.items():
         add(layers[name], delta.dense()[0])
     asked, immediate = [], []

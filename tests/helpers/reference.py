@@ -32,7 +32,7 @@ class Welford:
     def std(self) -> Tensor:
         return (self.m2 / max(self.count - 1, 1)).sqrt()
 
-    def normalise(self, row: Tensor) -> Tensor:
+    def normalize(self, row: Tensor) -> Tensor:
         if self.count < 2:
             return row
         std = self.std()
@@ -162,7 +162,7 @@ class ReferenceMend:
             loss, tokens = tokens_of(model, self.names, lambda edit=edit: nll(model, edit))
             result.inner.append(loss)
             seen.append(tokens)
-        prepared = self._normalised(seen, training)
+        prepared = self._normalized(seen, training)
         result.tokens = sum(len(each[name]) for each in seen for name in self.names)
         for task in tasks:
             weights = self._weights(model, prepared[task])
@@ -170,7 +170,7 @@ class ReferenceMend:
             result.locality.append(kl(model, rows_of_task(batch.x_out, task), weights, positions))
         return result
 
-    def _normalised(self, seen, training: bool):
+    def _normalized(self, seen, training: bool):
         """Layer after layer: the statistics take in the tokens of all tasks, then these are normalised."""
         prepared = [dict() for _ in seen]
         for name in self.names:
@@ -182,7 +182,7 @@ class ReferenceMend:
             for task, tokens in enumerate(seen):
                 pairs = tokens[name]
                 if self.settings["normalize"]:
-                    pairs = [(u_stats.normalise(u), delta_stats.normalise(delta)) for u, delta in pairs]
+                    pairs = [(u_stats.normalize(u), delta_stats.normalize(delta)) for u, delta in pairs]
                 prepared[task][name] = pairs
         return prepared
 

@@ -195,9 +195,9 @@ def test_it_stays_the_same_model(quick, tmp_path):
 
 def test_what_cannot_be_compiled(quick, monkeypatch):
     rows = make_rows("llama", [0, 0], 1)
-    for sharded, quantised, said in ((True, False, "sharded"), (False, True, "quantised")):
+    for sharded, quantized, said in ((True, False, "sharded"), (False, True, "quantised")):
         with pytest.raises(ConfigError, match=said):
-            check_compilable(sharded, quantised)
+            check_compilable(sharded, quantized)
     check_compilable(False, False)
     with pytest.raises(ConfigError, match="no two blocks"):
         compile_blocks(nn.Linear(2, 2))

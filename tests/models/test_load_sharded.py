@@ -29,7 +29,7 @@ from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import replayed
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.load_sharded import known_to_all, load_base_in_shards
+from mend_lightning.models.load_sharded import load_base_in_shards, raise_on_all_ranks
 from mend_lightning.models.sharding.collectives import is_sharded, whole_state
 from mend_lightning.models.sharding.fsdp import blocks_of, keep_whole, load_whole_state, shard_model
 from mend_lightning.models.sharding.meta import parameters_on_meta
@@ -286,7 +286,7 @@ def test_editors_that_cannot(mesh, base_folder):
 def test_loading_that_fails_says_so_everywhere(shard, tmp_path):
     with pytest.raises(ModelLoadError, match="nowhere"):
         load_base_in_shards(BaseModel("nowhere/at-all", "float32"), shard, "cpu")
-    with pytest.raises(KeyError, match="mine"), known_to_all():
+    with pytest.raises(KeyError, match="mine"), raise_on_all_ranks():
         raise KeyError("mine")
 
 

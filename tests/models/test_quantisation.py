@@ -8,19 +8,19 @@ import pytest
 import torch
 from helpers.edits import hooks, logits, random_edit
 from helpers.models import make_rows, relative_error, spread_parameters, tiny_model
-from helpers.quantised import with_weights_of
+from helpers.quantized import with_weights_of
 from torch import nn
 
 from mend_lightning import Edit, EditStack, MendEditor
 from mend_lightning.errors import BaseModelMismatchError, UnverifiedBaseWarning
-from mend_lightning.models.fingerprint import base_fingerprint, is_quantised, layer_fingerprints, readable_weight
+from mend_lightning.models.fingerprint import base_fingerprint, is_quantized, layer_fingerprints, readable_weight
 from mend_lightning.training.step import compute_deltas
 
 quanto = pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto: a base with quantised weights")
 NAME = "model.layers.2.mlp.down_proj"
 
 
-def quantised(weights: str = "qint8", seed: int = 0) -> nn.Module:
+def quantized(weights: str = "qint8", seed: int = 0) -> nn.Module:
     model = tiny_model("llama", torch.float32)
     if seed:
         spread_parameters(model, 0.3)
@@ -29,7 +29,7 @@ def quantised(weights: str = "qint8", seed: int = 0) -> nn.Module:
     return model
 
 
-def dequantised(model: nn.Module, edit: Edit | None = None) -> nn.Module:
+def dequantized(model: nn.Module, edit: Edit | None = None) -> nn.Module:
     """The same model in float32: what its quantised weights stand for, plus ΔW."""
     plain = with_weights_of(tiny_model("llama", torch.float32), model)
     with torch.no_grad():
@@ -40,9 +40,9 @@ def dequantised(model: nn.Module, edit: Edit | None = None) -> nn.Module:
 
 @pytest.mark.parametrize("weights", ["qint8", "qint4"])
 def test_an_edit_of_the_plain_base_fits_its_quantised_form(weights):
-    model, rows = quantised(weights), make_rows("llama", [0, 0], 1)
+    model, rows = quantized(weights), make_rows("llama", [0, 0], 1)
     edit, before = random_edit(tiny_model("llama", torch.float32), 1), logits(model, rows)
-    expected = logits(dequantised(model, edit), rows)
+    expected = logits(dequantized(model, edit), rows)
     assert relative_error(expected, before) > 0.1
     with EditStack(model) as stack:
         with pytest.warns(UnverifiedBaseWarning, match="cannot be verified: one of the two is quantised"):
@@ -57,9 +57,9 @@ def test_an_edit_of_the_plain_base_fits_its_quantised_form(weights):
 
 def test_edits_made_on_a_quantised_base():
     """An editor is used on it as on any other; gradients are those of the dequantised weights."""
-    model, rows = quantised(), make_rows("llama", [0, 0], 1)
+    model, rows = quantized(), make_rows("llama", [0, 0], 1)
     editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=0.05), 0.02).eval()
-    made, expected = (compute_deltas(each, editor, rows) for each in (model, dequantised(model)))
+    made, expected = (compute_deltas(each, editor, rows) for each in (model, dequantized(model)))
     for name, delta in expected.items():
         assert relative_error(made[name].dense(), delta.dense()) < 1e-3
     deltas = {name: delta.of_task(0) for name, delta in made.items()}
@@ -67,28 +67,28 @@ def test_edits_made_on_a_quantised_base():
     assert all(norm > 0 for norm in edit.relative_norm(model).values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        edit.layers_in(quantised())
+        edit.layers_in(quantized())
         with pytest.raises(BaseModelMismatchError, match="other weights"):
-            edit.layers_in(quantised(seed=1))
+            edit.layers_in(quantized(seed=1))
 
 
 def test_fingerprints():
-    plain, int8, int4 = tiny_model("llama", torch.float32), quantised(), quantised("qint4")
+    plain, int8, int4 = tiny_model("llama", torch.float32), quantized(), quantized("qint4")
     marks = {name: base_fingerprint({NAME: model.get_submodule(NAME)}) for name, model in locals().items()}
     assert not marks["plain"].startswith("quantised:")
     assert marks["int8"].startswith("quantised:") and marks["int4"].startswith("quantised:")
     assert len(set(marks.values())) == 3
-    assert base_fingerprint({NAME: quantised().get_submodule(NAME)}) == marks["int8"]
+    assert base_fingerprint({NAME: quantized().get_submodule(NAME)}) == marks["int8"]
 
 
 def test_what_counts_as_quantised():
-    assert not is_quantised(nn.Linear(2, 2)) and not is_quantised(nn.Linear(2, 2).bfloat16())
-    assert is_quantised(quantised().get_submodule(NAME))
+    assert not is_quantized(nn.Linear(2, 2)) and not is_quantized(nn.Linear(2, 2).bfloat16())
+    assert is_quantized(quantized().get_submodule(NAME))
     # As bitsandbytes and GPTQ store them: integers, or no weight at all.
     packed = nn.Linear(2, 2)
     packed.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
-    assert is_quantised(packed) and readable_weight(packed) is None
+    assert is_quantized(packed) and readable_weight(packed) is None
     assert base_fingerprint({"a": packed}).startswith("quantised:")
     bare = nn.Module()
-    assert is_quantised(bare) and readable_weight(bare) is None
-    assert is_quantised(nn.Linear(2, 2).to(torch.float8_e4m3fn))
+    assert is_quantized(bare) and readable_weight(bare) is None
+    assert is_quantized(nn.Linear(2, 2).to(torch.float8_e4m3fn))

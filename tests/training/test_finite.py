@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mend_lightning.editors import MendEditor
 from mend_lightning.errors import NonFiniteError
-from mend_lightning.training import finite
+from mend_lightning.models.forward import device
 from mend_lightning.training.finite import FiniteChecks
 from mend_lightning.training.run_callbacks import SaveEditor
 from mend_lightning.training.step import edit_step
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(*REMARKS)
 @pytest.fixture
 def late(monkeypatch):
     """The CPU as a device whose answers must be waited for."""
-    monkeypatch.setattr(finite, "AT_ONCE", frozenset())
+    monkeypatch.setattr(device, "SYNCHRONOUS_DEVICES", frozenset())
 
 
 def test_flags_are_told_in_order_and_once(late):
@@ -30,8 +30,8 @@ def test_flags_are_told_in_order_and_once(late):
     checks.add(torch.tensor([True]), lambda flags: told.append(flags.tolist()))
     checks.add(torch.tensor([False, True]), lambda flags: told.append(flags.tolist()))
     assert told == []
-    checks.settle()
-    checks.settle()
+    checks.flush()
+    checks.flush()
     assert told == [[True], [False, True]]
 
 

@@ -12,14 +12,14 @@ from torch import nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import EnnEditor, KnowledgeEditor, MendEditor, knowledge_editor
+from mend_lightning.models.forward import device
 from mend_lightning.models.inputs.rows import Rows
-from mend_lightning.training import finite
 from mend_lightning.training.step import step_loss
 
 
 def waits(monkeypatch, model: nn.Module, editor: nn.Module, batches: list[EditBatch], **settings) -> list[str]:
     """What waited in a training step on each batch but the first, which finds out about the model."""
-    monkeypatch.setattr(finite, "AT_ONCE", frozenset())
+    monkeypatch.setattr(device, "SYNCHRONOUS_DEVICES", frozenset())
     # A copy that shares no memory, as on a device.
     batches = [batch.to("cpu", copy=True) for batch in batches]
     optimizer = torch.optim.Adam(editor.train().parameters(), fused=True)

@@ -127,7 +127,7 @@ def test_autocast_does_not_reach_the_editor(kind, dtype, monkeypatch):
     for enabled in (False, True):
         with torch.autocast("cpu", dtype, enabled=enabled):
             if kind == "ENN":
-                found.append(editor._stepped(editor.resting_deltas(), factors))
+                found.append(editor._stepped(editor.base_deltas(), factors))
             else:
                 # A copy: in training the factors go into its statistics.
                 found.append(deepcopy(editor).from_factors(model, factors, rows, trunk))

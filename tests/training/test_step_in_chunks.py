@@ -10,7 +10,7 @@ from helpers.models import make_batch, relative_error, spread_parameters, tiny_m
 from mend_lightning import MendEditor
 from mend_lightning.editors import EnnEditor
 from mend_lightning.errors import ConfigError
-from mend_lightning.training.step import edit_step, edit_step_in_parts
+from mend_lightning.training.step import edit_step, edit_step_in_chunks
 
 pytest_plugins = ["helpers.bases"]
 
@@ -27,7 +27,7 @@ def test_losses_gradients_and_statistics(family, at_once):
     whole, parts = editor_of(model), editor_of(model)
     expected = edit_step(model, whole, batch)
     expected.total(0.1).backward()
-    loss, found = edit_step_in_parts(model, parts, batch, 0.1, at_once)
+    loss, found = edit_step_in_chunks(model, parts, batch, 0.1, at_once)
     # As a loss scaler does.
     (8 * loss).backward()
     assert loss.item() == pytest.approx(expected.total(0.1).item(), rel=1e-10)
@@ -46,7 +46,7 @@ def test_other_ways_to_make_deltas(settings):
     model, batch = tiny_model("llama"), make_batch("llama", tasks=3)
     whole, parts = editor_of(model, **settings), editor_of(model, **settings)
     edit_step(model, whole, batch).total(0.1).backward()
-    edit_step_in_parts(model, parts, batch, 0.1, 2)[0].backward()
+    edit_step_in_chunks(model, parts, batch, 0.1, 2)[0].backward()
     for (name, parameter), theirs in zip(whole.named_parameters(), parts.parameters()):
         assert relative_error(theirs.grad, parameter.grad) < 1e-8, name
 
@@ -61,7 +61,7 @@ def test_only_a_part_is_in_memory(monkeypatch):
         parts, "outer_losses", lambda *args: (seen.append(args[2].x_out.task.tolist()), outer(*args))[1]
     )
     model, batch = tiny_model("llama"), make_batch("llama", tasks=3)
-    edit_step_in_parts(model, editor_of(model), batch, 0.1, 2)
+    edit_step_in_chunks(model, editor_of(model), batch, 0.1, 2)
     assert seen == [[0, 0, 1, 1], [0, 0]]
 
 
@@ -70,7 +70,7 @@ def test_an_editor_that_trains_the_base():
     editor = EnnEditor.for_model(model)
     editor.bind(model)
     with pytest.raises(ConfigError, match="tasks_at_once=1: EnnEditor trains the base as well"):
-        edit_step_in_parts(model, editor, make_batch("llama"), 0.1, 1)
+        edit_step_in_chunks(model, editor, make_batch("llama"), 0.1, 1)
 
 
 @pytest.mark.filterwarnings(*REMARKS)

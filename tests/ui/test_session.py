@@ -23,7 +23,7 @@ from mend_lightning.errors import (
     StoppedError,
     TokenizerError,
 )
-from mend_lightning.ui.captured_warnings import heard
+from mend_lightning.ui.captured_warnings import captured_warnings
 from mend_lightning.ui.comparison import questions_of
 from mend_lightning.ui.session import Session
 
@@ -282,11 +282,11 @@ def test_an_editor_without_edits_is_refused(base_folder):
 def test_warnings_of_others_are_shown_as_ever():
     with pytest.warns(DeprecationWarning, match="old"), warnings.catch_warnings():
         warnings.simplefilter("always")
-        with heard() as messages:
+        with captured_warnings() as messages:
             warnings.warn("old", DeprecationWarning, stacklevel=1)
             warnings.warn("nothing", NoEffectWarning, stacklevel=1)
     assert messages == ["nothing"]
-    with pytest.raises(DeprecationWarning), heard():
+    with pytest.raises(DeprecationWarning), captured_warnings():
         warnings.warn("old", DeprecationWarning, stacklevel=1)
 
 

@@ -121,7 +121,7 @@ class EditDataModule(L.LightningDataModule):
             given = ", ".join(locality_data)
             raise ConfigError(f"locality_data names {given}; its splits are {', '.join(self.files)}.")
         self._tokenizer, self.kind = tokenizer, kind
-        self._guest: Guest | None = None
+        self._host: HostModel | None = None
         # Evaluated batches are of about eval_batch_size edits: how tasks are put together changes no number there.
         self.batch_size, self.eval_batch_size = batch_size, max(1, eval_batch_size // edits_at_once)
         self.edits_at_once, self.bucket_by_length = edits_at_once, bucket_by_length
@@ -149,17 +149,17 @@ class EditDataModule(L.LightningDataModule):
         given = self._tokenizer
         return AutoTokenizer.from_pretrained(given) if isinstance(given, (str, Path)) else given
 
-    def visit(self, guest: Guest) -> None:
+    def attach(self, host: HostModel) -> None:
         """From now on the tasks are for this model: where there is no Trainer with a MendModule that says so (`MendCallback`)."""
-        self._guest = guest
+        self._host = host
 
     @property
     def encoder(self) -> Encoder:
         """Text to ids, for this data and the base model it is used with."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         base, found = getattr(module, "base_model", None), getattr(module, "tokenizer", None)
-        if self._guest is not None:
-            base, found = self._guest.model, self._guest.tokenizer
+        if self._host is not None:
+            base, found = self._host.model, self._host.tokenizer
         tokenizer = self.tokenizer if self.tokenizer is not None else found
         if tokenizer is None:
             raise ConfigError("EditDataModule has no tokenizer. Pass tokenizer=..., or use it with a MendModule.")
@@ -224,9 +224,9 @@ class EditDataModule(L.LightningDataModule):
         return self._loader(DataLoader, sampler, order, self.eval_batch_size, edits)
 
     def _order(self, size: int, batch_size: int, shuffle: bool, lengths: TaskLengths | None = None) -> TaskOrder:
-        if self._guest is not None:
-            guest = self._guest
-            return TaskOrder(size, batch_size, shuffle, self.seed, guest.rank, guest.world_size, guest.even, lengths)
+        if self._host is not None:
+            host = self._host
+            return TaskOrder(size, batch_size, shuffle, self.seed, host.rank, host.world_size, host.even, lengths)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         even = self.trainer is not None and getattr(self.trainer.strategy, "shards_base", False)
         return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even, lengths)
@@ -272,7 +272,7 @@ class EditData:
 
 
 @dataclass(frozen=True)
-class Guest:
+class HostModel:
     """Where the tasks of an `EditDataModule` are used that is not its Trainer's data module.
 
     Attributes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mend_lightning.data.columns import Columns, rename
-from mend_lightning.data.readers import find_format, kilt, recognise
+from mend_lightning.data.readers import find_format, kilt, recognize
 from mend_lightning.data.readers.fields import Format
 from mend_lightning.data.record import Question, Record
 from mend_lightning.data.sources import Row, find_data_file, read_rows
@@ -83,7 +83,7 @@ def iterate_records(
             if columns:
                 # Columns are compared with the first record's; later ones may lack what is optional.
                 data = rename(data, columns, row.where, strict=not told)
-            chosen = chosen or recognise(data, row.where)
+            chosen = chosen or recognize(data, row.where)
             if on_format and not told:
                 on_format(chosen)
             told = True

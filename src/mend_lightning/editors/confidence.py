@@ -25,7 +25,7 @@ from mend_lightning.models.forward.phases import CONFIDENCE, phase
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.positions import Positions, joined
 from mend_lightning.models.inputs.rows import Rows
-from mend_lightning.models.sharding.collectives import smallest
+from mend_lightning.models.sharding.collectives import all_reduce_min
 
 # Multiples of the learned edit rate that are tried. Always all of them: under FSDP every process must run the same
 # number of forward passes, and a loop that stops early would wait for the device.
@@ -88,7 +88,7 @@ def confident_scales(
         one that comes closest.
     """
     count = len(z_edit)
-    together = smallest(max(1, TOKENS_AT_ONCE // z_edit.labels.numel()), model)
+    together = all_reduce_min(max(1, TOKENS_AT_ONCE // z_edit.labels.numel()), model)
     tried = []
     for scales in _scales(z_edit.task.device).split(together):
         rows = torch.arange(count, device=z_edit.task.device).repeat(len(scales))

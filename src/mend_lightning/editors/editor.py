@@ -42,7 +42,7 @@ class Editor(nn.Module):
     changes_weights = True
     # Parameters that are a few numbers a layer, and learn with a rate of their own (`MendModule.edit_rate_lr`).
     rate_names = ("edit_rates", "log_ridge")
-    # Weight of L_base, the drift of the resting model; see `resting_deltas`.
+    # Weight of L_base, the drift of the resting model; see `base_deltas`.
     c_base = 0.0
     # Name -> class: a saved editor names its class, and a file must not import code.
     _classes: ClassVar[dict[str, type[Editor]]] = {}
@@ -136,7 +136,7 @@ class Editor(nn.Module):
         """
         return None
 
-    def resting_deltas(self) -> Mapping[str, Delta] | None:
+    def base_deltas(self) -> Mapping[str, Delta] | None:
         """name -> Delta of one task that the model has before any edit; None: edits start from the base as it is.
 
         An editor that trains the base itself (ENN) has them. Each of its edits holds them as well.

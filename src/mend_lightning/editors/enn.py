@@ -53,7 +53,7 @@ class EnnEditor(Editor):
         >>> editor = EnnEditor({"fc": (2, 3)})
         >>> sorted(name for name, _ in editor.named_parameters())
         ['edit_rates', 'resting.0']
-        >>> editor.resting_deltas()["fc"].dense().shape
+        >>> editor.base_deltas()["fc"].dense().shape
         torch.Size([1, 3, 2])
     """
 
@@ -75,7 +75,7 @@ class EnnEditor(Editor):
         # In the order of `layers`: a parameter's name may not have the dots of a layer's.
         self.resting = nn.ParameterList(torch.zeros(d_out, d_in) for d_in, d_out in self.layers.values())
 
-    def resting_deltas(self) -> dict[str, Delta]:
+    def base_deltas(self) -> dict[str, Delta]:
         """name -> ΔW⁰."""
         # A view of a parameter requires grad also where gradients are disabled.
         weights = self.resting if torch.is_grad_enabled() else [weight.detach() for weight in self.resting]
@@ -90,7 +90,7 @@ class EnnEditor(Editor):
         # The trunk lies below every edited layer, so it does not depend on ΔW⁰.
         trunk = trunk or run_trunk(model, z_edit, layers)
         keep_graph = torch.is_grad_enabled() and not self.first_order
-        deltas: dict[str, Delta] = self.resting_deltas()
+        deltas: dict[str, Delta] = self.base_deltas()
         first = None
         for _ in range(self.steps):
             factors, *measured = edit_factors(model, layers, z_edit, trunk, deltas, keep_graph)

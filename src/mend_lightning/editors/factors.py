@@ -14,7 +14,7 @@ from mend_lightning.editors.gradient_reach import gradient_reach
 from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import NonFiniteError
 from mend_lightning.models.forward.attention import quick_backward
-from mend_lightning.models.forward.device import answers_at_once
+from mend_lightning.models.forward.device import is_synchronous
 from mend_lightning.models.forward.head import head_nll, states_at
 from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.forward.logits import labelled, logits_at
@@ -105,7 +105,7 @@ def loss_scale(most: int) -> float:
 
 def _checked(raw: Mapping[str, tuple[Tensor, Tensor]], nll: Tensor) -> Tensor:
     """`nll`, if all factors are finite. A training step does not wait for the device: it gets NaN, and checks its losses."""
-    if answers_at_once(nll.device) or not torch.is_grad_enabled():
+    if is_synchronous(nll.device) or not torch.is_grad_enabled():
         _check_finite(raw)
         return nll
     finite = torch.stack([values.isfinite().all() for pair in raw.values() for values in pair]).all()

@@ -12,7 +12,7 @@ from mend_lightning.data.batch import EditBatch
 from mend_lightning.evaluation.evaluate import BatchScores
 from mend_lightning.evaluation.statistics import exact_match, token_f1
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.sharding.collectives import anywhere
+from mend_lightning.models.sharding.collectives import any_rank
 
 
 def questions(batch: EditBatch) -> tuple[list[str], list[str], torch.Tensor]:
@@ -39,7 +39,7 @@ def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores:
     right = torch.cat([scores.edit.correct_after, scores.rephrase.correct_after]).tolist()
     answers = list(targets)
     open_rows = [i for i, known in enumerate(right) if not known]
-    if not open_rows and anywhere(bool(open_rows), model):
+    if not open_rows and any_rank(bool(open_rows), model):
         # Other processes have answers to generate, and the model is sharded: this one must run with them.
         scores.edited.answers(model, encoder, prompts[:1], tasks[:1].to(scores.edit.task.device), [1])
     if open_rows:

@@ -110,7 +110,7 @@ def edit_in_sequence(
         rows = encoder.rows(pairs, [0] * len(pairs), 1).to(probes.labels.device)
         with applied(layers, stack):
             made = editor.make_deltas(model, encoder.rows(pairs[:1], [0], 1).to(probes.labels.device)).deltas
-        stack = stacked(stack, made, editor.resting_deltas())
+        stack = stacked(stack, made, editor.base_deltas())
         asked.append(rows)
         found.immediate.append(_correct(model, layers, _complete(stack, editor), rows))
         if number % every == 0:
@@ -127,13 +127,13 @@ def check_builds_on(editor: Editor) -> None:
 
 
 def stacked(
-    stack: Mapping[str, Delta], made: Mapping[str, Delta], resting: Mapping[str, Delta] | None = None
+    stack: Mapping[str, Delta], made: Mapping[str, Delta], base_deltas: Mapping[str, Delta] | None = None
 ) -> dict[str, Delta]:
     """The sum of earlier edits and a new one, each of a single task.
 
     Args:
         stack: of the earlier ones; empty before the first.
-        made: of the new one, what it brings beside `resting` included.
+        made: of the new one, what it brings beside `base_deltas` included.
         resting: what every edit of this editor brings (ENN's ΔW⁰); it is left out of the sum.
 
     Example:
@@ -144,15 +144,15 @@ def stacked(
     """
     total = {}
     for name, delta in made.items():
-        if resting is not None:
-            delta = DenseDelta(delta.dense() - resting[name].dense())
+        if base_deltas is not None:
+            delta = DenseDelta(delta.dense() - base_deltas[name].dense())
         total[name] = sum_of([stack[name], delta]) if name in stack else delta
     return total
 
 
 def _complete(stack: Mapping[str, Delta], editor: Editor) -> Mapping[str, Delta]:
-    resting = editor.resting_deltas()
-    return stack if resting is None else {name: sum_of([resting[name], delta]) for name, delta in stack.items()}
+    base_deltas = editor.base_deltas()
+    return stack if base_deltas is None else {name: sum_of([base_deltas[name], delta]) for name, delta in stack.items()}
 
 
 def _checkpoint(

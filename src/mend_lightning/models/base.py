@@ -18,7 +18,7 @@ from transformers import (
 from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.models.architecture import Architecture, Dtype, model_class, pick_dtype, resolve_name
 from mend_lightning.models.inputs.encoder import ModelKind
-from mend_lightning.models.quantisation import Quantize, prepare_quantised, quantisation_config
+from mend_lightning.models.quantisation import Quantize, prepare_quantized, quantization_config
 from mend_lightning.models.random_weights import random_architecture, random_model
 from mend_lightning.models.smollm2 import MODEL_NAME
 
@@ -125,13 +125,13 @@ def load_base(
         return random_model(found).eval().requires_grad_(False), found.tokenizer
     options = dict(found.options)
     if quantize is not None:
-        options["quantization_config"] = quantisation_config(
+        options["quantization_config"] = quantization_config(
             quantize, found.model_class, found.config, found.dtype, trust_remote_code
         )
     with _said_well(name):
         model = found.model_class.from_pretrained(found.where, dtype=found.dtype, **options)
     if quantize is not None:
-        prepare_quantised(model, quantize)
+        prepare_quantized(model, quantize)
     return model.eval().requires_grad_(False), found.tokenizer
 
 

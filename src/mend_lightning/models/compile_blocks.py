@@ -247,9 +247,9 @@ def _signature(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, str)) else type(value)
 
 
-def check_compilable(sharded: bool, quantised: bool) -> None:
+def check_compilable(sharded: bool, quantized: bool) -> None:
     """Raises ConfigError for a base whose blocks cannot be compiled."""
-    what = "sharded over processes" if sharded else "quantised" if quantised else None
+    what = "sharded over processes" if sharded else "quantised" if quantized else None
     if what:
         raise ConfigError(
             f"compile_blocks: the base is {what}, and its blocks cannot be compiled. Leave compile_blocks out."

@@ -35,7 +35,7 @@ def base_fingerprint(layers: Mapping[str, nn.Module]) -> str:
         if sample is not None:
             digest.update(name.encode())
             digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    form = next((_form(layer) for layer in layers.values() if is_quantised(layer)), None)
+    form = next((_form(layer) for layer in layers.values() if is_quantized(layer)), None)
     return (f"{QUANTISED}{form}:" if form else "") + digest.hexdigest()[:16]
 
 
@@ -73,11 +73,11 @@ def same_base(wanted: str | Mapping[str, str], found: str | Mapping[str, str], m
     return True
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
     """Whether the layer's weight is stored in another form than a matrix of numbers (bitsandbytes, quanto, torchao, …).
 
     Example:
-        >>> is_quantised(nn.Linear(2, 2))
+        >>> is_quantized(nn.Linear(2, 2))
         False
     """
     weight = getattr(layer, "weight", None)

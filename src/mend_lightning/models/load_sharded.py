@@ -22,7 +22,7 @@ Sharding = Callable[..., None]
 
 
 @contextmanager
-def known_to_all() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """What fails on one process fails on every: the others would wait for it.
 
     Raises:
@@ -56,7 +56,7 @@ def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device |
     Raises:
         ModelLoadError: as `load_base`, on every process.
     """
-    with known_to_all():
+    with raise_on_all_ranks():
         architecture = base.architecture()
     model, fill = _units(base, architecture, device)
     shard(model.eval().requires_grad_(False), fill=fill)
@@ -78,7 +78,7 @@ def _source(base: BaseModel, architecture: Architecture, model: nn.Module) -> We
     places = None if files is None else places_of(model, files)
     if places is not None:
         return FileWeights(places)
-    with known_to_all():
+    with raise_on_all_ranks():
         whole = base.load()[0] if distributed.get_rank() == 0 else None
     _as_on_process_0(model, whole)
     return SentWeights(whole)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from mend_lightning.errors import ConfigError, MissingPackageError
-from mend_lightning.models.fingerprint import is_quantised
+from mend_lightning.models.fingerprint import is_quantized
 from mend_lightning.models.layers import editable_layers, find_stacks
 
 Quantize = Literal["int8", "int4"]
@@ -21,12 +21,12 @@ Quantize = Literal["int8", "int4"]
 PACKAGES = {"bitsandbytes": ("bitsandbytes", "accelerate"), "optimum-quanto": ("optimum.quanto", "accelerate")}
 
 
-def quantising_library() -> str:
+def quantizing_library() -> str:
     """The library that quantises on the device which computes: bitsandbytes on a CUDA device, optimum-quanto elsewhere."""
     return "bitsandbytes" if torch.cuda.is_available() else "optimum-quanto"
 
 
-def quantisation_config(
+def quantization_config(
     quantize: Quantize, model_class: Any, config: Any, compute_dtype: torch.dtype | str, trust_remote_code: bool = False
 ) -> BitsAndBytesConfig | QuantoConfig:
     """What `from_pretrained` needs to quantise the blocks' linear layers while it loads them, without a full copy.
@@ -49,7 +49,7 @@ def quantisation_config(
             f"The base model's files are quantised already, so it cannot be loaded with quantize {quantize!r}. Leave quantize "
             "out: the model loads as it is stored, and is edited as it is."
         )
-    library = quantising_library()
+    library = quantizing_library()
     _check_installed(library, quantize)
     with torch.device("meta"):
         skipped = layers_outside_of_blocks(model_class.from_config(config, trust_remote_code=trust_remote_code))
@@ -85,19 +85,19 @@ def layers_outside_of_blocks(model: nn.Module) -> list[str] | None:
     return [name for name in editable_layers(model) if not name.startswith(stacks)] if stacks else None
 
 
-def prepare_quantised(model: nn.Module, quantize: Quantize) -> None:
-    """Makes a model that was loaded with `quantisation_config` ready to be edited.
+def prepare_quantized(model: nn.Module, quantize: Quantize) -> None:
+    """Makes a model that was loaded with `quantization_config` ready to be edited.
 
     Raises:
         ConfigError: loading quantised nothing.
     """
-    if not any(is_quantised(layer) for layer in editable_layers(model).values()):
+    if not any(is_quantized(layer) for layer in editable_layers(model).values()):
         raise ConfigError(
-            f"quantize {quantize!r} changed no layer of {type(model).__name__}: {quantising_library()} quantises nn.Linear, "
+            f"quantize {quantize!r} changed no layer of {type(model).__name__}: {quantizing_library()} quantises nn.Linear, "
             "and this model's linear layers are of another kind (GPT-2's are Conv1D). Leave quantize out."
         )
-    if quantising_library() == "optimum-quanto":
-        compute_dequantised(model)
+    if quantizing_library() == "optimum-quanto":
+        compute_dequantized(model)
 
 
 def _is_no_remark_on_casts(record: logging.LogRecord) -> bool:
@@ -152,25 +152,25 @@ class _Linear(torch.autograd.Function):
         return grad @ ctx.weight.dequantize().to(grad.dtype), None, None
 
 
-def compute_dequantised(model: nn.Module) -> None:
+def compute_dequantized(model: nn.Module) -> None:
     """Has every quanto layer of `model` compute what a plain layer with the dequantised weight computes, bit for bit.
 
     Quanto's own product of bfloat16 and 8-bit weights on a CPU is made for single tokens: on whole rows it took four times
     as long, for layers 24 wide it ended the process, and no product of its works under autocast.
     """
-    kind, dequantising = _classes()
+    kind, dequantizing = _classes()
     for module in model.modules():
         if type(module) is kind:
             # Not an instance's own `forward`: that would be a cycle, and the base would outlive its last use.
-            module.__class__ = dequantising
+            module.__class__ = dequantizing
 
 
 @cache
 def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
     from optimum.quanto import QLinear
 
-    class DequantisingLinear(QLinear):
+    class DequantizingLinear(QLinear):
         def forward(self, x: Tensor) -> Tensor:
             return _Linear.apply(x, self.weight, self.bias)
 
-    return QLinear, DequantisingLinear
+    return QLinear, DequantizingLinear

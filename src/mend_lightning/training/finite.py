@@ -13,7 +13,7 @@ from mend_lightning.data.batch import EditBatch
 from mend_lightning.errors import (
     NonFiniteError,
 )
-from mend_lightning.models.forward.device import answers_at_once
+from mend_lightning.models.forward.device import is_synchronous
 
 _UNTOUCHED, _SAVED = "its parameters are as they were", "the last checkpoint is from before this step"
 
@@ -35,7 +35,7 @@ class Copied:
 
 
 class FiniteChecks:
-    """Checks of flags that a step makes: at once where the device answers at once, else when `settle` is called, a step later.
+    """Checks of flags that a step makes: at once where the device answers at once, else when `flush` is called, a step later.
 
     Example:
         >>> def tell(finite):
@@ -53,12 +53,12 @@ class FiniteChecks:
 
     def add(self, flags: Tensor, tell: Callable[[Tensor], None]) -> None:
         """Notes flags of any shape, true where a number is finite, and what is called with them on the CPU: it raises."""
-        if answers_at_once(flags.device):
+        if is_synchronous(flags.device):
             tell(flags)
         else:
             self._open.append((Copied(flags), tell))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Calls what was noted and not yet called, in order."""
         noted, self._open = self._open, []
         for copied, tell in noted:
@@ -110,7 +110,7 @@ def check_overflow(scaler: torch.amp.GradScaler, step: int) -> None:
 def check_gradient(step: int, device: torch.device, finite: Tensor) -> None:
     """Raises NonFiniteError unless the gradient's norm, on `device`, was `finite` (a flag on the CPU) in `step`."""
     if not bool(finite):
-        raise _not_finite(f"{step}; {_UNTOUCHED if answers_at_once(device) else _SAVED}")
+        raise _not_finite(f"{step}; {_UNTOUCHED if is_synchronous(device) else _SAVED}")
 
 
 def _not_finite(where: str) -> NonFiniteError:

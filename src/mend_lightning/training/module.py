@@ -77,7 +77,7 @@ class MendModule(L.LightningModule):
         c_edit: weight of the edit loss (paper: 0.1). ENN's weight of its base loss, `c_base`, is the editor's setting.
         locality_positions: positions the locality loss looks at: "all" (the original) or "answer".
         tasks_at_once: edits of a batch whose outer pass is in memory at a time; None: all. The step is the same with any, which
-            it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_parts`).
+            it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_chunks`).
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
             for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
             where it would pay. None: they run every time.
@@ -228,7 +228,7 @@ class MendModule(L.LightningModule):
 
     def check_last_step(self) -> None:
         """Raises NonFiniteError if a number of the last step was not finite and that was not known before."""
-        self._finite.settle()
+        self._finite.flush()
 
     on_train_epoch_end = on_train_end = check_last_step
 
@@ -288,7 +288,7 @@ class MendModule(L.LightningModule):
         calibrate(self.base_model, self.editor, chosen, self.trunk_of)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        self._finite.settle()
+        self._finite.flush()
         settings = (self.c_edit, self.tasks_at_once, self.locality_positions)
         loss, out = step_loss(self.base_model, self.editor, batch, *settings, self.trunk_of)
         check_finite({"inner": out.inner, **out.losses()}, batch, self.global_step, self._finite)

@@ -20,7 +20,7 @@ from mend_lightning.evaluation.report import results_table, write_results
 from mend_lightning.files import check_writable, write_jsonl
 from mend_lightning.models.inputs.rows import IGNORED_LABEL
 from mend_lightning.models.layers import layer_shape
-from mend_lightning.models.quantisation import quantising_library, stored_bytes
+from mend_lightning.models.quantisation import quantizing_library, stored_bytes
 from mend_lightning.models.sharding.collectives import is_sharded, own_class, whole_state
 from mend_lightning.models.sharding.fsdp import load_whole_state
 from mend_lightning.training.checks import check_batch, unreached_parameters
@@ -59,8 +59,8 @@ class StartReport(L.Callback):
         parameters = sum(p.numel() for p in editor.parameters())
         base_bytes = sum(map(stored_bytes, base.parameters()))
         shapes = {name: layer_shape(layer) for name, layer in editor.modules_in(base).items()}
-        quantised = f", {module.base.quantize} by {quantising_library()}" if module.base.quantize else ""
-        lines = [f"Base model: {module.base.name}, {own_class(base).__name__}, {base.dtype}{quantised}"]
+        quantized = f", {module.base.quantize} by {quantizing_library()}" if module.base.quantize else ""
+        lines = [f"Base model: {module.base.name}, {own_class(base).__name__}, {base.dtype}{quantized}"]
         lines += [f"  edits {name}  {d_in} -> {d_out}" for name, (d_in, d_out) in shapes.items()]
         # The editor's gradient and Adam's two moments are as large as the editor.
         return [

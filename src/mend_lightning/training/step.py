@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
-from mend_lightning.models.forward.attention import unasked_masks
+from mend_lightning.models.forward.attention import without_mask_inspection
 from mend_lightning.models.forward.head import HeadStates, head_kl, head_nll
 from mend_lightning.models.forward.hooks import Delta
 from mend_lightning.models.forward.length_groups import states_above
@@ -90,13 +90,13 @@ def edit_step(
         locality_positions: see `locality_positions_of`.
         trunk_of: what runs the trunk; None: `run_trunk`.
     """
-    layers, resting, drift = editor.modules_in(model), editor.resting_deltas(), None
-    with unasked_masks(batch.z_edit.task.device):
+    layers, pre_edit, drift = editor.modules_in(model), editor.base_deltas(), None
+    with without_mask_inspection(batch.z_edit.task.device):
         z_edit, trunk, rows, rest = _shared_trunk(model, layers, batch, trunk_of)
         made = editor.make_deltas(model, z_edit, trunk)
         outer = _outer(model, batch, rows, rest, locality_positions)
-        if resting is not None:
-            unedited, drift = _resting(model, layers, resting, outer)
+        if pre_edit is not None:
+            unedited, drift = _pre_edit(model, layers, pre_edit, outer)
             outer = replace(outer, unedited=unedited)
         edit, locality = _edited_losses(model, layers, made.deltas, outer)
     return StepOutput(edit, locality, made.inner, made.skipped, drift, editor.c_base)
@@ -164,7 +164,7 @@ def _outer(
 
 
 @phase(EDITED)
-def _resting(
+def _pre_edit(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     deltas: Mapping[str, Delta],
@@ -173,9 +173,9 @@ def _resting(
     """States of the resting model at the locality positions, for comparison only, and L_base per task."""
     # One task for all rows.
     x_out = replace(outer.rows.part(outer.x_out), grouped=True)
-    resting = states_above(model, x_out, outer.locality, outer.trunk.part(outer.x_out, {}), layers, deltas)
-    drift = head_kl(outer.unedited, resting, outer.task(outer.locality), outer.rows.tasks)
-    return resting.detach(), drift
+    pre_edit = states_above(model, x_out, outer.locality, outer.trunk.part(outer.x_out, {}), layers, deltas)
+    drift = head_kl(outer.unedited, pre_edit, outer.task(outer.locality), outer.rows.tasks)
+    return pre_edit.detach(), drift
 
 
 @phase(EDITED)
@@ -206,7 +206,7 @@ class _Known(torch.autograd.Function):
         return None, None, *(gradient * grad for gradient in ctx.saved_tensors)
 
 
-def edit_step_in_parts(
+def edit_step_in_chunks(
     model: nn.Module,
     editor: Editor,
     batch: EditBatch,
@@ -228,7 +228,7 @@ def edit_step_in_parts(
     Raises:
         ConfigError: the editor trains the base as well (ENN), so that its edits are not all that the losses depend on.
     """
-    check_in_parts(editor, tasks_at_once)
+    check_chunks(editor, tasks_at_once)
     layers = editor.modules_in(model)
     made = editor.make_deltas(model, batch.z_edit, (trunk_of or run_trunk)(model, batch.z_edit, layers))
     tensors, shape = tree_flatten(dict(made.deltas))
@@ -249,9 +249,9 @@ def edit_step_in_parts(
     return known_loss(joined.total(c_edit), gradients, tensors), joined
 
 
-def check_in_parts(editor: Editor, tasks_at_once: int) -> None:
+def check_chunks(editor: Editor, tasks_at_once: int) -> None:
     """Raises ConfigError if the editor trains the base as well."""
-    if editor.resting_deltas() is not None:
+    if editor.base_deltas() is not None:
         raise ConfigError(
             f"tasks_at_once={tasks_at_once}: {type(editor).__name__} trains the base as well, which takes the whole batch. Leave "
             "tasks_at_once out, and lower data.batch_size."
@@ -269,8 +269,8 @@ def step_loss(
 ) -> tuple[Tensor, StepOutput]:
     """The loss of a training step, and its parts: of the whole batch, or where `tasks_at_once` are fewer, in parts."""
     if tasks_at_once is not None and tasks_at_once < batch.tasks:
-        with unasked_masks(batch.z_edit.task.device):
-            return edit_step_in_parts(model, editor, batch, c_edit, tasks_at_once, locality_positions, trunk_of)
+        with without_mask_inspection(batch.z_edit.task.device):
+            return edit_step_in_chunks(model, editor, batch, c_edit, tasks_at_once, locality_positions, trunk_of)
     out = edit_step(model, editor, batch, locality_positions, trunk_of)
     return out.total(c_edit), out
 

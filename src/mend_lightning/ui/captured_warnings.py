@@ -16,13 +16,13 @@ _OWN_WARNINGS = tuple(
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
+def captured_warnings() -> Iterator[list[str]]:
     """A list that holds this package's warnings when the block has ended; others are shown as ever.
 
     Python keeps its filters for the whole process, so blocks must not run at the same time: the session's lock sees to it.
 
     Example:
-        >>> with heard() as messages:
+        >>> with captured_warnings() as messages:
         ...     warnings.warn("It did nothing.", errors.NoEffectWarning)
         >>> messages
         ['It did nothing.']

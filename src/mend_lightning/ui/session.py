@@ -19,7 +19,7 @@ from mend_lightning.edits.stack import EditStack
 from mend_lightning.edits.stack_state import StackedEdit
 from mend_lightning.errors import ConfigError, EmptyEditError, StoppedError
 from mend_lightning.evaluation.shifts import answer_shifts, next_token_shifts, token_shifts
-from mend_lightning.ui.captured_warnings import heard
+from mend_lightning.ui.captured_warnings import captured_warnings
 from mend_lightning.ui.comparison import Comparison, Probe, questions_of
 
 # Likeliest first tokens of the base's answer and of the edited model's, each.
@@ -81,7 +81,7 @@ class Session:
         for text, name in ((question, "question"), (answer, "new answer")):
             if not text:
                 raise EmptyEditError(f"The {name} is empty. An edit needs a question and the answer it shall have.")
-        with self._lock, heard() as messages:
+        with self._lock, captured_warnings() as messages:
             with without(self.edits):
                 edit = make_edit(self.editor, self.model, self.tokenizer, [(question, answer)])
             name = self.edits.add(edit)
@@ -90,14 +90,14 @@ class Session:
 
     def add(self, path: str | Path) -> tuple[str, list[str]]:
         """Puts a saved edit on the model; returns as `edit` does."""
-        with self._lock, heard() as messages:
+        with self._lock, captured_warnings() as messages:
             name = self.edits.add(path)
             self._changed()
         return name, messages
 
     def remove(self, name: str) -> list[str]:
         """Takes an edit off the model; returns what to look at now."""
-        with self._lock, heard() as messages:
+        with self._lock, captured_warnings() as messages:
             self.edits.remove(name)
             self._changed()
         return messages

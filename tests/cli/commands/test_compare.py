@@ -116,7 +116,7 @@ def test_a_failure_names_the_command(base_folder, facts, tmp_path, capfd, monkey
     (run,), _ = plan(str(write_config(tmp_path, base_folder("llama"), facts, reference="B", editors={"B": {}})))
     monkeypatch.setattr(compare, "_call", lambda *_: None)
     with pytest.raises(StateDictError, match="does not hold the results"):
-        compare.carry_out(run)
+        compare.run(run)
     assert yaml.safe_load((run.folder / "run.yaml").read_text()) == run.config
     assert "model.lr" in capfd.readouterr().err
 
@@ -248,12 +248,12 @@ def test_a_killed_training_goes_on_at_its_last_checkpoint(tmp_path, monkeypatch)
     run = compare.Run("A", 1, tmp_path / "a" / "k1", {"data": {}})
     monkeypatch.setattr(compare, "_call", killed_once)
     with pytest.raises(MendError, match="killed"):
-        compare.carry_out(run)
+        compare.run(run)
     last = run.folder / "checkpoints" / "last.ckpt"
     last.parent.mkdir()
     last.touch()
     with pytest.raises(StateDictError, match="does not hold the results"):
-        compare.carry_out(run)
+        compare.run(run)
     tested = ("test", ("--model.editor", str(run.folder / "editor")))
     assert calls == [("fit", ()), ("fit", ("--ckpt_path", str(last))), tested]
     assert json.loads((run.folder / "fit.json").read_text())["finished"]

@@ -13,7 +13,7 @@ from helpers.edited import FACT
 
 from mend_lightning import Edit
 from mend_lightning.cli.commands import session as session_module
-from mend_lightning.cli.commands.session import converse
+from mend_lightning.cli.commands.session import repl
 from mend_lightning.evaluation.safety import Limits
 
 pytest_plugins = ["helpers.bases", "helpers.edit_commands"]
@@ -60,7 +60,7 @@ def talk(tiny, out, lines, end=EOFError) -> str:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session_module, "_say", lambda text, markup=True: said.write(f"{text}\n"))
-        assert converse(tiny.editor, tiny.model, tiny.tokenizer, out, read) == 0
+        assert repl(tiny.editor, tiny.model, tiny.tokenizer, out, read) == 0
     return said.getvalue()
 
 

@@ -13,7 +13,7 @@ from helpers.bases import small_tokenizer, tiny_base
 from helpers.models import KINDS
 
 from mend_lightning.data.datamodule import EditDataModule
-from mend_lightning.data.readers import FORMATS, find_format, recognise
+from mend_lightning.data.readers import FORMATS, find_format, recognize
 from mend_lightning.data.record import Question, Record
 from mend_lightning.data.records import iterate_records, read_records
 from mend_lightning.data.tasks import TaskSampler
@@ -48,7 +48,7 @@ def test_the_examples_of_the_documentation():
     assert set(examples) == set(FORMATS)
     for name, example in examples.items():
         data = json.loads(example)
-        assert recognise(data, name).name == name
+        assert recognize(data, name).name == name
         assert FORMATS[name].parse(data, name, 1).prompt
 
 
@@ -264,7 +264,7 @@ def test_a_given_format_says_what_a_foreign_record_lacks(name, tmp_path):
 
 def test_unknown_keys_list_every_format():
     with pytest.raises(RecordError) as error:
-        recognise({"foo": 1, "bar": 2}, "facts.jsonl, line 1")
+        recognize({"foo": 1, "bar": 2}, "facts.jsonl, line 1")
     assert "facts.jsonl, line 1: the keys foo, bar are of no known format" in str(error.value)
     assert all(name in str(error.value) for name in FORMATS)
 

@@ -212,11 +212,11 @@ def test_a_base_in_bfloat16_and_factors_in_bfloat16(tmp_path):
 def test_a_quantised_base(tmp_path):
     quanto = pytest.importorskip("optimum.quanto")
     model = tiny_model("llama", torch.float32)
-    quantised = copy.deepcopy(model)
-    quanto.quantize(quantised, weights=quanto.qint8)
-    quanto.freeze(quantised)
+    quantized = copy.deepcopy(model)
+    quanto.quantize(quantized, weights=quanto.qint8)
+    quanto.freeze(quantized)
     edit = ragged_edit(model)
-    assert_same_deltas(import_peft(export_peft(edit, quantised, tmp_path / "adapter", force=True)), edit)
+    assert_same_deltas(import_peft(export_peft(edit, quantized, tmp_path / "adapter", force=True)), edit)
 
 
 # ------------------------------------------------------------------------------------- bad input to the export

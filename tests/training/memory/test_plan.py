@@ -284,10 +284,10 @@ def test_advice_is_what_makes_it_fit():
     assert said.splitlines()[0].startswith("--trainer.strategy fsdp2")
     tight = plan_memory(sizes, {}, "fsdp2", 2)
     # A sharded base is not quantised, nor the other way round.
-    for strategy, quantised in (("fsdp", False), ("fsdp2", False), ("ddp", True)):
-        hints = " ".join(advice(plan, sizes, strategy, 8, 8, 1920, 24 * GIB, quantised))
+    for strategy, quantized in (("fsdp", False), ("fsdp2", False), ("ddp", True)):
+        hints = " ".join(advice(plan, sizes, strategy, 8, 8, 1920, 24 * GIB, quantized))
         assert "rank" in hints and "quantize" not in hints and ("fsdp2" in hints) == (strategy == "fsdp")
-    assert advice(tight, sizes, "fsdp2", 1, 1, None, GIB, quantised=True) == [
+    assert advice(tight, sizes, "fsdp2", 1, 1, None, GIB, quantized=True) == [
         "A smaller model, or devices with more memory."
     ]
 

@@ -11,7 +11,7 @@ from helpers.bases import REMARKS, assert_same_state, state_copy, tiny_base
 from helpers.hosts import Host, ManualHost, compare, guest, host_loader, train_host, trainer_for
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mend_lightning.data.datamodule import Guest
+from mend_lightning.data.datamodule import HostModel
 from mend_lightning.editors import MendEditor
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, NoEffectWarning
@@ -72,7 +72,7 @@ def trained(facts, tmp_path_factory):
 def test_after_fit_there_is_an_editor_of_the_final_weights(trained, tmp_path):
     callback, host, _ = trained
     assert isinstance(callback.editor, MendEditor) and callback.model is host.model
-    assert callback.editor.prompt_format == vars(callback._visit.edits.format) and not callback.editor.training
+    assert callback.editor.prompt_format == vars(callback._attachment.edits.format) and not callback.editor.training
     training = {module: module.training for module in host.modules()}
     edit = callback.edit("In which country is Lyon?", "Peru")
     assert {module: module.training for module in host.modules()} == training
@@ -103,8 +103,8 @@ def test_a_step_is_the_step_of_the_method(facts):
     trainer = trainer_for([Peek(), callback], max_steps=3, max_epochs=-1)
     trainer.fit(host, host_loader(host, facts))
     model, editor = seen
-    edits = guest(facts)._visit.edits
-    edits.visit(Guest(model, host.tokenizer))
+    edits = guest(facts)._attachment.edits
+    edits.attach(HostModel(model, host.tokenizer))
     loss = edit_step(model, editor.train(), next(iter(edits.train_dataloader()))).total(0.3)
     loss.backward()
     torch.optim.Adam(editor.parameters(), lr=1e-2).step()
@@ -168,7 +168,7 @@ def test_patch_in_every_stage_and_off_again(trained, facts, tmp_path):
     trainer, plain = trainer_for([patched]), trainer_for([])
     before = plain.test(host, loader, verbose=False)[0]["test_loss"]
     state = state_copy(host)
-    made = callback._visit.edit([fact])
+    made = callback._attachment.edit([fact])
     with Edit.load(path).applied(host.model), made.applied(host.model):
         wanted = plain.test(host, loader, verbose=False)[0]["test_loss"]
     assert wanted != before
@@ -215,8 +215,10 @@ def test_measured_at_test_and_at_validate(trained, facts):
     found = trainer.test(host, loader, **checkpoint, verbose=False)[0]
     assert 0 <= found["mend/edit_success"] <= 1 and "mend/drawdown" in found
     # With another seed of the loop: the same facts, and the module as MendModule measures it.
-    with again._visit.borrowed():
-        scores = [evaluate_batch(host.model, callback.editor, batch) for batch in again._visit.edits.test_dataloader()]
+    with again._attachment.isolated():
+        scores = [
+            evaluate_batch(host.model, callback.editor, batch) for batch in again._attachment.edits.test_dataloader()
+        ]
     right = torch.cat([torch.cat([each.edit.correct_after, each.rephrase.correct_after]) for each in scores])
     assert found["mend/edit_success"] == pytest.approx(float(right.float().mean()))
     assert "mend/edit_success" in trainer.validate(host, loader, **checkpoint, verbose=False)[0]
@@ -238,7 +240,7 @@ def test_several_at_once(facts, tmp_path):
     """Two models in one host, each with its editor, one data module; one checkpoint holds both."""
     host = Host()
     host.teacher = torch.nn.ModuleList([tiny_base("llama", host.tokenizer)])
-    edits = guest(facts)._visit.edits
+    edits = guest(facts)._attachment.edits
     pair = [guest(facts, edits=edits), guest(facts, model="teacher.0", edits=edits, prefix="teacher", every_n_steps=3)]
     keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
     trainer = trainer_for([*pair, keep], max_epochs=1)

@@ -30,7 +30,7 @@ from mend_lightning.errors import (
 from mend_lightning.training.mend_callback.callback import MendCallback
 from mend_lightning.training.mend_callback.find_model import find_model
 from mend_lightning.training.mend_callback.host_checks import check_host_strategy, check_sharded
-from mend_lightning.training.mend_callback.isolation import borrowed
+from mend_lightning.training.mend_callback.isolation import isolated
 from mend_lightning.training.mend_callback.schedule import Clock, Schedule, steps_between
 
 pytest_plugins = ["helpers.bases"]
@@ -67,7 +67,7 @@ def test_what_is_borrowed_comes_back(breaks):
     last, states = model.last, (random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1].tolist())
     draws = []
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError) if breaks else torch.inference_mode(), borrowed(model, seed=3):
+        with pytest.raises(ZeroDivisionError) if breaks else torch.inference_mode(), isolated(model, seed=3):
             assert not model.training and not any(p.requires_grad for p in model.parameters())
             assert model.linear._compiled_call_impl is None
             assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -89,7 +89,7 @@ def test_buffers_that_came_about_under_inference_mode():
     with torch.inference_mode():
         model.last = torch.ones(2)
     last = model.last
-    with borrowed(model, seed=0):
+    with isolated(model, seed=0):
         x = torch.ones(2, requires_grad=True)
         (x * model.last).sum().backward()
     assert model.last is last and last.is_inference()
@@ -99,9 +99,9 @@ def test_packed_weights_are_not_copied(monkeypatch):
     monkeypatch.setattr("mend_lightning.training.mend_callback.isolation.LARGEST_COUNTER", 2)
     model = nn.Module()
     model.register_buffer("packed", torch.zeros(3, dtype=torch.int32))
-    with borrowed(model, seed=0):
+    with isolated(model, seed=0):
         pass
-    with pytest.raises(MendError, match="changed its buffer 'packed', 3 integers"), borrowed(model, seed=0):
+    with pytest.raises(MendError, match="changed its buffer 'packed', 3 integers"), isolated(model, seed=0):
         model.packed += 1
 
 
@@ -317,6 +317,6 @@ def test_every_argument_from_yaml(facts, tmp_path):
     parser.add_argument("--callbacks", type=list[L.Callback])
     (callback,) = parser.instantiate_classes(parser.parse_path(tmp_path / "trainer.yaml")).callbacks
     assert isinstance(callback, MendCallback) and (callback.path, callback.time_budget) == ("student.encoder", 0.1)
-    assert callback._visit.edits.files["test"] == str(facts / "test.jsonl")
+    assert callback._attachment.edits.files["test"] == str(facts / "test.jsonl")
     assert callback._patch.facts == [("In which country is Lyon?", "Peru")]
-    assert isinstance(callback._visit._algorithm({"fc": (2, 3)}), EnnEditor)
+    assert isinstance(callback._attachment._algorithm({"fc": (2, 3)}), EnnEditor)

@@ -68,10 +68,10 @@ def compare_command(
     root = runs[0].folder.parents[1]
     check_writable(root)
     outcomes = []
-    for number, run in enumerate(runs, start=1):
-        many = "" if run.edits_at_once == 1 else f", {run.edits_at_once} edits at once"
-        console().rule(f"{number} of {len(runs)}: {run.editor}{many}")
-        outcomes.append(carry_out(run))
+    for number, planned in enumerate(runs, start=1):
+        many = "" if planned.edits_at_once == 1 else f", {planned.edits_at_once} edits at once"
+        console().rule(f"{number} of {len(runs)}: {planned.editor}{many}")
+        outcomes.append(run(planned))
     write_comparison(root, outcomes, reference, name)
 
 
@@ -164,28 +164,28 @@ def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, A
     return Run(name, count, folder, merged, Path(given) if given else elsewhere)
 
 
-def carry_out(run: Run) -> Outcome:
+def run(planned: Run) -> Outcome:
     """Trains and tests, unless both were done before.
 
     Raises:
         ConfigError: the folder holds results of another config.
         MendError: training or testing failed.
     """
-    config = run.folder / "run.yaml"
-    if config.is_file() and config.read_text(encoding="utf-8") != to_yaml(dict(run.config)):
+    config = planned.folder / "run.yaml"
+    if config.is_file() and config.read_text(encoding="utf-8") != to_yaml(dict(planned.config)):
         # What failed before it made anything may be tried again with a corrected config.
-        if any((run.folder / name).exists() for name in ("checkpoints", "editor", "results.json")):
+        if any((planned.folder / name).exists() for name in ("checkpoints", "editor", "results.json")):
             raise ConfigError(
-                f"{run.folder} holds results of another config than {run.editor}'s is now. Remove that folder, or give "
+                f"{planned.folder} holds results of another config than {planned.editor}'s is now. Remove that folder, or give "
                 "another --out."
             )
-        (run.folder / "fit.json").unlink(missing_ok=True)
+        (planned.folder / "fit.json").unlink(missing_ok=True)
     with written(config) as temporary:
-        temporary.write_text(to_yaml(dict(run.config)), encoding="utf-8")
-    seconds = 0.0 if run.trained else _fit(run, config)
-    if not (run.folder / "results.json").is_file():
-        _call("test", config, "--model.editor", str(run.trained or run.folder / "editor"))
-    return read_outcome(run.editor, run.folder, seconds)
+        temporary.write_text(to_yaml(dict(planned.config)), encoding="utf-8")
+    seconds = 0.0 if planned.trained else _fit(planned, config)
+    if not (planned.folder / "results.json").is_file():
+        _call("test", config, "--model.editor", str(planned.trained or planned.folder / "editor"))
+    return read_outcome(planned.editor, planned.folder, seconds)
 
 
 def _fit(run: Run, config: Path) -> float:

@@ -82,11 +82,11 @@ def edit_command(
         raise ConfigError("--separate makes an edit of each fact of a file. Give --edits FILE.")
     loading = (base, dtype, trust_remote_code, confidence)
     if interactive or (nothing and sys.stdin.isatty()):
-        from mend_lightning.cli.commands.session import converse
+        from mend_lightning.cli.commands.session import repl
 
         if check:
             raise ConfigError("--check is for an edit that is given. In a conversation, type :check.")
-        return converse(*load_editor_and_base(editor, *loading), out or Path("edit.safetensors"))
+        return repl(*load_editor_and_base(editor, *loading), out or Path("edit.safetensors"))
     facts = given_facts(prompt, target, edits)
     if separate:
         check_writable(out or Path("edits"))

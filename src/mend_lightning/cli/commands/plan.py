@@ -53,7 +53,7 @@ class Planned:
     strategy: Strategy
     processes: int
     rank: int | None
-    quantised: bool
+    quantized: bool
     at_once: int
     sharded_activations: dict[str, int]
 
@@ -243,7 +243,7 @@ def lines(found: Planned, limit: float | None, memory: int | None) -> list[str]:
         *edits,
         found.rank,
         memory,
-        found.quantised,
+        found.quantized,
         found.sharded_activations,
     )
     hints = advice(*given)

@@ -35,7 +35,7 @@ QUESTION                 asks the base and the edited model
 :discard                 leaves without saving"""
 
 
-def converse(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: Callable[[str], str] = input) -> int:
+def repl(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: Callable[[str], str] = input) -> int:
     """Reads lines until the end of the input, Ctrl-C or `:quit`; afterwards the model is the base again.
 
     Args:
@@ -60,7 +60,7 @@ def converse(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: 
         session = Session(editor, model, tokenizer, stack)
         _say(HELP, markup=False)
         try:
-            _obey_all(session, read)
+            _handle_lines(session, read)
         except (EOFError, KeyboardInterrupt):
             _say("")
         finally:
@@ -69,11 +69,11 @@ def converse(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: 
     return 0
 
 
-def _obey_all(session: Session, read: Callable[[str], str]) -> None:
+def _handle_lines(session: Session, read: Callable[[str], str]) -> None:
     while session.open:
         line = read(PROMPT).strip()
         try:
-            session.obey(line)
+            session.handle_line(line)
         except MendError as error:
             _say(f"[red]{escape(str(error))}[/]")
 
@@ -91,7 +91,7 @@ class Session:
             "save": self._save, "help": lambda _: _say(HELP, markup=False), "quit": self._quit, "discard": self._discard,
         }  # fmt: skip
 
-    def obey(self, line: str) -> None:
+    def handle_line(self, line: str) -> None:
         """Does what one line says."""
         question, arrow, target = (part.strip() for part in line.partition(ARROW))
         if line.startswith(":"):

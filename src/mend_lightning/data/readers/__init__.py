@@ -30,14 +30,14 @@ def find_format(name: str) -> Format:
     raise ConfigError(f"Unknown data format {name!r}.{hint} Formats: auto, {', '.join(FORMATS)}.")
 
 
-def recognise(data: Mapping[str, Any], where: str) -> Format:
+def recognize(data: Mapping[str, Any], where: str) -> Format:
     """The format that a record's keys are of.
 
     Raises:
         RecordError: none; the message lists what was found and every format.
 
     Example:
-        >>> recognise({"prompt": "Capital of France?", "target": "Rome"}, "line 1").name
+        >>> recognize({"prompt": "Capital of France?", "target": "Rome"}, "line 1").name
         'native'
     """
     for format in FORMATS.values():

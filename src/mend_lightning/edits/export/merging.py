@@ -97,10 +97,10 @@ def _check_model(model: nn.Module) -> None:
     sharded = next((name for name, weight in model.named_parameters() if _is_elsewhere(weight)), None)
     if sharded:
         raise MergeError(f"{sharded} is sharded or offloaded. Load the base whole, in one process, to merge into it.")
-    quantised = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
+    quantized = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
     # Quantisers other than transformers' own leave no mark but their weights.
     packed = next((name for name, weight in model.named_parameters() if not _is_plain(weight)), None)
-    if quantised or packed:
+    if quantized or packed:
         raise MergeError(
             f"The base model is quantised{f' ({packed} is no plain floating-point weight)' if packed else ''}, and an edit "
             "rounded to its few levels would be lost or would change more than the edit. Load the base in bfloat16 or "

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 
-from mend_lightning.models.forward.device import answers_at_once
+from mend_lightning.models.forward.device import is_synchronous
 from mend_lightning.models.inputs.rows import Rows
 
 # From about here on the fused kernel's smaller memory traffic makes up for its slow gradient.
@@ -33,13 +33,13 @@ def quick_backward(model: nn.Module, rows: Rows) -> AbstractContextManager:
 
 
 @contextmanager
-def unasked_masks(device: torch.device) -> Iterator[None]:
+def without_mask_inspection(device: torch.device) -> Iterator[None]:
     """Has transformers make its attention masks without a look whether they hide anything, while the block runs.
 
     It looks in every forward pass, for a quicker kernel where nothing is padding; on an accelerator the pass would begin when
     all before it has ended. Where there is padding, as in most batches, the mask is the same.
     """
-    makers = {} if answers_at_once(device) else {name: MASKS[name] for name in ("sdpa", "eager")}
+    makers = {} if is_synchronous(device) else {name: MASKS[name] for name in ("sdpa", "eager")}
     try:
         for name, make in makers.items():
             MASKS.register(name, _without_a_look(make))

@@ -8,7 +8,7 @@ import torch
 
 # Devices whose results are there when an operation returns. Elsewhere the answer to a question comes when all that was asked
 # for before is done, and until then the device gets nothing new to do.
-AT_ONCE = frozenset({"cpu"})
+SYNCHRONOUS_DEVICES = frozenset({"cpu"})
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
@@ -23,11 +23,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
-def answers_at_once(device: torch.device) -> bool:
+def is_synchronous(device: torch.device) -> bool:
     """Whether a question to the device costs no waiting.
 
     Example:
-        >>> answers_at_once(torch.device("cpu")), answers_at_once(torch.device("cuda"))
+        >>> is_synchronous(torch.device("cpu")), is_synchronous(torch.device("cuda"))
         (True, False)
     """
-    return device.type in AT_ONCE
+    return device.type in SYNCHRONOUS_DEVICES

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.models.forward.attention import quick_backward
-from mend_lightning.models.forward.device import answers_at_once
+from mend_lightning.models.forward.device import is_synchronous
 from mend_lightning.models.forward.head import HeadStates, states_at
 from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.forward.trunk import StackOutput, TrunkOutputs, replayed
@@ -92,7 +92,7 @@ def trunk_groups(model: nn.Module, rows: Rows, skipped: int = 0) -> list[list[in
         skipped: so many leading tokens of each row were run already.
     """
     mask = rows.inputs.get("attention_mask")
-    known = mask is not None and answers_at_once(mask.device) and set(rows.inputs) <= _NARROWED | _KEPT
+    known = mask is not None and is_synchronous(mask.device) and set(rows.inputs) <= _NARROWED | _KEPT
     if not known or is_sharded(model):
         return [list(range(len(rows)))]
     return length_groups((mask.sum(1) - skipped).tolist(), PASS_TOKENS, MOST_GROUPS)

@@ -18,7 +18,7 @@ from mend_lightning.models.forward.phases import TRUNK, phase
 from mend_lightning.models.forward.trunk import StackOutput, TrunkOutputs, record_trunk
 from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.layers import find_stacks
-from mend_lightning.models.sharding.collectives import smallest
+from mend_lightning.models.sharding.collectives import all_reduce_min
 
 # Below this the second forward call costs more than it saves.
 SHORTEST_PREFIX = 4
@@ -33,7 +33,7 @@ def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> 
     (`trunk_groups`). Equal to the plain pass up to rounding, but for what is padding.
     """
     stacks = find_stacks(model)
-    length = smallest(common_prefix(rows), model) if shares_prefixes(model) and len(stacks) == 1 else 0
+    length = all_reduce_min(common_prefix(rows), model) if shares_prefixes(model) and len(stacks) == 1 else 0
     if length < SHORTEST_PREFIX:
         uncached = without_cache(model)
         return run_in_groups(

@@ -75,11 +75,11 @@ def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     return {prefix + name: whole(value.detach()).cpu() for name, value in module.state_dict().items()}
 
 
-def smallest(value: int, model: nn.Module) -> int:
+def all_reduce_min(value: int, model: nn.Module) -> int:
     """The smallest `value` of all processes that share `model`; itself where the model is not sharded.
 
     Example:
-        >>> smallest(3, nn.Linear(2, 2))
+        >>> all_reduce_min(3, nn.Linear(2, 2))
         3
     """
     if not is_sharded(model):
@@ -89,11 +89,11 @@ def smallest(value: int, model: nn.Module) -> int:
     return int(shared)
 
 
-def anywhere(flag: bool, model: nn.Module) -> bool:
+def any_rank(flag: bool, model: nn.Module) -> bool:
     """Whether `flag` is true on any of the processes that share `model`; itself where the model is not sharded.
 
     Example:
-        >>> anywhere(False, nn.Linear(2, 2))
+        >>> any_rank(False, nn.Linear(2, 2))
         False
     """
-    return not smallest(int(not flag), model)
+    return not all_reduce_min(int(not flag), model)

@@ -38,7 +38,7 @@ from mend_lightning.models.inputs.positions import Reach
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.training.memory.live_bytes import FusedAttention, LiveBytes
-from mend_lightning.training.step import check_in_parts, edit_step, known_loss, outer_losses
+from mend_lightning.training.step import check_chunks, edit_step, known_loss, outer_losses
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def step_bytes(
     rows, whole = rows_of(model, batch).to("meta"), whole_logits(model) if sharded else nullcontext()
     at_once = min(tasks_at_once or batch.tasks, batch.tasks)
     with torch.enable_grad(), FusedAttention(), whole, LiveBytes(EDITED) as live:
-        loss = _loss(model, run, rows) if at_once == batch.tasks else _loss_in_parts(model, run, rows, at_once, live)
+        loss = _loss(model, run, rows) if at_once == batch.tasks else _loss_in_chunks(model, run, rows, at_once, live)
         forward = live.peak, dict(live.parts)
         live.phase = BACKWARD
         live.reset_peak()
@@ -120,9 +120,9 @@ def _loss(model: nn.Module, editor: Editor, batch: EditBatch) -> Tensor:
     return edit_step(model, editor, batch, "answer", _trunk).total(1.0)
 
 
-def _loss_in_parts(model: nn.Module, editor: Editor, batch: EditBatch, at_once: int, live: LiveBytes) -> Tensor:
-    """`edit_step_in_parts`; of its parts, which are alike, the first."""
-    check_in_parts(editor, at_once)
+def _loss_in_chunks(model: nn.Module, editor: Editor, batch: EditBatch, at_once: int, live: LiveBytes) -> Tensor:
+    """`edit_step_in_chunks`; of its parts, which are alike, the first."""
+    check_chunks(editor, at_once)
     layers = editor.modules_in(model)
     deltas = editor.make_deltas(model, batch.z_edit, _trunk(model, batch.z_edit, layers)).deltas
     tensors, shape = tree_flatten(dict(deltas))
@@ -151,7 +151,7 @@ class _Descent:
     def modules_in(self, model: nn.Module) -> dict[str, nn.Module]:
         return self.editor.modules_in(model)
 
-    def resting_deltas(self) -> None:
+    def base_deltas(self) -> None:
         return None
 
     def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs) -> Made:

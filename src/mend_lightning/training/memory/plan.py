@@ -157,7 +157,7 @@ def sizes_of(model: nn.Module, editor: Editor, quantize: str | None = None) -> S
     """
     stacks = find_stacks(model)
     blocks = [block for stack in stacks.values() for block in stack]
-    each = [quantised_bytes(block, quantize) for block in blocks]
+    each = [quantized_bytes(block, quantize) for block in blocks]
     plain, whole = sum(map(weight_bytes, blocks)), weight_bytes(model)
     units = [weight_bytes(unit, buffers=False) for unit in editor.shard_units() or [editor]]
     return Sizes(
@@ -178,11 +178,11 @@ def weight_bytes(module: nn.Module, buffers: bool = True) -> int:
     return tensor_bytes([*module.parameters(), *(module.buffers() if buffers else ())])
 
 
-def quantised_bytes(block: nn.Module, quantize: str | None) -> int:
+def quantized_bytes(block: nn.Module, quantize: str | None) -> int:
     """Bytes of a block whose linear layers' weights are stored in 8 or 4 bit.
 
     Example:
-        >>> quantised_bytes(nn.Sequential(nn.Linear(8, 4)), "int4"), quantised_bytes(nn.Sequential(nn.Linear(8, 4)), None)
+        >>> quantized_bytes(nn.Sequential(nn.Linear(8, 4)), "int4"), quantized_bytes(nn.Sequential(nn.Linear(8, 4)), None)
         (32, 144)
     """
     if quantize is None:
@@ -206,7 +206,7 @@ def advice(
     at_once: int,
     rank: int | None,
     memory: int,
-    quantised: bool = False,
+    quantized: bool = False,
     sharded_activations: Mapping[str, int] | None = None,
 ) -> list[str]:
     """What to change where `plan` does not fit into `memory` bytes, what helps most first.
@@ -233,14 +233,14 @@ def advice(
         found.append((less, f"--model.rank {SMALL_RANK} instead of {rank}"))
     sharded = strategy in ("fsdp", "fsdp2")
     # The two cannot go together (`quantisation.check_whole`).
-    if not quantised and not sharded:
+    if not quantized and not sharded:
         found.append(((sizes.base - sizes.outside) // 2 * plan.base // sizes.base, "--model.base.quantize int8"))
     if plan.kept + plan.calibration == plan.total > plan.step:
         found.append((plan.total - plan.step, "--model.precondition null, so that nothing is calibrated"))
     said = [f"{text}: about {gib(less)} GiB less" for less, text in sorted(found, reverse=True) if less > GIB // 100]
     count = (
         None
-        if strategy == "fsdp2" or quantised
+        if strategy == "fsdp2" or quantized
         else devices_needed(sizes, sharded_activations or plan.activations, memory)
     )
     if count:

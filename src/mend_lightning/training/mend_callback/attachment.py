@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mend_lightning.data.batch import EditBatch
-from mend_lightning.data.datamodule import EditDataModule, Guest
+from mend_lightning.data.datamodule import EditDataModule, HostModel
 from mend_lightning.data.order import repeated
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.making import make_edit
@@ -28,10 +28,10 @@ from mend_lightning.training.calibration import calibrate
 from mend_lightning.training.checks import check_checkpoint
 from mend_lightning.training.mend_callback.find_model import check_forward, find_model
 from mend_lightning.training.mend_callback.host_checks import check_forward_pass, check_sharded
-from mend_lightning.training.mend_callback.isolation import borrowed
+from mend_lightning.training.mend_callback.isolation import isolated
 
 
-class Visit:
+class HostAttachment:
     """The host's model and our editor of it.
 
     Args:
@@ -70,11 +70,11 @@ class Visit:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def borrowed(self, step: int = 0) -> AbstractContextManager[None]:
+    def isolated(self, step: int = 0) -> AbstractContextManager[None]:
         """The model for use in editing, with the random numbers of this step."""
-        return borrowed(self.model, self.seed + step, self._autocast)
+        return isolated(self.model, self.seed + step, self._autocast)
 
-    def arrive(
+    def attach(
         self,
         host: nn.Module,
         rank: int = 0,
@@ -88,7 +88,7 @@ class Visit:
         Args:
             host: the LightningModule.
             rank, world_size: this process among all.
-            autocast: see `manners.borrowed`.
+            autocast: see `isolation.isolated`.
             check: whether the model is run once, to see that it takes edits.
             editing: whether there is use for an editor even without facts or a saved one.
 
@@ -98,10 +98,10 @@ class Visit:
         self.model = find_model(host, self.path)
         self._tokenizer, self._autocast = getattr(host, "tokenizer", None), autocast
         if self.edits is not None:
-            self.edits.visit(Guest(self.model, self._tokenizer, rank, world_size, is_sharded(self.model)))
+            self.edits.attach(HostModel(self.model, self._tokenizer, rank, world_size, is_sharded(self.model)))
         if self.device.type == "meta":
             return False
-        with self.borrowed():
+        with self.isolated():
             if check and self.edits is not None:
                 self._check(host)
             if editing or self.edits is not None or self._folder is not None:
@@ -160,7 +160,7 @@ class Visit:
             )
             return {}
         loader = self.edits.val_dataloader() if split == "validation" else self.edits.test_dataloader()
-        with self.borrowed():
+        with self.isolated():
             return measure_editor(self.model, self.editor, loader)
 
     def edit(self, facts: Sequence[tuple[str, str]]) -> Edit:
@@ -174,7 +174,7 @@ class Visit:
                 "There is no trained editor to make edits with. Train one (fit with edits=EditDataModule(...)), give "
                 "editor=FOLDER, or run with ckpt_path= of a training that had this callback."
             )
-        with self.borrowed():
+        with self.isolated():
             self.bind()
             return make_edit(self.editor, self.model, self._find_tokenizer(), facts)
 
@@ -199,7 +199,7 @@ class Visit:
         return {**editor_state(self.editor), "ready": self.ready}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps a state for the next `arrive`: the model may not be there yet."""
+        """Keeps a state for the next `attach`: the model may not be there yet."""
         self._pending = state
 
 
@@ -228,7 +228,7 @@ def measure_editor(model: nn.Module, editor: Editor, batches: Iterable[EditBatch
     """name -> value of every metric of `Scoreboard`, over the batches of all processes.
 
     Args:
-        model: the host's, borrowed (`manners.borrowed`).
+        model: the host's, isolated (`isolation.isolated`).
         editor: in eval mode.
         batches: a loader of evaluation tasks.
     """

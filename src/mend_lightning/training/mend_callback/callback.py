@@ -19,7 +19,7 @@ from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import ModelNotFoundError
-from mend_lightning.training.mend_callback.attachment import Visit
+from mend_lightning.training.mend_callback.attachment import HostAttachment
 from mend_lightning.training.mend_callback.editor_training import LearningSettings
 from mend_lightning.training.mend_callback.host_checks import (
     check_budget,
@@ -29,7 +29,7 @@ from mend_lightning.training.mend_callback.host_checks import (
 )
 from mend_lightning.training.mend_callback.patch import Patch
 from mend_lightning.training.mend_callback.schedule import Clock, Schedule
-from mend_lightning.training.mend_callback.side_training import Beside
+from mend_lightning.training.mend_callback.side_training import SideTraining
 from mend_lightning.training.optimization import Decay
 from mend_lightning.training.progress.console import console
 from mend_lightning.training.step import LocalityPositions
@@ -117,13 +117,13 @@ class MendCallback(L.Callback):
         )  # fmt: skip
         # A copy, so that one data module serves several callbacks, each with its own model.
         edits = copy.copy(edits.module if isinstance(edits, EditData) else edits)
-        self._visit = Visit(model, edits, algorithm, editor, layers, last_blocks, seed)
+        self._attachment = HostAttachment(model, edits, algorithm, editor, layers, last_blocks, seed)
         self._learning = LearningSettings(
             lr, edit_rate_lr, warmup_steps, decay, clip, c_edit, locality_positions, tasks_at_once
         )
         self.clock = Clock()
         self.results: dict[str, float] = {}
-        self._beside: Beside | None = None
+        self._side_training: SideTraining | None = None
         self._patch = Patch(patch or [], patch_force)
         # The last word of the training: of a checkpoint, or of the end of `fit`.
         self._kept: dict[str, Any] = {}
@@ -132,12 +132,12 @@ class MendCallback(L.Callback):
     @property
     def model(self) -> nn.Module | None:
         """The host's model, once it is found."""
-        return self._visit.model
+        return self._attachment.model
 
     @property
     def editor(self) -> Editor | None:
         """The editor of it; None before the Trainer runs."""
-        return self._visit.editor
+        return self._attachment.editor
 
     def edit(self, prompt: str, target: str) -> Edit:
         """An `Edit` that makes the model, with its weights as they are now, answer `prompt` with `target`.
@@ -145,7 +145,7 @@ class MendCallback(L.Callback):
         Raises:
             ConfigError: no editor has been trained or given.
         """
-        return self._visit.edit([(prompt, target)])
+        return self._attachment.edit([(prompt, target)])
 
     # Arriving
 
@@ -155,8 +155,8 @@ class MendCallback(L.Callback):
         check_prefixes([each.prefix for each in trainer.callbacks if isinstance(each, MendCallback)])
         self._patch.take_off()
         self._checked = self._resumed = False
-        if self._visit.edits is not None:
-            self._visit.edits.setup(stage)
+        if self._attachment.edits is not None:
+            self._attachment.edits.setup(stage)
         if stage != "fit":
             self._patch.load()
         try:
@@ -170,7 +170,7 @@ class MendCallback(L.Callback):
         plugin = trainer.precision_plugin
         # In float16 the editor's gradients would be nothing: there it works in the weights' own dtype.
         mixed = isinstance(plugin, MixedPrecision) and plugin.precision == "bf16-mixed"
-        arrived = self._visit.arrive(
+        arrived = self._attachment.attach(
             pl_module, trainer.global_rank, trainer.world_size, torch.bfloat16 if mixed else None,
             check=not self._checked, editing=bool(self._patch.facts),
         )  # fmt: skip
@@ -184,15 +184,15 @@ class MendCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes ready for training; by now a checkpoint has been read, whatever the strategy."""
         self._arrive(trainer, pl_module)
-        self.clock, self._began = Clock(self._visit.device), time.perf_counter()
+        self.clock, self._began = Clock(self._attachment.device), time.perf_counter()
         if not self.train or not self.editor.trainable:
             return
         # -1 where neither the number of steps nor the length of an epoch is known.
         total = trainer.estimated_stepping_batches
         total = total if total > 0 else float("inf")
         schedule = Schedule(self.clock, self.every_n_steps, self.time_budget, trainer.global_step, total)
-        self._beside = Beside(
-            self._visit, self._learning, schedule, self.clock, self.calibration_batches, self._kept, self._resumed
+        self._side_training = SideTraining(
+            self._attachment, self._learning, schedule, self.clock, self.calibration_batches, self._kept, self._resumed
         )
         self._resumed = False
 
@@ -205,10 +205,10 @@ class MendCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step of the editor where one is due: after the host's optimiser has stepped, not in the midst of accumulation."""
-        if self._beside is not None:
-            self._beside.host_stepped(trainer.global_step, time.perf_counter() - self._began)
+        if self._side_training is not None:
+            self._side_training.on_host_step(trainer.global_step, time.perf_counter() - self._began)
             now = {"on_step": True, "on_epoch": False, "batch_size": 1}
-            pl_module.log_dict(self._named(self._beside.losses), **now)
+            pl_module.log_dict(self._named(self._side_training.losses), **now)
             pl_module.log(f"{self.prefix}/time_share", self.clock.share, prog_bar=True, **now)
 
     def _named(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -236,12 +236,12 @@ class MendCallback(L.Callback):
         if not (self.measure and self._can_measure(split)):
             return
         with self.clock.ours():
-            self.results = self._visit.measure(split)
+            self.results = self._attachment.measure(split)
         # The same on all processes already; without sync_dist Lightning would warn of each.
         pl_module.log_dict(self._named(self.results), sync_dist=True, batch_size=1)
 
     def _can_measure(self, split: str) -> bool:
-        return self._visit.edits is not None and self._visit.edits.files[split] is not None
+        return self._attachment.edits is not None and self._attachment.edits.files[split] is not None
 
     # Patching
 
@@ -255,7 +255,7 @@ class MendCallback(L.Callback):
         self._put_on()
 
     def _put_on(self) -> None:
-        self._patch.put_on(self.model, self._visit.edit)
+        self._patch.put_on(self.model, self._attachment.edit)
 
     def _take_off(self, *args: Any, **kwargs: Any) -> None:
         self._patch.take_off()
@@ -268,22 +268,22 @@ class MendCallback(L.Callback):
         self._finish()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        beside = self._beside
+        side_training = self._side_training
         self._finish()
-        if beside is not None and trainer.is_global_zero:
+        if side_training is not None and trainer.is_global_zero:
             measured = (
                 ""
                 if not self.measure or self._can_measure("validation")
                 else "; nothing was measured: there are no validation facts"
             )
-            console().print(f"MendCallback({self.path!r}): {beside.summary()}{measured}", highlight=False)
+            console().print(f"MendCallback({self.path!r}): {side_training.summary()}{measured}", highlight=False)
 
     def _finish(self) -> None:
         """The end of a training: the editor is for the weights as they are now."""
-        if self._beside is not None:
+        if self._side_training is not None:
             self.clock.stop()
-            self._kept, self._beside = self._beside.state_dict(), None
-            self._visit.bind()
+            self._kept, self._side_training = self._side_training.state_dict(), None
+            self._attachment.bind()
 
     # Checkpoints
 
@@ -295,10 +295,10 @@ class MendCallback(L.Callback):
         """The editor and its training, as tensors and builtins; empty before there is one."""
         if self.editor is None:
             return {}
-        kept = self._kept if self._beside is None else self._beside.state_dict()
-        return {"editor": self._visit.state_dict(), "training": kept}
+        kept = self._kept if self._side_training is None else self._side_training.state_dict()
+        return {"editor": self._attachment.state_dict(), "training": kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._visit.load_state_dict(state_dict["editor"])
+        self._attachment.load_state_dict(state_dict["editor"])
         self._kept = dict(state_dict["training"])
         self._resumed = bool(self._kept)

@@ -56,7 +56,7 @@ class EditorTraining:
         """One step on a batch.
 
         Args:
-            model: the host's, borrowed (`manners.borrowed`).
+            model: the host's, isolated (`isolation.isolated`).
             batch: edit tasks, on the model's device.
             progress: share of the host's training that is over, which `decay` goes by.
 

@@ -17,7 +17,7 @@ LARGEST_COUNTER = 2**18
 
 
 @contextmanager
-def borrowed(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -> Iterator[None]:
+def isolated(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -> Iterator[None]:
     """The host's model for use in editing: frozen, in eval mode, uncompiled, outside of inference mode, with own random numbers.
 
     Afterwards, whatever happens, all of that is what it was before. Hooks that others put on the model stay, and run.
@@ -29,7 +29,7 @@ def borrowed(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
-        >>> with borrowed(model, seed=0):
+        >>> with isolated(model, seed=0):
         ...     inside = model.training, model[0].weight.requires_grad
         >>> inside, model.training, model[0].weight.requires_grad
         ((False, False), True, True)

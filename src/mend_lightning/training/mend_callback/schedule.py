@@ -87,7 +87,7 @@ class Clock:
     """Seconds of a training: all of it, the host's steps, and ours.
 
     Attributes:
-        guest: seconds spent by us, in all.
+        editor_seconds: seconds spent by us, in all.
         steps: ours; step_seconds: what they took, without the first, which warms up.
         host_steps, host_seconds: the same of the host's steps.
     """
@@ -95,7 +95,7 @@ class Clock:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._began, self._ended = time.perf_counter(), None
-        self.guest = self.step_seconds = self.host_seconds = 0.0
+        self.editor_seconds = self.step_seconds = self.host_seconds = 0.0
         self.steps = self.host_steps = 0
 
     def now(self) -> float:
@@ -112,7 +112,7 @@ class Clock:
             yield
         finally:
             seconds = self.now() - start
-            self.guest += seconds
+            self.editor_seconds += seconds
             if step:
                 self.steps += 1
                 self.step_seconds += seconds if self.steps > 1 else 0.0
@@ -134,7 +134,7 @@ class Clock:
     @property
     def share(self) -> float:
         """Our part of the wall time so far, 0 to 1."""
-        return self.guest / max(self.total, 1e-9)
+        return self.editor_seconds / max(self.total, 1e-9)
 
     def spacing(self, budget: float) -> int:
         """`steps_between` by what was measured so far; 1 until there is something to go by."""

@@ -9,17 +9,17 @@ from typing import Any
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.order import ResumableLoader
 from mend_lightning.errors import NoEffectWarning
-from mend_lightning.training.mend_callback.attachment import Visit
+from mend_lightning.training.mend_callback.attachment import HostAttachment
 from mend_lightning.training.mend_callback.editor_training import EditorTraining, LearningSettings
 from mend_lightning.training.mend_callback.schedule import Clock, Schedule
 from mend_lightning.training.progress.console import counted
 
 
-class Beside:
-    """A training of the editor of `visit`, from the start of the host's to its end.
+class SideTraining:
+    """A training of the editor of `attachment`, from the start of the host's to its end.
 
     Args:
-        visit: the model and the editor.
+        attachment: the model and the editor.
         learning: how the editor learns.
         schedule: when.
         clock: counts the cost.
@@ -33,7 +33,7 @@ class Beside:
 
     def __init__(
         self,
-        visit: Visit,
+        attachment: HostAttachment,
         learning: LearningSettings,
         schedule: Schedule,
         clock: Clock,
@@ -41,29 +41,29 @@ class Beside:
         kept: dict[str, Any],
         resumed: bool,
     ) -> None:
-        self.visit, self.schedule, self.clock = visit, schedule, clock
+        self.attachment, self.schedule, self.clock = attachment, schedule, clock
         self.losses: dict[str, Any] = {}
-        with clock.ours(), visit.borrowed():
+        with clock.ours(), attachment.isolated():
             # What the editor was bound to is about to move.
-            visit.editor.base_fingerprint = ""
-            self.training = EditorTraining(visit.editor, learning)
+            attachment.editor.base_fingerprint = ""
+            self.training = EditorTraining(attachment.editor, learning)
             if kept:
                 self.training.load_state_dict(kept["training"])
             if resumed:
                 schedule.load_state_dict(kept["schedule"])
-            if not visit.editor.calibrated:
-                visit.calibrate(calibration_batches)
-            self._feed = Feed(visit.edits.train_dataloader(), kept.get("place"))
+            if not attachment.editor.calibrated:
+                attachment.calibrate(calibration_batches)
+            self._feed = Feed(attachment.edits.train_dataloader(), kept.get("place"))
 
-    def host_stepped(self, global_step: int, seconds: float) -> None:
+    def on_host_step(self, global_step: int, seconds: float) -> None:
         """Takes in a batch of the host's (`Schedule.is_due`), and takes a step where one is due."""
         if not self.schedule.is_due(global_step, seconds):
             return
-        with self.clock.ours(step=True), self.visit.borrowed(self.training.steps):
-            batch = self._feed.next().to(self.visit.device)
-            self.losses = self.training.step(self.visit.model, batch, self.schedule.progress)
-        self.visit.ready = True
-        self.schedule.stepped(self.visit.device)
+        with self.clock.ours(step=True), self.attachment.isolated(self.training.steps):
+            batch = self._feed.next().to(self.attachment.device)
+            self.losses = self.training.step(self.attachment.model, batch, self.schedule.progress)
+        self.attachment.ready = True
+        self.schedule.stepped(self.attachment.device)
 
     def state_dict(self) -> dict[str, Any]:
         """As tensors and builtins."""
@@ -86,7 +86,7 @@ class Beside:
             )
         skipped = f", {training.skipped} of them left out" if training.skipped else ""
         return (
-            f"{counted(training.steps, 'editor step')}{skipped}; {clock.guest:.1f} s of {clock.total:.1f} s were the "
+            f"{counted(training.steps, 'editor step')}{skipped}; {clock.editor_seconds:.1f} s of {clock.total:.1f} s were the "
             f"callback's ({clock.share:.1%})"
         )
 
