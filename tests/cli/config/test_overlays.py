@@ -213,7 +213,8 @@ def test_show_config(write):
     assert f"  confidence: 0.6  # {name}, line 3: less" in lines
     result = call("show-config", "quickstart")
     assert result.code == 0
-    assert "confidence: 0.75 # quickstart.yaml, line 10: not in the paper (None there), see confidence.py" in result.out
+    confidence = "confidence: 0.75 # quickstart.yaml, line 10: not in the paper (None there), see editors/confidence.py"
+    assert confidence in result.out
     assert "rank: 256 # shared/one-layer.yaml, line" in result.out
     assert result.err == ""
     listed = call("show-config").out
