@@ -95,5 +95,5 @@ def _frames() -> list[str]:
     for frame in traceback.extract_stack():
         for package in ("mend_lightning/", "transformers/"):
             if package in frame.filename:
-                found.append(f"{package}{frame.filename.rsplit(package, 1)[1]}:{frame.lineno}")
+                found.append(f"{package}{frame.filename.rsplit(package, 1)[1]}:{frame.lineno} {frame.line}")
     return found

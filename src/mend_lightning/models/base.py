@@ -37,7 +37,7 @@ class BaseModel:
         quantize: "int8" or "int4" stores the weights of the blocks' linear layers in 8 or 4 bit: bitsandbytes on a CUDA
             device, optimum-quanto elsewhere. An editor that was trained so loads its base so for edits.
         random_weights: build the architecture with random weights, always the same ones, and download nothing: time and
-            memory can be measured so, and the model knows nothing. See `random_base.py`.
+            memory can be measured so, and the model knows nothing. See `random_weights.py`.
     """
 
     name: str = MODEL_NAME

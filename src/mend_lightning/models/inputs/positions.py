@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Which of a row's tokens a loss at its labels can give a gradient (`reach.py`): those at its labels, those up to its last
+# Which of a row's tokens a loss at its labels can give a gradient (`gradient_reach.py`): those at its labels, those up to its last
 # label, those of its input, or its first.
 Reach = Literal["labels", "until", "inputs", "first"]
 
