@@ -25,7 +25,7 @@ from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import replayed
 from mend_lightning.models.layers import editable_layers, find_stacks, layer_shape, select_layers
 from mend_lightning.models.quantisation import quantization_config, stored_bytes
-from mend_lightning.training.checks import check_checkpoint
+from mend_lightning.training.editor_checkpoint import check_checkpoint
 from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["helpers.bases"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -49,8 +50,9 @@ class Editor(nn.Module):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        # The first of a name stays: nobody's class takes the place of one of this package.
-        Editor._classes.setdefault(cls.__name__, cls)
+        # Nobody else's: which editor a folder holds must not depend on what was imported before.
+        if cls.__module__.startswith("mend_lightning."):
+            Editor._classes.setdefault(cls.__name__, cls)
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
         super().__init__()
@@ -76,6 +78,12 @@ class Editor(nn.Module):
         """An editor for `model`; `layers` are names or patterns, None the paper's choice."""
         chosen = select_layers(model, layers, last_blocks)
         return cls({name: layer_shape(layer) for name, layer in chosen.items()}, **settings)
+
+    @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        """The constructor's settings where none are given: what older files, which lack later ones, were made with."""
+        parameters = signature(cls).parameters.items()
+        return {name: each.default for name, each in parameters if each.default is not each.empty}
 
     @property
     def trainable(self) -> bool:
@@ -228,8 +236,7 @@ class Editor(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Loads an editor that `save_pretrained` or `mend-lightning fit` wrote, in eval mode.
 
-        `Editor.from_pretrained` loads any of this package's editors, and any other whose class is defined by then; a
-        subclass's only its own.
+        `Editor.from_pretrained` loads any of this package's editors; a subclass's only its own.
 
         Raises:
             StateDictError: a file is missing, truncated, holds NaN, or the two do not fit together.

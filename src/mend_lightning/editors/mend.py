@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.factors import Factors, descent
+from mend_lightning.editors.mend_settings import MendSettings
 from mend_lightning.editors.original_checkpoint import converted_state, read_original
 from mend_lightning.editors.precondition import InputMoments, InputPreconditioner
 from mend_lightning.editors.ridge import ridge_delta
-from mend_lightning.editors.transform import GradientTransform, Init, Inputs, group_layers
+from mend_lightning.editors.transform import GradientTransform, group_layers
 from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.device import no_autocast
@@ -28,23 +30,7 @@ class MendEditor(Editor):
     Args:
         layers: name -> (d_in, d_out) of the edited layers. Their order is the order in which layers of one
             shape update the shared statistics.
-        rank: rank of the transforms' matrices (the paper's 1920), cut to the network's width.
-        n_hidden: hidden layers of each network.
-        shared: layers of one shape share a network and have their own scale and shift; False gives every
-            layer its own network.
-        normalize: normalise the factors with running statistics.
-        init: "identity" or "xavier".
-        inputs: what the networks see; see `GradientTransform`.
-        edit_rate: initial α of every layer (the paper's 1e-4).
-        precondition: damping λ of the inverse input second moment that ũ is multiplied by (`InputPreconditioner`);
-            None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
-        rephrase_ridge: with `precondition`, ridge ρ of the regression of rephrases' inputs on the edit's, which makes edits
-            hold for rephrases (`InputPreconditioner`); None leaves it out, as in the paper.
-        ridge: initial λ of the ridge regression that makes one ΔW of all tokens (MALMEN; `ridge.ridge_delta`), learned for
-            each layer; None: MEND's plain sum.
-        confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
-            rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
-        constant_units: see `RunningNormalizer`.
+        settings: `rank`, `edit_rate`, `precondition`, `confidence` and the others of `MendSettings`.
 
     Example:
         >>> editor = MendEditor({"fc": (2, 3)}, rank=4)
@@ -53,49 +39,29 @@ class MendEditor(Editor):
         torch.Size([1, 3, 2])
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, tuple[int, int]],
-        rank: int = 1920,
-        n_hidden: int = 1,
-        shared: bool = True,
-        normalize: bool = True,
-        init: Init = "identity",
-        inputs: Inputs = "combined",
-        edit_rate: float = 1e-4,
-        precondition: float | None = None,
-        rephrase_ridge: float | None = None,
-        ridge: float | None = None,
-        confidence: float | None = None,
-        constant_units: str = "center",
-    ) -> None:
-        settings = {
-            "rank": rank, "n_hidden": n_hidden, "shared": shared, "normalize": normalize, "init": init,
-            "inputs": inputs, "edit_rate": edit_rate, "precondition": precondition, "rephrase_ridge": rephrase_ridge,
-            "ridge": ridge, "confidence": confidence, "constant_units": constant_units,
-        }  # fmt: skip
-        super().__init__(layers, **settings)
-        self.groups = group_layers(self.layers, shared)
-        self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(edit_rate)))
-        if ridge is not None and ridge <= 0:
-            raise ConfigError(f"ridge is the damping of a regression and must be positive, not {ridge}.")
+    def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
+        chosen = MendSettings(**settings)
+        super().__init__(layers, **asdict(chosen))
+        self.groups = group_layers(self.layers, chosen.shared)
+        self.edit_rates = nn.Parameter(torch.full((len(self.layers),), float(chosen.edit_rate)))
         # Its logarithm is learned: λ stays positive, and an optimiser's step is a share of it.
-        self.log_ridge = None if ridge is None else nn.Parameter(torch.full((len(self.layers),), math.log(ridge)))
+        log_ridge = None if chosen.ridge is None else math.log(chosen.ridge)
+        self.log_ridge = None if log_ridge is None else nn.Parameter(torch.full((len(self.layers),), log_ridge))
         self.transforms = nn.ModuleList(
             GradientTransform(
-                *self.layers[group[0]], len(group), rank, n_hidden, init, inputs, shared, normalize, constant_units
+                *self.layers[group[0]], len(group), chosen.rank, chosen.n_hidden, chosen.init, chosen.inputs,
+                chosen.shared, chosen.normalize, chosen.constant_units,
             )
             for group in self.groups
+        )  # fmt: skip
+        widths = [shape[0] for shape in self.layers.values()] if chosen.precondition is not None else []
+        self.preconditioners = nn.ModuleList(
+            InputPreconditioner(width, chosen.precondition, chosen.rephrase_ridge) for width in widths
         )
 
-        if rephrase_ridge is not None and precondition is None:
-            raise ConfigError(
-                "rephrase_ridge is a part of the preconditioning: set precondition (its damping) as well."
-            )
-        widths = [shape[0] for shape in self.layers.values()] if precondition is not None else []
-        self.preconditioners = nn.ModuleList(
-            InputPreconditioner(width, precondition, rephrase_ridge) for width in widths
-        )
+    @classmethod
+    def default_settings(cls) -> dict[str, Any]:
+        return asdict(MendSettings())
 
     @classmethod
     def from_original(

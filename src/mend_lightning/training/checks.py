@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
 import torch
@@ -12,15 +10,13 @@ from torch import nn
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import (
-    BaseModelMismatchError,
     CheckpointingError,
     ConfigError,
     EmptyEditError,
-    StateDictError,
+    InferenceModeError,
 )
-from mend_lightning.models.fingerprint import same_base
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
-from mend_lightning.models.sharding.collectives import is_sharded, own_class
+from mend_lightning.models.sharding.collectives import is_sharded
 from mend_lightning.training.random_states import kept_random_states
 from mend_lightning.training.step import LocalityPositions, edit_step
 
@@ -53,40 +49,30 @@ def check_prompt_format(saved: dict[str, str], given: dict[str, str] | None) -> 
         )
 
 
-def check_checkpoint(checkpoint: Mapping[str, Any], editor: Editor) -> None:
-    """Raises where a checkpoint is not of this editor and base model, or lacks a part of the editor.
-
-    Raises:
-        StateDictError: MendModule did not write it, or an entry is missing.
-        BaseModelMismatchError: it is of another editor or base model.
-
-    Warns:
-        UnverifiedBaseWarning: the base is quantised in another way now, or in one of the two only.
-    """
-    if "shards" in checkpoint:
-        raise StateDictError(
-            "This is a sharded checkpoint, whose tensors lie in a folder beside it. Read it with the plugin that knows them: "
-            "Trainer(plugins=[mend_lightning.training.distributed.checkpoint_io.EditorCheckpointIO()]), or the command line."
+def check_inference_mode(trainer: Any) -> None:
+    """Raises InferenceModeError if the Trainer evaluates in inference mode, where no gradient can be had."""
+    # Validation inside `fit` has the Trainer's setting as well.
+    if any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)):
+        raise InferenceModeError(
+            "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
+            "Use Trainer(inference_mode=False); `mend-lightning` sets it."
         )
-    saved = checkpoint.get("mend_lightning")
-    if saved is None:
-        raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
-    mine = editor.description()
-    # Settings that came later have their defaults in an older checkpoint.
-    parameters = signature(own_class(editor)).parameters.items()
-    defaults = {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty}
-    saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
-    mine["settings"] = {**defaults, **mine["settings"]}
-    for name in ("class", "layers", "settings", "base_fingerprint"):
-        pair = saved[name], mine[name]
-        if not (same_base(*pair, "checkpoint") if name == "base_fingerprint" else pair[0] == pair[1]):
-            raise BaseModelMismatchError(
-                f"The checkpoint is of another editor or base model: its {name} is {saved[name]}, here it is "
-                f"{mine[name]}. Use the config and base model it was trained with ({saved['base']})."
-            )
-    missing = [key for key in editor.state_dict() if f"editor.{key}" not in checkpoint["state_dict"]]
-    if missing:
-        raise StateDictError(f"The checkpoint lacks {len(missing)} entries of the editor, among them {missing[0]!r}.")
+
+
+def check_numbers(**at_least_one: int | None) -> None:
+    """Raises ConfigError where a number that counts something is below 1; None, the default, is not looked at."""
+    for name, number in at_least_one.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, not {number}.")
+
+
+def check_trained(trained: bool, editor: Editor, stage: str) -> None:
+    """Raises ConfigError if `stage` (validate, test, predict) is to run with an editor that has learned nothing."""
+    if not trained and editor.trainable:
+        raise ConfigError(
+            f"{stage} needs a trained editor. Give --model.editor RUN/editor (the folder that fit wrote), or "
+            "--ckpt_path CHECKPOINT."
+        )
 
 
 def check_single_process(editor: Editor, world_size: int) -> None:

@@ -118,3 +118,25 @@ def _not_finite(where: str) -> NonFiniteError:
         f"The editor's gradient is not finite in step {where}. Usual causes: a base in float16 or precision '16-mixed' "
         "(use bfloat16 or float32), or a learning rate that is too high."
     )
+
+
+def skips_step(norm: Tensor, scaler: torch.amp.GradScaler | None, step: int, checks: FiniteChecks) -> bool:
+    """Whether a loss scaler will leave a step out because its gradient overflowed.
+
+    Args:
+        norm: of the gradient.
+        scaler: of the Trainer's precision; None: `checks` raises NonFiniteError where the norm is not finite.
+        step: number of the step.
+        checks: says when.
+
+    Raises:
+        NonFiniteError: the scaler cannot help: its scale is as small as it can be.
+    """
+    if scaler is None:
+        checks.add(norm.isfinite(), partial(check_gradient, step, norm.device))
+        return False
+    # A scaler asks the device itself.
+    if norm.isfinite():
+        return False
+    check_overflow(scaler, step)
+    return True

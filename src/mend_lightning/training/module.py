@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,43 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.order import repeated
-from mend_lightning.editors.editor import Editor, EditorFactory
+from mend_lightning.editors.editor import EditorFactory
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.editors.saving import read_description
-from mend_lightning.editors.transform import Init, Inputs
-from mend_lightning.errors import ConfigError, InferenceModeError, NonFiniteError
-from mend_lightning.evaluation.evaluate import evaluate_batch, hard_rows
-from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
+from mend_lightning.editors.mend_settings import MendSettings
 from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.compile_blocks import check_compilable
-from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.forward.run_trunk import run_trunk
-from mend_lightning.models.inputs.encoder import Encoder, in_words, model_kind
-from mend_lightning.models.layers import layer_shape, select_layers
-from mend_lightning.models.sharding.collectives import whole
-from mend_lightning.training.calibration import calibrate
+from mend_lightning.models.inputs.encoder import Encoder, model_kind
+from mend_lightning.training.calibration import calibrate, first_batches
 from mend_lightning.training.checks import (
-    check_checkpoint,
     check_checkpointing,
+    check_inference_mode,
+    check_numbers,
     check_precision,
     check_prompt_format,
     check_single_process,
+    check_trained,
 )
 from mend_lightning.training.distributed.checkpoint_file import BASE_PREFIX
 from mend_lightning.training.distributed.placement import SHARDING, load_for
-from mend_lightning.training.finite import FiniteChecks, check_finite, check_gradient, check_overflow
-from mend_lightning.training.optimization import Decay, lr_factor, parameter_groups
+from mend_lightning.training.editor_checkpoint import check_checkpoint, keep_editor_only
+from mend_lightning.training.evaluation_steps import measure_batch, predict_batch, validate_batch, validation_values
+from mend_lightning.training.finite import FiniteChecks, check_finite, skips_step
+from mend_lightning.training.optimization import (
+    Decay,
+    edit_rate_range,
+    gradient_norm,
+    lr_factor,
+    parameter_groups,
+)
 from mend_lightning.training.precision import check_trainer_precision, loss_scaler
-from mend_lightning.training.progress.progress_line import followed
-from mend_lightning.training.random_states import gathered_random_states, set_own_random_states
+from mend_lightning.training.random_states import set_own_random_states
+from mend_lightning.training.run_editor import new_editor, saved_editor
 from mend_lightning.training.step import LocalityPositions, StepOutput, step_loss
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
@@ -61,12 +62,10 @@ class MendModule(L.LightningModule):
     Args:
         base: the model whose beliefs are edited.
         editor: folder of a saved editor to start from (or to test); its settings replace those below.
-        algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments, and then `rank` to
-            `confidence` below mean nothing; None: MEND with those. With `editor` it says what class the folder must hold.
+        algorithm: another editor than MEND, a class of `mend_lightning.editors` with its own arguments, and then the
+            settings of MEND mean nothing; None: MEND with those. With `editor` it says what class the folder must hold.
         layers: names or patterns of the layers to edit; None: the MLP matrices of the last blocks.
         last_blocks: how many blocks of each stack, when `layers` is None; None: 3, or 2 + 2 (the paper's).
-        rank, n_hidden, shared, normalize, init, inputs, edit_rate, precondition, rephrase_ridge, ridge, confidence: see
-            `MendEditor`.
         calibration_batches: training batches that the preconditioning is estimated from, before the first step; at most
             one epoch.
         lr: Adam's learning rate of the transforms, or whatever else the editor learns (paper: 1e-6).
@@ -81,8 +80,9 @@ class MendModule(L.LightningModule):
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
             for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
             where it would pay. None: they run every time.
-        compile_blocks: have torch compile the base's blocks that hold no hook (see `block_compile.py`). The first steps wait for
+        compile_blocks: have torch compile the base's blocks that hold no hook (see `compile_blocks.py`). The first steps wait for
             it; benchmarks/README.md says where that pays. Losses are equal up to rounding.
+        mend: `rank`, `edit_rate`, `precondition`, `confidence` and the others of `MendSettings`.
 
     Example:
         >>> module = MendModule(rank=256, lr=1e-5)
@@ -97,17 +97,6 @@ class MendModule(L.LightningModule):
         algorithm: EditorFactory | None = None,
         layers: list[str] | None = None,
         last_blocks: int | None = None,
-        rank: int = 1920,
-        n_hidden: int = 1,
-        shared: bool = True,
-        normalize: bool = True,
-        init: Init = "identity",
-        inputs: Inputs = "combined",
-        edit_rate: float = 1e-4,
-        precondition: float | None = None,
-        rephrase_ridge: float | None = None,
-        ridge: float | None = None,
-        confidence: float | None = None,
         calibration_batches: int = 16,
         lr: float = 1e-6,
         edit_rate_lr: float = 1e-6,
@@ -118,24 +107,17 @@ class MendModule(L.LightningModule):
         tasks_at_once: int | None = None,
         trunk_cache: str | Path | None = None,
         compile_blocks: bool = False,
+        **mend: Any,
     ) -> None:
         super().__init__()
         # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
         self.strict_loading = False
-        self.base, self._editor_folder = base, editor
-        self._layers, self._last_blocks = layers, last_blocks
-        self._named_algorithm = algorithm
-        self._algorithm = algorithm or partial(
-            MendEditor, rank=rank, n_hidden=n_hidden, shared=shared, normalize=normalize, init=init, inputs=inputs,
-            edit_rate=edit_rate, precondition=precondition, rephrase_ridge=rephrase_ridge, ridge=ridge,
-            confidence=confidence,
-        )  # fmt: skip
-        if calibration_batches < 1:
-            raise ConfigError(f"calibration_batches must be at least 1, not {calibration_batches}.")
-        if tasks_at_once is not None and tasks_at_once < 1:
-            raise ConfigError(
-                f"tasks_at_once must be at least 1, not {tasks_at_once}; leave it out to take a batch whole."
-            )
+        self.base = base
+        own = algorithm or partial(MendEditor, **asdict(MendSettings(**mend)))
+        self.new_editor = partial(new_editor, algorithm=own, layers=layers, last_blocks=last_blocks)
+        saved = partial(saved_editor, folder=editor, algorithm=algorithm)
+        self._build_editor = self.new_editor if editor is None else saved
+        check_numbers(calibration_batches=calibration_batches, tasks_at_once=tasks_at_once)
         self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
@@ -165,13 +147,7 @@ class MendModule(L.LightningModule):
     def _load(self) -> None:
         strategy = None if self._trainer is None else self._trainer.strategy
         self.base_model, self.tokenizer = load_for(strategy, self.base)
-        if self._editor_folder is not None:
-            # In training mode, as a new one is; Lightning switches it off for evaluation, and never on.
-            self.editor = self._editor_class().from_pretrained(self._editor_folder).train()
-            self.editor.check_base(self.base_model)
-        else:
-            chosen = select_layers(self.base_model, self._layers, self._last_blocks)
-            self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        self.editor = self._build_editor(self.base_model)
         if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
             check_single_process(self.editor, self._trainer.world_size)
         if isinstance(strategy, SHARDING):
@@ -187,14 +163,6 @@ class MendModule(L.LightningModule):
         # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
         frozen = [f"{BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
         self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
-
-    def _editor_class(self) -> type[Editor]:
-        """What a saved editor must be: the class of `algorithm`, which may be anybody's own, or any of this package's."""
-        if self._named_algorithm is None:
-            return Editor
-        layers = {name: tuple(shape) for name, shape in read_description(self._editor_folder)["layers"]}
-        with torch.device("meta"):
-            return type(self._named_algorithm(layers))
 
     def _encoder(self) -> Encoder | None:
         """The data's, whose prompt format is saved with the editor; None (another data module) keeps a loaded editor's."""
@@ -220,11 +188,7 @@ class MendModule(L.LightningModule):
             check_compilable(isinstance(self.trainer.strategy, SHARDING), self.base.quantize is not None)
         if stage == "fit" and self.trunk_cache is not None:
             check_trunk_cache(self.trunk_cache, self.trainer.strategy)
-        if self._inference_mode():
-            raise InferenceModeError(
-                "Edits need gradients, also in validation and test, and Trainer(inference_mode=True) forbids them. "
-                "Use Trainer(inference_mode=False); `mend-lightning` sets it."
-            )
+        check_inference_mode(self.trainer)
 
     def check_last_step(self) -> None:
         """Raises NonFiniteError if a number of the last step was not finite and that was not known before."""
@@ -235,26 +199,14 @@ class MendModule(L.LightningModule):
     def on_validation_start(self) -> None:
         self.check_last_step()
         if self.trainer.state.fn == "validate":
-            self._check_trained()
+            check_trained(self._trained, self.editor, self.trainer.state.fn.value)
 
     def on_test_start(self) -> None:
-        self._check_trained()
+        check_trained(self._trained, self.editor, self.trainer.state.fn.value)
         self._weight_norms = weight_norms(self.editor.modules_in(self.base_model))
 
     def on_predict_start(self) -> None:
-        self._check_trained()
-
-    def _check_trained(self) -> None:
-        if not self._trained and self.editor.trainable:
-            raise ConfigError(
-                f"{self.trainer.state.fn.value} needs a trained editor. Give --model.editor RUN/editor (the folder that "
-                "fit wrote), or --ckpt_path CHECKPOINT."
-            )
-
-    def _inference_mode(self) -> bool:
-        # Validation inside `fit` has the Trainer's setting as well.
-        loops = (self.trainer.validate_loop, self.trainer.test_loop, self.trainer.predict_loop)
-        return any(loop.inference_mode for loop in loops)
+        check_trained(self._trained, self.editor, self.trainer.state.fn.value)
 
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
@@ -264,14 +216,9 @@ class MendModule(L.LightningModule):
         if not self.editor.trainable:
             # Nothing to do; `on_fit_end` puts it back.
             self._max_epochs, self.trainer.fit_loop.max_epochs = self.trainer.fit_loop.max_epochs, 0
-        if self.editor.calibrated:
-            return
-        if self.trainer.datamodule is None:
-            raise ConfigError(
-                "precondition is estimated from the training data before the first step, and this fit has no data module. "
-                "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
-            )
-        self._calibrate(self.trainer.datamodule.train_dataloader())
+        if not self.editor.calibrated:
+            batches = first_batches(self.trainer, self.calibration_batches, self.device)
+            calibrate(self.base_model, self.editor, batches, self.trunk_of)
 
     def on_fit_end(self) -> None:
         if isinstance(self.trunk_of, CachedTrunk):
@@ -279,13 +226,6 @@ class MendModule(L.LightningModule):
         self.trunk_of = run_trunk
         if not self.editor.trainable:
             self.trainer.fit_loop.max_epochs = self._max_epochs
-
-    def _calibrate(self, batches: DataLoader) -> None:
-        total = min(self.calibration_batches, len(batches))
-        chosen = (batch.to(self.device) for batch in islice(batches, total))
-        if self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero:
-            chosen = followed(chosen, "Estimating the preconditioning", total, self.trainer.world_size)
-        calibrate(self.base_model, self.editor, chosen, self.trunk_of)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         self._finite.flush()
@@ -304,53 +244,30 @@ class MendModule(L.LightningModule):
             self.log(f"train/{name}", mean, prog_bar=name in out.losses(), batch_size=edits)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self.editor.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = gradient_norm(self.editor)
         scaler = loss_scaler(self.trainer.precision_plugin)
-        if scaler is None:
-            self._finite.add(norm.isfinite(), partial(check_gradient, self.global_step, norm.device))
-        else:
-            # A scaler asks the device itself.
-            if not norm.isfinite():
-                check_overflow(scaler, self.global_step)
-                self.skipped_steps += 1
+        self.skipped_steps += skips_step(norm, scaler, self.global_step, self._finite)
+        if scaler is not None:
             self.log("train/skipped_steps", float(self.skipped_steps), prog_bar=True)
         self.log("train/grad_norm", norm, prog_bar=True)
-        rates = dict(self.editor.named_parameters()).get("edit_rates")
-        if rates is not None:
-            rates = whole(rates.detach())
-            self.log_dict({"train/edit_rate_min": rates.min(), "train/edit_rate_max": rates.max()})
+        self.log_dict({f"train/{name}": rate for name, rate in edit_rate_range(self.editor).items()})
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
-        scores = evaluate_batch(self.base_model, self.editor, batch)
-        if not repeated(self.trainer.val_dataloaders, batch_idx):
-            self.scoreboard.update(scores, hard_rows(batch))
+        counted = not repeated(self.trainer.val_dataloaders, batch_idx)
+        validate_batch(self.base_model, self.editor, batch, self.scoreboard if counted else None)
 
     def on_validation_epoch_end(self) -> None:
-        values = self.scoreboard.compute()
-        if "edit_nll" not in values or "locality_kl" not in values:
-            raise NonFiniteError(
-                f"The validation losses are not finite after step {self.global_step}: training has diverged. Go back to "
-                "an earlier checkpoint and lower the learning rates."
-            )
-        values["loss"] = self.c_edit * values["edit_nll"] + values["locality_kl"]
+        values = validation_values(self.scoreboard, self.c_edit, self.global_step)
         # Metrics are reduced over processes already, and the same on each; without sync_dist Lightning would warn of each.
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
         self.scoreboard.reset()
 
     def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch and asks the edited model; returns one record a task for the report."""
-        scores = evaluate_batch(self.base_model, self.editor, batch)
-        answers = None
-        if self.base_kind != "classifier":
-            answers = edited_answers(self.base_model, self._encoder(), batch, scores)
-        if repeated(self.trainer.test_dataloaders, batch_idx):
-            return []
-        self.scoreboard.update(scores, hard_rows(batch))
-        self.scoreboard.update_norms(scores.edited.deltas, self._weight_norms)
-        if answers is not None:
-            self.scoreboard.update_generated(*judge_answers(answers, batch))
-        return task_records(batch, scores, answers)
+        encoder = None if self.base_kind == "classifier" else self._encoder()
+        counted = not repeated(self.trainer.test_dataloaders, batch_idx)
+        metrics = self.scoreboard if counted else None
+        return measure_batch(self.base_model, self.editor, encoder, batch, metrics, self._weight_norms)
 
     def on_test_epoch_end(self) -> None:
         self.results = self.scoreboard.compute()
@@ -359,34 +276,18 @@ class MendModule(L.LightningModule):
 
     def predict_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a task: the question, the target, and the answers before and after the edit."""
-        prompts = [text.prompt for text in batch.texts]
-        before = generate_answers(self.base_model, self._encoder(), prompts)
-        after = self.editor.edited(self.base_model, batch.z_edit).answers(
-            self.base_model, self._encoder(), prompts, batch.z_edit.task_of_row
-        )
-        if self.base_kind == "classifier":
-            # In the words of the edit: "true" becomes "false", and not REFUTES.
-            before, after = (
-                [in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after)
-            )
-        if repeated(self.trainer.predict_dataloaders, batch_idx):
-            return []
-        return [
-            {"prompt": text.prompt, "target": text.target, "before": old, "after": new}
-            for text, old, new in zip(batch.texts, before, after)
-        ]
+        classifies = self.base_kind == "classifier"
+        records = predict_batch(self.base_model, self.editor, self._encoder(), batch, classifies)
+        return [] if repeated(self.trainer.predict_dataloaders, batch_idx) else records
 
     def configure_optimizers(self) -> dict[str, Any] | None:
         groups = parameter_groups(self.editor, self.lr, self.edit_rate_lr)
         if not groups:
             return None
         # Lightning cannot clip before a fused step when it mixes precisions.
-        optimizer = torch.optim.Adam(groups, fused=not self._mixed_precision())
+        optimizer = torch.optim.Adam(groups, fused=not isinstance(self.trainer.precision_plugin, MixedPrecision))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _mixed_precision(self) -> bool:
-        return isinstance(self.trainer.precision_plugin, MixedPrecision)
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(step, self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay)
@@ -394,11 +295,7 @@ class MendModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # What is not finite must not be saved.
         self.check_last_step()
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if not name.startswith(BASE_PREFIX)
-        }
-        checkpoint["mend_lightning"] = self.editor.description()
-        checkpoint["random_states"] = gathered_random_states()
+        keep_editor_only(checkpoint, self.editor)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self.editor)

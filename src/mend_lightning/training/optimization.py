@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from mend_lightning.editors.editor import Editor
+from mend_lightning.models.sharding.collectives import whole
 
 Decay = Literal["none", "linear"]
 
@@ -35,3 +39,18 @@ def lr_factor(step: int, total: float, warmup_steps: int, decay: Decay) -> float
     if decay == "linear" and not math.isinf(total):
         factor *= max(0.0, 1 - step / total)
     return factor
+
+
+def gradient_norm(editor: Editor) -> Tensor:
+    """The 2-norm over all gradients that the editor has, whole where they are sharded: a scalar."""
+    gradients = [parameter.grad for parameter in editor.parameters() if parameter.grad is not None]
+    return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def edit_rate_range(editor: Editor) -> dict[str, Tensor]:
+    """The smallest and the largest edit rate α, as what they are logged by; nothing of an editor without."""
+    rates = dict(editor.named_parameters()).get("edit_rates")
+    if rates is None:
+        return {}
+    rates = whole(rates.detach())
+    return {"edit_rate_min": rates.min(), "edit_rate_max": rates.max()}

@@ -21,7 +21,6 @@ from mend_lightning.models.architecture import kind_of_config, pick_dtype
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.known_shapes import known_architecture
-from mend_lightning.models.layers import layer_shape, select_layers
 from mend_lightning.models.quantisation import check_whole
 from mend_lightning.models.random_weights import empty_model, local_tokenizer, stand_in_tokenizer
 from mend_lightning.training.distributed.strategies import check_shardable
@@ -195,8 +194,7 @@ def _encoder(base: BaseModel, architecture: Any, data: EditDataModule, kind: Mod
 def empty_editor(module: MendModule, model: torch.nn.Module) -> Editor:
     """The editor that `module` would train, on the meta device, in training mode."""
     with torch.device("meta"):
-        chosen = select_layers(model, module._layers, module._last_blocks)
-        editor = module._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        editor = module.new_editor(model)
         if editor.settings.get("embedding", 0) is None:
             # KnowledgeEditor learns this width when it is bound to weights.
             width = model.get_input_embeddings().embedding_dim

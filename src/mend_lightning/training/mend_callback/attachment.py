@@ -25,7 +25,7 @@ from mend_lightning.evaluation.metric_collection import Scoreboard
 from mend_lightning.models.layers import layer_shape, select_layers
 from mend_lightning.models.sharding.collectives import is_sharded
 from mend_lightning.training.calibration import calibrate
-from mend_lightning.training.checks import check_checkpoint
+from mend_lightning.training.editor_checkpoint import check_checkpoint
 from mend_lightning.training.mend_callback.find_model import check_forward, find_model
 from mend_lightning.training.mend_callback.host_checks import check_forward_pass, check_sharded
 from mend_lightning.training.mend_callback.isolation import isolated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from torch import nn
 from mend_lightning.data.datamodule import EditData, EditDataModule
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
+from mend_lightning.editors.mend_settings import HostMendSettings
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import ModelNotFoundError
+from mend_lightning.training.checks import check_numbers
 from mend_lightning.training.mend_callback.attachment import HostAttachment
 from mend_lightning.training.mend_callback.editor_training import LearningSettings
 from mend_lightning.training.mend_callback.host_checks import (
     check_budget,
     check_host_strategy,
-    check_numbers,
     check_prefixes,
 )
 from mend_lightning.training.mend_callback.patch import Patch
@@ -58,11 +60,12 @@ class MendCallback(L.Callback):
         prefix: of what is logged.
         editor: folder of a saved editor to start from; its settings replace those below.
         algorithm: another editor than MEND, as in `MendModule`.
-        layers, last_blocks, rank, edit_rate, confidence, precondition, rephrase_ridge, calibration_batches: see `MendModule`.
+        layers, last_blocks, calibration_batches: see `MendModule`.
         lr, edit_rate_lr, warmup_steps, c_edit, locality_positions, tasks_at_once: see `MendModule`; steps are the editor's own.
         decay: "linear" lets the learning rates fall to 0 over the host's training.
         clip: largest norm of the editor's gradient.
         seed: of the editor's initial values and random numbers.
+        mend: settings of MEND (`MendSettings`); here `rank` is 256, `edit_rate` 4e-4 and `confidence` 0.9 unless given.
 
     Example:
         >>> callback = MendCallback("model", edits=EditDataModule("world_facts/train"), every_n_steps=10)
@@ -86,11 +89,6 @@ class MendCallback(L.Callback):
         algorithm: EditorFactory | None = None,
         layers: list[str] | None = None,
         last_blocks: int | None = None,
-        rank: int = 256,
-        edit_rate: float = 4e-4,
-        confidence: float | None = 0.9,
-        precondition: float | None = None,
-        rephrase_ridge: float | None = None,
         calibration_batches: int = 16,
         lr: float = 1e-4,
         edit_rate_lr: float = 3e-6,
@@ -101,6 +99,7 @@ class MendCallback(L.Callback):
         locality_positions: LocalityPositions = "all",
         tasks_at_once: int | None = None,
         seed: int = 0,
+        **mend: Any,
     ) -> None:
         super().__init__()
         check_numbers(
@@ -111,10 +110,8 @@ class MendCallback(L.Callback):
         self.path, self.prefix, self.every_n_steps, self.time_budget = model, prefix, every_n_steps, time_budget
         self.measure, self.measure_every_n_epochs = measure, measure_every_n_epochs
         self.train, self.calibration_batches = train and edits is not None, calibration_batches
-        algorithm = algorithm or partial(
-            MendEditor, rank=rank, edit_rate=edit_rate, confidence=confidence, precondition=precondition,
-            rephrase_ridge=rephrase_ridge,
-        )  # fmt: skip
+        settings = HostMendSettings(**mend)
+        algorithm = algorithm or partial(MendEditor, **asdict(settings))
         # A copy, so that one data module serves several callbacks, each with its own model.
         edits = copy.copy(edits.module if isinstance(edits, EditData) else edits)
         self._attachment = HostAttachment(model, edits, algorithm, editor, layers, last_blocks, seed)

@@ -54,13 +54,6 @@ def check_prefixes(prefixes: Sequence[str]) -> None:
         )
 
 
-def check_numbers(**at_least_one: int | None) -> None:
-    """Raises ConfigError where a number that counts something is below 1; None says nothing."""
-    for name, number in at_least_one.items():
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} must be at least 1, not {number}.")
-
-
 def check_budget(budget: float | None) -> None:
     """Raises ConfigError where a share of time is no number between 0 and 1."""
     if budget is not None and not 0 < budget < 1:

@@ -1,0 +1,77 @@
+"""The settings of MEND, in one place for everything that takes them: `MendEditor`, `MendModule` and `MendCallback`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mend_lightning.editors.transform import Init, Inputs
+from mend_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MendSettings:
+    """How a `MendEditor` is built; the defaults are the paper's.
+
+    Args:
+        rank: rank of the transforms' matrices (the paper's 1920), cut to the network's width.
+        n_hidden: hidden layers of each network.
+        shared: layers of one shape share a network and have their own scale and shift; False gives every
+            layer its own network.
+        normalize: normalise the factors with running statistics.
+        init: "identity" or "xavier".
+        inputs: what the networks see; see `GradientTransform`.
+        edit_rate: initial α of every layer (the paper's 1e-4).
+        precondition: damping λ of the inverse input second moment that ũ is multiplied by (`InputPreconditioner`);
+            None leaves it out, as in the paper. Needs `calibrate` before the first edit and d_in × d_in numbers a layer.
+        rephrase_ridge: with `precondition`, ridge ρ of the regression of rephrases' inputs on the edit's, which makes edits
+            hold for rephrases (`InputPreconditioner`); None leaves it out, as in the paper.
+        ridge: initial λ of the ridge regression that makes one ΔW of all tokens (MALMEN; `ridge.ridge_delta`), learned for
+            each layer; None: MEND's plain sum.
+        confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
+            rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
+        constant_units: see `RunningNormalizer`.
+
+    Raises:
+        ConfigError: `ridge` is not positive, or there is a `rephrase_ridge` without `precondition`.
+
+    Example:
+        >>> MendSettings(rank=256, precondition=1e-3).rephrase_ridge is None
+        True
+    """
+
+    rank: int = 1920
+    n_hidden: int = 1
+    shared: bool = True
+    normalize: bool = True
+    init: Init = "identity"
+    inputs: Inputs = "combined"
+    edit_rate: float = 1e-4
+    precondition: float | None = None
+    rephrase_ridge: float | None = None
+    ridge: float | None = None
+    confidence: float | None = None
+    constant_units: str = "center"
+
+    def __post_init__(self) -> None:
+        if self.ridge is not None and self.ridge <= 0:
+            raise ConfigError(f"ridge is the damping of a regression and must be positive, not {self.ridge}.")
+        if self.rephrase_ridge is not None and self.precondition is None:
+            raise ConfigError(
+                "rephrase_ridge is a part of the preconditioning: set precondition (its damping) as well."
+            )
+
+
+@dataclass(frozen=True)
+class HostMendSettings(MendSettings):
+    """Settings for a model that is still being trained (`MendCallback`): a small editor that needs few steps.
+
+    Args: as in `MendSettings`.
+
+    Example:
+        >>> HostMendSettings().rank, HostMendSettings(confidence=None).edit_rate
+        (256, 0.0004)
+    """
+
+    rank: int = 256
+    edit_rate: float = 4e-4
+    confidence: float | None = 0.9
