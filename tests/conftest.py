@@ -1,4 +1,8 @@
-"""What every test runs under: one thread, no hub, fixed seeds, deterministic kernels, warnings as errors."""
+"""What every test runs under: one thread, no hub, fixed seeds, deterministic kernels, warnings as errors.
+
+`MEND_TEST_THREADS=2` runs the tests with two threads of torch instead of one. Processes that a test starts keep one thread
+each: they come in twos and fours, and would spin against each other.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Before torch is imported: two processes of several OpenMP threads spin against each other on a small machine.
-os.environ["OMP_NUM_THREADS"] = "1"
+THREADS = int(os.environ.get("MEND_TEST_THREADS", "1"))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What deterministic kernels need where there is a GPU.
@@ -46,9 +51,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_deterministic_thread():
+def _deterministic_kernels():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
