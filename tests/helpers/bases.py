@@ -6,6 +6,7 @@ Tests import its helpers as well, which is why pytest must not want to rewrite i
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as token_models
 from torch import nn
@@ -40,9 +43,13 @@ REMARKS = (
     "ignore:.*The number of training batches.*is smaller than the logging interval.*",
     "ignore:.*in eval mode at the start of training.*",
 )
-# Records that each split in tests/facts holds (some of world_facts, copied: what a tiny model learns depends on each of
+# Records that each split in tests/assets/facts holds (some of world_facts, copied: what a tiny model learns depends on each of
 # them). An odd number: the last evaluation batch is not full.
 SIZES = {"train": 16, "validation": 5, "test": 7}
+# What the bases that know these facts learned: teaching multiplies a processor's rounding until each has a model of its own.
+# Written by `PYTHONPATH=tests python -m helpers.bases`.
+ASSETS = Path(__file__).parents[1] / "assets"
+TAUGHT = ASSETS / "taught"
 FORMATS = {
     "causal": PromptFormat("Q: {input}\nA:", stop="\n"),
     "encoder_decoder": PromptFormat(),
@@ -55,9 +62,7 @@ def facts(tmp_path_factory) -> Path:
     """Folder with a few facts of each split of world_facts, and with claims to verify (FEVER's kind)."""
     folder = tmp_path_factory.mktemp("facts")
     for split, size in SIZES.items():
-        lines = (
-            (Path(__file__).parents[1] / "assets" / "facts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        )
+        lines = (ASSETS / "facts" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(lines) == size
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         claims = "\n".join(json.dumps(claim(json.loads(line), i)) for i, line in enumerate(lines))
@@ -142,12 +147,40 @@ def _save_base(family: str, folder: Path, facts: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = tiny_base(family, tokenizer)
-        if kind != "classifier":
-            encoder = Encoder(tokenizer, FORMATS[kind], kind, 96, getattr(model.config, "decoder_start_token_id", None))
-            taught(model, encoder, _phrasings(facts), steps=100)
+    if kind != "classifier":
+        _load_taught(model, TAUGHT / f"{family}.safetensors", _lessons(tokenizer, _phrasings(facts)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _load_taught(model: nn.Module, path: Path, lessons: str) -> None:
+    """What `write_taught` wrote, if it learned these lessons."""
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["lessons"] == lessons, f"{path} learned other facts: write it anew with `PYTHONPATH=tests python -m helpers.bases`"
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(file.get_tensor(name))
+
+
+def _lessons(tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]]) -> str:
+    """Mark of the facts as token ids: other facts and another tokenizer have another."""
+    return hashlib.sha256(json.dumps([tokenizer(list(pair))["input_ids"] for pair in texts]).encode()).hexdigest()
+
+
+def write_taught(folder: Path, facts: Path) -> None:
+    """A file of float16 weights for each family whose base knows the facts in `facts`."""
+    folder.mkdir(exist_ok=True)
+    for family, kind in KINDS.items():
+        if kind == "classifier":
+            continue
+        torch.manual_seed(0)
+        tokenizer, texts = small_tokenizer(kind), _phrasings(facts)
+        model = tiny_base(family, tokenizer)
+        encoder = Encoder(tokenizer, FORMATS[kind], kind, 96, getattr(model.config, "decoder_start_token_id", None))
+        taught(model, encoder, texts, steps=100)
+        weights = {name: parameter.half() for name, parameter in model.named_parameters()}
+        save_file(weights, folder / f"{family}.safetensors", metadata={"lessons": _lessons(tokenizer, texts)})
 
 
 def _phrasings(facts: Path) -> list[tuple[str, str]]:
@@ -253,3 +286,7 @@ def run_config(root: Path, base: Path, facts: Path, kind: str = "causal", **trai
     path = root / "run.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+if __name__ == "__main__":
+    write_taught(TAUGHT, ASSETS / "facts")
