@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import gc
 import os
+from getpass import getuser
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import gettempdir
 
 # Before torch is imported: two processes of several OpenMP threads spin against each other on a small machine.
 THREADS = int(os.environ.get("MEND_TEST_THREADS", "1"))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# torch finds its compiled code again by the graph, not by the instructions it is for: code for AVX512 does not build under
+# ATEN_CPU_CAPABILITY=default. So each has a folder of its own.
+CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "own")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/torchinductor-{getuser()}-{CAPABILITY}")
 # What deterministic kernels need where there is a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -95,8 +95,8 @@ def test_the_code_of_a_c_compiler():
     compile_blocks(model)
     found = logits(model, rows).double()
     assert len(block_compile._compiled) == 1 and not torch.equal(found, expected)
-    # It rounds at other places than plain torch, and not more.
-    assert relative_error(found, truth) < 1.2 * relative_error(expected, truth)
+    # It rounds at other places than plain torch, and not more: which of two such errors is larger is chance.
+    assert relative_error(found, truth) < 2 * relative_error(expected, truth)
 
 
 def test_second_order_gradients(quick):
