@@ -15,6 +15,12 @@ VOCABULARY = 40
 # The default layers leave a trunk of one block: of four, or of three in each stack.
 BLOCKS, BLOCKS_OF_EACH_STACK = 4, 3
 
+# What computing the same in another order, or in other memory, may change, in parts of the largest entry. Some hundreds of sums lie
+# behind a logit, and float32 rounds each by 2^-24 of it; what was seen under every instruction set is at most 4e-6. A fault changes more.
+ROUNDING = 1e-4
+# Two roundings of the same sums are two draws of one size: which is larger is chance, up to this factor (of the largest of many entries).
+ALIKE = 4
+
 KINDS = {
     "t5": "encoder_decoder", "t5_gated": "encoder_decoder", "bart": "encoder_decoder",
     "gpt2": "causal", "llama": "causal", "bert": "classifier",
@@ -151,6 +157,19 @@ def spread_parameters(module: nn.Module, size: float = 0.1) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(size * torch.randn_like(parameter))
     return module
+
+
+def rounds_alike(actual: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
+    """Whether `actual` is as near to the truth as plain float32 is; where rounding is multiplied, a bound of it would be a guess.
+
+    Args:
+        actual: what is tested.
+        plain: the same, computed in the plainest way in the same dtype.
+        exact: the same in float64.
+    """
+    error, allowed = (max(map(relative_error, found, exact)) for found in (actual, plain))
+    # Plain float32 may come out exact by chance.
+    return error < ALIKE * max(allowed, 2.0**-22)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.bases import FORMATS, small_tokenizer
-from helpers.models import KINDS, make_batch, make_rows, relative_error, spread_parameters
+from helpers.models import KINDS, ROUNDING, make_batch, make_rows, relative_error, rounds_alike, spread_parameters
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
@@ -81,7 +82,7 @@ def check_loaded(base: BaseModel, family: str, shard) -> None:
     assert all(isinstance(p, DTensor) and not p.requires_grad for p in model.parameters())
     assert_same(whole_state(model), expected.state_dict())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in expected.named_parameters()]
-    assert torch.equal(logits(model, family), logits(expected, family))
+    assert relative_error(logits(model, family), logits(expected, family)) < ROUNDING
 
 
 def assert_same(actual: dict, expected: dict) -> None:
@@ -97,7 +98,7 @@ def test_whole_models_are_loaded_so_as_well(family, base_folder, mesh):
     expected, _ = base.load()
     assert not is_sharded(model)
     assert_same(model.state_dict(), expected.state_dict())
-    assert torch.equal(logits(model, family), logits(expected, family))
+    assert relative_error(logits(model, family), logits(expected, family)) < ROUNDING
 
 
 def renamed(folder: Path, target: Path, change) -> Path:
@@ -131,7 +132,7 @@ def test_old_files_come_through_transformers(base_folder, shard, tmp_path, monke
     assert set(sources) == {SentWeights}
     expected = plain(base_folder("t5"))
     assert_same(whole_state(model), expected.state_dict())
-    assert torch.equal(logits(model, "t5"), logits(expected, "t5"))
+    assert relative_error(logits(model, "t5"), logits(expected, "t5")) < ROUNDING
 
 
 def test_half_precision_that_transformers_keeps_in_float32(base_folder, shard):
@@ -217,25 +218,33 @@ def pair(family, base_folder, mesh, shard):
     return (whole, editor), (model, sharded)
 
 
-def test_a_step_is_the_same(pair, family):
+@pytest.fixture
+def exact(pair):
+    """The plain base and its editor in float64: what both of the pair round."""
+    return tuple(copy.deepcopy(module).double() for module in pair[0])
+
+
+def test_a_step_is_the_same(pair, exact, family):
     """Losses, gradients and statistics; and once more, for the first step leaves gathered parameters behind."""
     batch = make_batch(family)
     for _ in range(2):
-        for model, editor in pair:
+        found = []
+        for model, editor in (*pair, exact):
             editor.zero_grad()
-            edit_step(model, editor, batch).total(0.1).backward()
-        (_, editor), (_, sharded) = pair
-        for (name, parameter), theirs in zip(editor.named_parameters(), sharded.parameters()):
-            assert isinstance(theirs.grad, DTensor), name
-            assert relative_error(theirs.grad.full_tensor(), parameter.grad) < 1e-5, name
-        for name, value in whole_state(sharded).items():
-            assert relative_error(value, editor.state_dict()[name]) < 1e-5, name
+            out = edit_step(model, editor, batch)
+            out.total(0.1).backward()
+            found.append([out.edit, out.locality, out.inner])
+            found.append([getattr(each.grad, "full_tensor", lambda each=each: each.grad)() for each in editor.parameters()])
+            found.append([*whole_state(editor).values()])
+        assert all(isinstance(parameter.grad, DTensor) for parameter in pair[1][1].parameters())
+        for plain, sharded, truth in zip(found[:3], found[3:6], found[6:]):
+            assert rounds_alike(sharded, plain, truth)
 
 
-def test_an_edit_changes_what_it_changes_elsewhere(pair, family):
+def test_an_edit_changes_what_it_changes_elsewhere(pair, exact, family):
     rows = make_rows(family, [0, 1], 2)
     outputs = []
-    for model, editor in pair:
+    for model, editor in (*pair, exact):
         editor.eval()
         before = logits(model, family)
         with torch.no_grad():
@@ -244,7 +253,7 @@ def test_an_edit_changes_what_it_changes_elsewhere(pair, family):
                 outputs.append(logits(model, family))
         assert torch.equal(logits(model, family), before)
         assert relative_error(outputs[-1], before) > 1e-4
-    assert relative_error(outputs[1], outputs[0]) < 1e-6
+    assert rounds_alike([outputs[1]], [outputs[0]], [outputs[2]])
 
 
 def test_fingerprints_are_those_of_the_whole_weights(pair):
@@ -266,7 +275,8 @@ def test_a_replayed_block_is_not_gathered(base_folder, shard):
     assert gathered == list(blocks_of(model))
     gathered.clear()
     with replayed(trunk, slice(None)):
-        assert torch.equal(logits_of(model, rows), expected)
+        # Gathered weights lie in other memory each time.
+        assert relative_error(logits_of(model, rows), expected) < ROUNDING
     assert gathered == list(blocks_of(model))[-1:]
     assert not any("_call_impl" in vars(block) for block in blocks_of(model).values())
 
