@@ -12,7 +12,7 @@ import transformers
 import yaml
 from helpers.bases import REMARKS, SIZES, assert_same_state, run_config
 from helpers.commandline import assert_says, call
-from helpers.models import make_batch, relative_error, tiny_model
+from helpers.models import ROUNDING, make_batch, relative_error, tiny_model
 from helpers.quantized import with_weights_of
 
 from mend_lightning import Edit, MendEditor
@@ -76,8 +76,8 @@ def test_what_is_quantised(family, quantize, base_folder):
     inputs |= {"decoder_input_ids": torch.zeros(1, 2, dtype=torch.long)} if family == "t5" else {}
     plain, dense = load_base(folder, "float32")[0], with_weights_of(load_base(folder, "float32")[0], model)
     outputs = [each(**inputs).logits for each in (model, dense, plain)]
-    assert torch.equal(outputs[0], outputs[1])
-    assert relative_error(outputs[0], outputs[2]) > 1e-4
+    assert relative_error(outputs[0], outputs[1]) < ROUNDING
+    assert relative_error(outputs[0], outputs[2]) > 10 * ROUNDING
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -107,6 +107,13 @@ def test_losses_and_gradients(quantize, base_folder):
             assert torch.equal(model(**batch.x_in.inputs).logits, whole)
 
 
+def lay_alike(model: torch.nn.Module) -> None:
+    """Puts the weights where torch allocates: how far they are from a multiple of 64 bytes decides which instructions they meet."""
+    for parameter in model.parameters():
+        if type(parameter.data) is torch.Tensor:
+            parameter.data = parameter.data.clone()
+
+
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize(
     "dtype, autocast", [("bfloat16", None), ("float32", torch.bfloat16), ("float32", torch.float16)]
@@ -121,6 +128,7 @@ def test_half_precision(quantize, dtype, autocast, base_folder):
     dense = with_weights_of(load_base(folder, dtype)[0], model)
     found = []
     for base in (model, dense):
+        lay_alike(base)
         torch.manual_seed(0)
         editor = MendEditor.for_model(base, rank=4, edit_rate=0.05)
         with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):

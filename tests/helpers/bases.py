@@ -157,7 +157,9 @@ def _save_base(family: str, folder: Path, facts: Path) -> Path:
 def _load_taught(model: nn.Module, path: Path, lessons: str) -> None:
     """What `write_taught` wrote, if it learned these lessons."""
     with safe_open(path, "pt") as file:
-        assert file.metadata()["lessons"] == lessons, f"{path} learned other facts: write it anew with `PYTHONPATH=tests python -m helpers.bases`"
+        assert file.metadata()["lessons"] == lessons, (
+            f"{path} learned other facts: write it anew with `PYTHONPATH=tests python -m helpers.bases`"
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(file.get_tensor(name))

@@ -234,7 +234,9 @@ def test_a_step_is_the_same(pair, exact, family):
             out = edit_step(model, editor, batch)
             out.total(0.1).backward()
             found.append([out.edit, out.locality, out.inner])
-            found.append([getattr(each.grad, "full_tensor", lambda each=each: each.grad)() for each in editor.parameters()])
+            found.append(
+                [getattr(each.grad, "full_tensor", lambda each=each: each.grad)() for each in editor.parameters()]
+            )
             found.append([*whole_state(editor).values()])
         assert all(isinstance(parameter.grad, DTensor) for parameter in pair[1][1].parameters())
         for plain, sharded, truth in zip(found[:3], found[3:6], found[6:]):

@@ -169,6 +169,7 @@ def test_the_loss_scale_never_reaches_delta(mend, edit_data, trainer, monkeypatc
             module, watch = fitted(mend, edit_data, trainer, plugins=[scaled(scale)])
         assert module.trainer.precision_plugin.scaler.get_scale() == scale and module.skipped_steps == 0
         found.append((seen, watch, state_copy(module.editor)))
+    # All bases were read from one file, and their weights lie alike.
     (seen, watch, state), *others = found
     # Before the step's own there are those of the tiny rows that say how far gradients reach.
     assert (len(seen.raw), len(seen.made)) == (2, 1)
