@@ -15,10 +15,12 @@ VOCABULARY = 40
 # The default layers leave a trunk of one block: of four, or of three in each stack.
 BLOCKS, BLOCKS_OF_EACH_STACK = 4, 3
 
-# What computing the same in another order, or in other memory, may change, in parts of the largest entry. Some hundreds of sums lie
-# behind a logit, and float32 rounds each by 2^-24 of it; what was seen under every instruction set is at most 4e-6. A fault changes more.
+# What computing the same in another order, or in other memory, may change, in parts of the largest entry. Some hundreds
+# of sums lie behind a logit, and float32 rounds each by 2^-24 of it; what was seen under every instruction set is at most
+# 4e-6. A fault changes more.
 ROUNDING = 1e-4
-# Two roundings of the same sums are two draws of one size: which is larger is chance, up to this factor (of the largest of many entries).
+# Two roundings of the same sums are two draws of one size: which is larger is chance, up to this factor (of the largest
+# of many entries).
 ALIKE = 4
 
 KINDS = {
