@@ -28,8 +28,11 @@ from mend_lightning.models.quantisation import quantization_config, stored_bytes
 from mend_lightning.training.editor_checkpoint import check_checkpoint
 from mend_lightning.training.step import edit_step
 
-pytest_plugins = ["helpers.bases"]
-pytestmark = pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*")
+pytest_plugins = ["helpers.bases", "helpers.quantized"]
+pytestmark = [
+    pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*"),
+    pytest.mark.usefixtures("python_unpacking"),
+]
 pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto: a base with quantised weights")
 QUESTION = "Which continent is North Korea in?"
 

@@ -16,7 +16,9 @@ from mend_lightning.errors import BaseModelMismatchError, UnverifiedBaseWarning
 from mend_lightning.models.fingerprint import base_fingerprint, is_quantized, layer_fingerprints, readable_weight
 from mend_lightning.training.step import compute_deltas
 
+pytest_plugins = ["helpers.quantized"]
 quanto = pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto: a base with quantised weights")
+pytestmark = pytest.mark.usefixtures("python_unpacking")
 NAME = "model.layers.2.mlp.down_proj"
 
 
