@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedModel,
 )
 
 from mend_lightning.errors import ModelLoadError
@@ -48,7 +48,7 @@ class Architecture:
     dtype: torch.dtype | str
     options: dict[str, Any]
 
-    def build(self) -> nn.Module:
+    def build(self) -> PreTrainedModel:
         """The model as its class initialises it."""
         dtype = self.config.dtype or torch.float32 if self.dtype == "auto" else self.dtype
         trust = self.options["trust_remote_code"]

@@ -55,22 +55,26 @@ def same_base(wanted: str | Mapping[str, str], found: str | Mapping[str, str], m
     Warns:
         UnverifiedBaseWarning: it cannot be told; True is returned.
     """
-    if not isinstance(wanted, str):
-        pairs = [(wanted[name], found[name]) for name in found if name in wanted]
-        wanted, found = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
-    if not wanted or wanted == found:
+    marks, known = _by_layer(found), _by_layer(wanted)
+    pairs = [(known[name], marks[name]) for name in marks if name in known]
+    differing = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if differing is None or not differing[0]:
         return True
-    forms = [mark.rpartition(":")[0] for mark in (wanted, found)]
+    forms = [mark.rpartition(":")[0] for mark in differing]
     if forms[0] == forms[1]:
         return False
     which = "they are quantised in different ways" if all(forms) else "one of the two is quantised"
     warnings.warn(
         f"Whether this model is the base that the {maker} was made for cannot be verified: {which}, so "
-        f"their weights differ in any case ({wanted}, {found}). Layers and shapes are the same.",
+        f"their weights differ in any case ({', '.join(differing)}). Layers and shapes are the same.",
         UnverifiedBaseWarning,
         stacklevel=4,
     )
     return True
+
+
+def _by_layer(fingerprint: str | Mapping[str, str]) -> Mapping[str, str]:
+    return {"": fingerprint} if isinstance(fingerprint, str) else fingerprint
 
 
 def is_quantized(layer: nn.Module) -> bool:

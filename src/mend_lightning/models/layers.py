@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning.errors import BaseModelMismatchError, LayerNotFoundError
@@ -44,7 +45,19 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
         # Not the weight's shape: a sharded one is flat.
         return layer.nx, layer.nf
     # Quantised linear layers keep these two numbers, not the weight's shape.
-    return layer.in_features, layer.out_features
+    linear: Any = layer
+    return linear.in_features, linear.out_features
+
+
+def layer_weight(layer: nn.Module) -> Tensor:
+    """The weight as the layer holds it: transposed in a `Conv1D`, flat where FSDP1 shards it.
+
+    Example:
+        >>> layer_weight(nn.Linear(2, 3)).shape
+        torch.Size([3, 2])
+    """
+    weight: Any = layer.weight
+    return weight
 
 
 def layer_device(layer: nn.Module) -> torch.device:
@@ -136,7 +149,7 @@ def text_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         ['transformer.h']
     """
     stacks = find_stacks(model)
-    whole = next((module for module in model.modules() if hasattr(module, "get_decoder")), None)
+    whole: Any = next((module for module in model.modules() if hasattr(module, "get_decoder")), None)
     if len(stacks) < 2 or whole is None or getattr(whole.config, "is_encoder_decoder", False):
         return stacks
     inside = {id(module) for module in whole.get_decoder().modules()}

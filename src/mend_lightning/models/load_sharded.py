@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from transformers import PreTrainedModel
 
 from mend_lightning.errors import ModelLoadError
 from mend_lightning.models.architecture import Architecture
@@ -42,7 +43,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise ModelLoadError(f"Process {told.index(first)} could not load the base model: {first}")
 
 
-def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device | str) -> tuple[nn.Module, Any]:
+def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device | str) -> tuple[PreTrainedModel, Any]:
     """What `base.load()` gives, the model sharded. Every process must call it; one process of a node downloads.
 
     Where the safetensors files name every parameter as the architecture does, each process reads them block by block.
@@ -63,7 +64,7 @@ def load_base_in_shards(base: BaseModel, shard: Sharding, device: torch.device |
     return model, architecture.tokenizer
 
 
-def _units(base: BaseModel, architecture: Architecture, device: torch.device | str) -> tuple[nn.Module, Fill]:
+def _units(base: BaseModel, architecture: Architecture, device: torch.device | str) -> tuple[PreTrainedModel, Fill]:
     """The model without weights, and what gives a unit of it its own."""
     if base.random_weights:
         return random_units(architecture, device)

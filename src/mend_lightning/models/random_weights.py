@@ -14,12 +14,13 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from mend_lightning.errors import ModelLoadError, RandomWeightsWarning
 from mend_lightning.models.architecture import Architecture, kind_of_config, model_class
 from mend_lightning.models.inputs.encoder import ModelKind
 from mend_lightning.models.known_shapes import known_architecture, local_name
+from mend_lightning.models.layers import layer_weight
 from mend_lightning.models.sharding.fsdp import Fill, keep_whole
 from mend_lightning.models.sharding.meta import allocate, parameters_on_meta
 from mend_lightning.models.sharding.weights import RandomWeights
@@ -68,7 +69,7 @@ def random_architecture(
 
 def empty_model(
     config: PretrainedConfig, dtype: torch.dtype, kind: ModelKind | None = None, trust_remote_code: bool = False
-) -> nn.Module:
+) -> PreTrainedModel:
     """A model without weights, on torch's meta device: names and shapes of everything, and no memory.
 
     Example:
@@ -82,7 +83,7 @@ def empty_model(
     return model
 
 
-def random_model(architecture: Architecture) -> nn.Module:
+def random_model(architecture: Architecture) -> PreTrainedModel:
     """A model with random weights by its own initialisation, the same ones every time and in every dtype.
 
     Each weight is drawn once: built in the ordinary way, torch's own layers draw first what transformers then draws anew.
@@ -92,7 +93,7 @@ def random_model(architecture: Architecture) -> nn.Module:
     return model
 
 
-def random_units(architecture: Architecture, device: torch.device | str = "cpu") -> tuple[nn.Module, Fill]:
+def random_units(architecture: Architecture, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, Fill]:
     """The model without weights, and what gives one unit of it after the other (`blocks_of`) its random ones on `device`."""
     # Drawn in bfloat16 whatever the dtype: an editor's fingerprint of the base is then the same in all.
     drawn = replace(architecture, dtype=torch.bfloat16)
@@ -108,11 +109,11 @@ def random_units(architecture: Architecture, device: torch.device | str = "cpu")
     return model, fill
 
 
-def _untie_head(model: nn.Module) -> None:
+def _untie_head(model: PreTrainedModel) -> None:
     """T5 v1.1 was published with a head of its own, and transformers ties it until it loads one."""
     head = model.get_output_embeddings()
     if head is not None and getattr(model.config, "scale_decoder_outputs", True) is False:
-        head.weight = nn.Parameter(torch.empty_like(head.weight))
+        head.weight = nn.Parameter(torch.empty_like(layer_weight(head)))
 
 
 def local_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any | None:

@@ -53,6 +53,6 @@ def _without_a_look(make: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(make)
     def whole_mask(*args: Any, **kwargs: Any) -> Any:
         looks = [name for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip") if name in kwargs]
-        return make(*args, **{**kwargs, **dict.fromkeys(looks, False)})
+        return make(*args, **(kwargs | dict.fromkeys(looks, False)))
 
     return whole_mask

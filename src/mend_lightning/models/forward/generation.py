@@ -60,10 +60,11 @@ def generate_answers(
         deltas, task_of_row = same_edit, None
     device = next(model.parameters()).device
     ids, mask = (tensor.to(device) for tensor in padded(rows, encoder.kind == "causal", beginning))
-    edit = applied(layers, deltas, task_of_row) if deltas else nullcontext()
+    generating: Any = model
+    edit = applied(layers or {}, deltas, task_of_row) if deltas else nullcontext()
     with edit, contiguous_head(model):
         cache = beginning_cache(model, ids[:1, :beginning], len(rows)) if beginning else None
-        output = model.generate(
+        output = generating.generate(
             input_ids=ids,
             attention_mask=mask,
             **({} if cache is None else {"past_key_values": cache}),
@@ -97,7 +98,7 @@ def _classes(
     """SUPPORTS or REFUTES of every prompt."""
     # Rows have labels; which ones, no logit knows.
     rows = encoder.rows([(prompt, class_name(True)) for prompt in prompts], [0] * len(prompts), 1)
-    with applied(layers, deltas, task_of_row) if deltas else nullcontext():
+    with applied(layers or {}, deltas, task_of_row) if deltas else nullcontext():
         logits = run_model(model, rows.to(next(model.parameters()).device))
     return [class_name(logit > 0) for logit in logits[:, 0].tolist()]
 

@@ -22,6 +22,7 @@ from mend_lightning.models.forward.phases import LOGITS, phase
 from mend_lightning.models.forward.trunk import returning
 from mend_lightning.models.inputs.positions import Positions
 from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.models.layers import layer_weight
 from mend_lightning.models.sharding.collectives import is_sharded
 
 # Of one matrix of logits in float32; a few of them exist at a time.
@@ -55,8 +56,8 @@ class HeadStates:
     def split(self, first: int) -> tuple[HeadStates, HeadStates]:
         """The first positions, and the others."""
         # split, not two slices: each slice's backward would allocate a padded tensor of full size.
-        parts = self.hidden.split([first, len(self) - first])
-        return tuple(HeadStates(part, self.logits_of, self.at_once) for part in parts)
+        begin, rest = self.hidden.split([first, len(self) - first])
+        return HeadStates(begin, self.logits_of, self.at_once), HeadStates(rest, self.logits_of, self.at_once)
 
     def detach(self) -> HeadStates:
         return HeadStates(self.hidden.detach(), self.logits_of, self.at_once)
@@ -232,7 +233,7 @@ def _runs_apart(model: nn.Module) -> bool:
 
 
 def _at_once(head: nn.Module) -> int:
-    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
+    vocabulary = getattr(head, "out_features", None) or layer_weight(head).shape[0]
     return max(16, LOGITS_BYTES // (4 * vocabulary))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,19 @@ from mend_lightning.errors import BaseModelMismatchError
 from mend_lightning.models.forward.device import no_autocast
 
 
-class Delta(Protocol):
+class AppliedDelta(Protocol):
+    """What a layer's hook has to know of a `Delta`.
+
+    Attributes:
+        tasks: how many independent tasks it has a `ΔW` for.
+    """
+
+    @property
+    def tasks(self) -> int: ...
+    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor: ...
+
+
+class Delta(AppliedDelta, Protocol):
     """`ΔW` of one layer, for each of several independent tasks: a `LowRankDelta`, or a `DenseDelta`.
 
     Attributes:
@@ -22,17 +34,16 @@ class Delta(Protocol):
         shape: (d_in, d_out).
     """
 
-    tasks: int
-    rank: int
-    shape: tuple[int, int]
-
+    @property
+    def rank(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
     def dense(self) -> Tensor: ...
     def norm(self) -> Tensor: ...
     def scaled(self, factor: Tensor | float) -> Delta: ...
     def of_task(self, task: int) -> Delta: ...
     def to(self, target: torch.device | torch.dtype | str) -> Delta: ...
     def tensors(self) -> dict[str, Tensor]: ...
-    def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor: ...
 
 
 def spread(task_of_row: Tensor, rows: int) -> Tensor:
@@ -57,7 +68,7 @@ def rows_of_tasks(factors: Sequence[Tensor], x: Tensor, task_of_row: Tensor | No
 
 @contextmanager
 def applied(
-    layers: Mapping[str, nn.Module], deltas: Mapping[str, Delta], task_of_row: Tensor | None = None
+    layers: Mapping[str, nn.Module], deltas: Mapping[str, AppliedDelta], task_of_row: Tensor | None = None
 ) -> Iterator[None]:
     """Adds `deltas` to the layers' outputs while the block runs; weights are never touched.
 
@@ -97,16 +108,17 @@ def applied(
             handle.remove()
 
 
-def _adder(delta: Delta, task_of_row: Tensor | None):
+def _adder(delta: AppliedDelta, task_of_row: Tensor | None) -> Callable[..., Tensor]:
     def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return added(output, args[0], delta, task_of_row)
 
     # Says whether rows differ in their edit: then no row can stand for the others (`shared_prompt`).
-    add.tasks = delta.tasks
-    return add
+    hook: Any = add
+    hook.tasks = delta.tasks
+    return hook
 
 
-def added(output: Tensor, x: Tensor, delta: Delta, task_of_row: Tensor | None = None) -> Tensor:
+def added(output: Tensor, x: Tensor, delta: AppliedDelta, task_of_row: Tensor | None = None) -> Tensor:
     """A layer's `output` plus `x ΔWᵀ`, in the output's dtype; see `LowRankDelta.output`."""
     # Factors are tiny beside the weights: autocast would round them to nothing.
     with no_autocast(output.device):

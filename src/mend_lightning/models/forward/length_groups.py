@@ -92,8 +92,8 @@ def trunk_groups(model: nn.Module, rows: Rows, skipped: int = 0) -> list[list[in
         skipped: so many leading tokens of each row were run already.
     """
     mask = rows.inputs.get("attention_mask")
-    known = mask is not None and is_synchronous(mask.device) and set(rows.inputs) <= _NARROWED | _KEPT
-    if not known or is_sharded(model):
+    known = set(rows.inputs) <= _NARROWED | _KEPT
+    if mask is None or not known or not is_synchronous(mask.device) or is_sharded(model):
         return [list(range(len(rows)))]
     return length_groups((mask.sum(1) - skipped).tolist(), PASS_TOKENS, MOST_GROUPS)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes a language model's logits; None for a classifier."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
+
+
+def input_embeddings(model: nn.Module) -> nn.Embedding:
+    """The layer that embeds a language model's tokens.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> input_embeddings(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32))).embedding_dim
+        8
+    """
+    embedding: Any = model
+    return embedding.get_input_embeddings()
 
 
 def label_mask(rows: Rows) -> Tensor:
@@ -49,12 +62,12 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
         >>> without_cache(nn.Linear(1, 1))
         {}
     """
-    return {"use_cache": False} if _may_cache(type(model)) else {}
+    return {"use_cache": False} if _may_cache(type(model).forward) else {}
 
 
 @cache
-def _may_cache(kind: type[nn.Module]) -> bool:
-    return "use_cache" in inspect.signature(kind.forward).parameters
+def _may_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters
 
 
 def run_model(model: nn.Module, rows: Rows) -> Tensor:

@@ -40,7 +40,7 @@ def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> 
             lambda inputs: record_trunk(lambda: model(**inputs, **uncached), len(inputs["input_ids"]), stacks, layers),
             rows, trunk_groups(model, rows),
         )  # fmt: skip
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     prefix = record_trunk(
         lambda: model(input_ids=rows.inputs["input_ids"][:1, :length], past_key_values=cache, use_cache=True),
         1, stacks, layers,
@@ -56,6 +56,12 @@ def run_trunk(model: nn.Module, rows: Rows, layers: Mapping[str, nn.Module]) -> 
         return record_trunk(run, len(ids), stacks, layers)
 
     return _joined(prefix, run_in_groups(run_rest, rows, trunk_groups(model, rows, length)))
+
+
+def empty_cache(model: nn.Module) -> DynamicCache:
+    """A key-value cache with a layer for each of the model's, by its config."""
+    config: Any = model.config
+    return DynamicCache(config=config)
 
 
 def shares_prefixes(model: nn.Module) -> bool:

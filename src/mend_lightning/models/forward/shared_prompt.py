@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mend_lightning.models.forward.hooks import Delta
-from mend_lightning.models.forward.run_trunk import leading_tokens, shares_prefixes
+from mend_lightning.models.forward.run_trunk import empty_cache, leading_tokens, shares_prefixes
 from mend_lightning.models.sharding.collectives import is_sharded
 
 # Below this sharing gains next to nothing (20 of 36 tokens: 1.05 times faster on SmolLM2; 79 of 95: 1.5 times).
@@ -65,7 +65,7 @@ def padded(rows: Sequence[Sequence[int]], left: bool = True, beginning: int = 0)
     length = max(len(row) for row in rows)
     ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
     for i, row in enumerate(rows):
-        places = slice(0, len(row))
+        places: slice | list[int] = slice(0, len(row))
         if left:
             places = [*range(beginning), *range(length - len(row) + beginning, length)]
         ids[i, places], mask[i, places] = torch.tensor(row), 1
@@ -88,7 +88,7 @@ def can_share(model: nn.Module, longest: int) -> bool:
 
 def beginning_cache(model: nn.Module, beginning: Tensor, rows: int) -> DynamicCache | None:
     """The model's key-value cache after `beginning` `[1, length]`, for `rows` rows; None if it filled none."""
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     length = beginning.shape[1]
     # No logits are needed here; where a model can, it computes those of one token alone.
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -97,7 +97,7 @@ def beginning_cache(model: nn.Module, beginning: Tensor, rows: int) -> DynamicCa
         input_ids=beginning, attention_mask=torch.ones_like(beginning), position_ids=positions, past_key_values=cache,
         use_cache=True, **last,
     )  # fmt: skip
-    if any(layer.get_seq_length() != length for layer in cache.layers):
+    if any(not isinstance(layer, DynamicLayer) or layer.get_seq_length() != length for layer in cache.layers):
         return None
     cache.batch_repeat_interleave(rows)
     return cache
@@ -108,11 +108,12 @@ def _has_ordinary_cache(model: nn.Module, longest: int) -> bool:
     settings = getattr(model, "generation_config", None)
     if settings is None or settings.use_cache is False or settings.cache_implementation not in (None, "dynamic"):
         return False
-    text = model.config.get_text_config(decoder=True)
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
     # Checkpointing, in training, turns the cache off.
     if text.use_cache is False or getattr(text, "use_bidirectional_attention", False) or model.training:
         return False
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    kinds = {type(layer) for layer in empty_cache(model).layers}
     return kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and all(
         longest < limit for limit in _limits(text.to_dict())
     )

@@ -144,7 +144,7 @@ def _stop(module: nn.Module, *args: Any) -> None:
     raise _TrunkDone
 
 
-def _remember(trunk: TrunkOutputs, name: str):
+def _remember(trunk: TrunkOutputs, name: str) -> Callable[[nn.Module, tuple, Any], None]:
     def remember(block: nn.Module, args: tuple, output: Any) -> None:
         stack = trunk.stacks.setdefault(name, StackOutput())
         if block not in stack.blocks:
@@ -162,7 +162,7 @@ def replayed(trunk: TrunkOutputs, rows: Tensor | slice) -> Iterator[None]:
         trunk: from `record_trunk` or `run_trunk`.
         rows: which of the recorded rows the forward passes inside will hold, in order.
     """
-    outputs = {}
+    outputs: dict[nn.Module, Any] = {}
     for stack in trunk.stacks.values():
         output = take_rows(stack.output, trunk.rows, rows)
         outputs |= dict.fromkeys(stack.blocks, output)

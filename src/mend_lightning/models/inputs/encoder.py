@@ -70,13 +70,18 @@ class Encoder:
         return cls(tokenizer, format, kind or model_kind(model), max_length, *ids)
 
     def __post_init__(self) -> None:
-        if self.kind == "encoder_decoder" and self.decoder_start_token_id is None:
-            raise ConfigError("An encoder-decoder needs decoder_start_token_id (model.config.decoder_start_token_id).")
+        if self.kind == "encoder_decoder":
+            self._decoder_start()
         if self.kind != "classifier" and self.format.stop == "" and self.tokenizer.eos_token_id is None:
             raise TokenizerError(
                 f"{type(self.tokenizer).__name__} has no end-of-sequence token, so nothing would end an answer. "
                 'Set a stop text (for example stop: "\\n"), or null for running text.'
             )
+
+    def _decoder_start(self) -> int:
+        if self.decoder_start_token_id is None:
+            raise ConfigError("An encoder-decoder needs decoder_start_token_id (model.config.decoder_start_token_id).")
+        return self.decoder_start_token_id
 
     def rows(self, pairs: Sequence[tuple[str, str]], task: Sequence[int], tasks: int) -> Rows:
         """Rows of (prompt, target) pairs; `task[i]` is the task of pair i."""
@@ -86,7 +91,8 @@ class Encoder:
         inputs = {name: _pad([row[name] for row in encoded], pad.get(name, 0)) for name in names}
         labels = _pad([row["labels"] for row in encoded], IGNORED_LABEL)
         grouped = _is_grouped(task, tasks)
-        return Rows(inputs, labels, torch.tensor(task), tasks, grouped, pad["input_ids"], tuple(map(tuple, pairs)))
+        texts = tuple((prompt, target) for prompt, target in pairs)
+        return Rows(inputs, labels, torch.tensor(task), tasks, grouped, pad["input_ids"], texts)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself: nothing stands around it, and nothing is cut."""
@@ -102,7 +108,7 @@ class Encoder:
         if self.kind == "classifier":
             return {**inputs, "labels": [_binary_label(target)]}
         labels = self.target_ids(prompt, target)
-        decoder = [self.decoder_start_token_id, *labels[:-1]]
+        decoder = [self._decoder_start(), *labels[:-1]]
         # A leading BOS (BART) is given by the decoding, not by the fact: it is not trained.
         bos = self.tokenizer.bos_token_id
         labels = [IGNORED_LABEL if i == 0 and label == bos else label for i, label in enumerate(labels)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Positions:
     def __len__(self) -> int:
         return int(self.row.shape[0])
 
-    def to(self, *args, **kwargs) -> Positions:
+    def to(self, *args: Any, **kwargs: Any) -> Positions:
         return Positions(self.row.to(*args, **kwargs), self.column.to(*args, **kwargs))
 
     def take(self, values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Tokens:
         slot = slots(task, tasks)
         return cls(where, mask.shape[1], task, slot, int(slot.max()) + 1 if len(where) else 0)
 
-    def to(self, *args, **kwargs) -> Tokens:
+    def to(self, *args: Any, **kwargs: Any) -> Tokens:
         task, slot = self.task.to(*args, **kwargs), self.slot.to(*args, **kwargs)
         return Tokens(self.where.to(*args, **kwargs), self.length, task, slot, self.rank)
 

@@ -44,7 +44,7 @@ class Rows:
     def __len__(self) -> int:
         return int(self.task.shape[0])
 
-    def to(self, *args, **kwargs) -> Rows:
+    def to(self, *args: Any, **kwargs: Any) -> Rows:
         """Moves every tensor; called by Lightning's batch transfer. Rows that come from the CPU are remembered (`host`)."""
         if not self._on_cpu:
             return self._map(lambda tensor: tensor.to(*args, **kwargs))
@@ -132,20 +132,21 @@ class Rows:
                 return self.inputs[name].bool()
         return torch.ones_like(self.labels, dtype=torch.bool)
 
-    def _map(self, function) -> Rows:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
         return replace(self, inputs=inputs, labels=function(self.labels), task=function(self.task))
 
     def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
-        part, texts = self._map(lambda tensor: tensor[rows]), ()
-        if self.texts:
-            # Of a slice this is known without asking the device.
-            sliced = isinstance(rows, slice)
-            chosen = range(len(self))[rows] if sliced else torch.arange(len(self), device=rows.device)[rows].tolist()
-            texts = tuple(self.texts[i] for i in chosen)
-        part = replace(part, grouped=False, texts=texts)
+        texts = tuple(self.texts[i] for i in self._numbers(rows)) if self.texts else ()
+        part = replace(self._map(lambda tensor: tensor[rows]), grouped=False, texts=texts)
         return part._with_host(lambda: self.host.part(rows)) if self._knows_host and isinstance(rows, slice) else part
+
+    def _numbers(self, rows: slice | Tensor) -> Sequence[int]:
+        # Of a slice this is known without asking the device.
+        if isinstance(rows, slice):
+            return range(len(self))[rows]
+        return torch.arange(len(self), device=rows.device)[rows].tolist()
 
     def of_tasks(self, chosen: Tensor) -> tuple[Rows, Tensor]:
         """The rows of the tasks `chosen` `[n]` (ascending), numbered anew from 0; and where those rows are in this set.

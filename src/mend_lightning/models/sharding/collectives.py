@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from mend_lightning.models.layers import layer_weight
+
 # On a layer inside a block that FSDP1 shards: the block, which alone can gather it.
 _UNIT = "_mend_lightning_unit"
 
@@ -32,7 +34,8 @@ def own_class(module: nn.Module) -> type[nn.Module]:
         >>> own_class(nn.Linear(2, 2)).__name__
         'Linear'
     """
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+    classes = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module))
+    return next(cls for cls in classes if not issubclass(cls, FSDPModule))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -60,9 +63,9 @@ def whole_weight(layer: nn.Module) -> Tensor:
     """
     unit = layer.__dict__.get(_UNIT, lambda: None)()
     if unit is None:
-        return whole(layer.weight.detach())
+        return whole(layer_weight(layer).detach())
     with FullyShardedDataParallel.summon_full_params(unit, writeback=False):
-        return layer.weight.detach().clone()
+        return layer_weight(layer).detach().clone()
 
 
 def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

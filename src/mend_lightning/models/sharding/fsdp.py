@@ -19,7 +19,7 @@ from mend_lightning.models.layers import find_stacks
 from mend_lightning.models.sharding.collectives import is_sharded, remember_unit
 
 # Gives a unit (its name, and the module) its weights.
-Fill = Callable[[str, nn.Module], None]
+Fill = Callable[[str, nn.Module], object]
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,12 +50,12 @@ def wrap_blocks(model: nn.Module, device: torch.device, fill: Fill) -> None:
     """
     for name, block in blocks_of(model).items():
         fill(name, block)
-        stack, _, index = name.rpartition(".")
+
         # The layers keep weights of their own, which is what some of them ask for the dtype.
         wrapper = FullyShardedDataParallel(block, device_id=device, use_orig_params=True)
         # The outermost one would keep what it gathered, for a backward pass at once: so it is one without weights of its own.
         wrapper = FullyShardedDataParallel(wrapper, device_id=device, use_orig_params=True)
-        model.get_submodule(stack)[int(index)] = wrapper
+        model.set_submodule(name, wrapper)
         for module in block.modules():
             remember_unit(module, wrapper)
     fill("", model)

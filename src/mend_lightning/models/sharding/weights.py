@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import distributed, nn
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from mend_lightning.models.sharding.fsdp import blocks_of
 
@@ -74,7 +75,7 @@ class RandomWeights:
         seed: of all of it.
     """
 
-    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, seed: int = 0) -> None:
         self.model, self.seed, self.blocks = model, seed, tuple(blocks_of(model))
 
     @torch.no_grad()
@@ -114,8 +115,9 @@ def safetensors_keys(where: str, **options: Any) -> dict[str, Path] | None:
     found = _file(where, INDEX, **options)
     if found is not None:
         names = json.loads(found.read_text(encoding="utf-8"))["weight_map"]
-        files = {file: _file(where, file, **options) for file in sorted(set(names.values()))}
-        return None if None in files.values() else {name: files[file] for name, file in names.items()}
+        wanted = sorted(set(names.values()))
+        files = {file: path for file in wanted if (path := _file(where, file, **options)) is not None}
+        return {name: files[file] for name, file in names.items()} if len(files) == len(wanted) else None
     single = _file(where, SINGLE, **options)
     if single is None:
         return None
@@ -151,8 +153,9 @@ def places_of(model: nn.Module, files: Mapping[str, Path]) -> dict[str, tuple[Pa
         key = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in files), None)
         return None if key is None else (files[key], key)
 
-    places = {name: place(name) for name, _ in model.named_parameters()}
-    if None in places.values():
+    names = [name for name, _ in model.named_parameters()]
+    places = {name: found for name in names if (found := place(name)) is not None}
+    if len(places) < len(names):
         return None
     for name, tied_to in _tied_names(model).items():
         second = place(name)
@@ -178,8 +181,8 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 def _untie(model: nn.Module, name: str) -> None:
     owner, _, attribute = name.rpartition(".")
-    parameters = model.get_submodule(owner)._parameters
-    parameters[attribute] = nn.Parameter(torch.empty_like(parameters[attribute]), requires_grad=False)
+    own = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
+    model.get_submodule(owner)._parameters[attribute] = own
     getattr(model, "all_tied_weights_keys", {}).pop(name, None)
 
 
