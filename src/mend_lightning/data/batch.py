@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -73,9 +73,12 @@ class EditBatch:
     def __len__(self) -> int:
         return self.tasks
 
-    def to(self, *args, **kwargs) -> EditBatch:
-        moved = (rows.to(*args, **kwargs) for rows in (self.z_edit, self.x_out, self.x_in))
-        return EditBatch(*moved, self.texts)
+    def to(self, *args: Any, **kwargs: Any) -> EditBatch:
+        return replace(self.map_rows(lambda rows: rows.to(*args, **kwargs)), texts=self.texts)
 
     def pin_memory(self) -> EditBatch:
-        return EditBatch(*(rows.pin_memory() for rows in (self.z_edit, self.x_out, self.x_in)), self.texts)
+        return replace(self.map_rows(Rows.pin_memory), texts=self.texts)
+
+    def map_rows(self, function: Callable[[Rows], Rows]) -> EditBatch:
+        """A batch of what `function` makes of each set of rows, without texts."""
+        return EditBatch(function(self.z_edit), function(self.x_out), function(self.x_in))

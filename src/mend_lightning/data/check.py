@@ -9,8 +9,10 @@ from pathlib import Path
 from statistics import median
 
 from mend_lightning.data.columns import Columns
+from mend_lightning.data.readers.fields import Format
 from mend_lightning.data.record import Record
 from mend_lightning.data.records import iterate_records, unusable
+from mend_lightning.data.sources import Row
 from mend_lightning.errors import RecordError
 from mend_lightning.models.inputs.prompts import PromptFormat
 
@@ -72,10 +74,10 @@ def check_source(
     """
     check = DataCheck()
 
-    def found(chosen) -> None:
+    def found(chosen: Format) -> None:
         check.format = chosen.name
 
-    def fault(row, error: RecordError) -> None:
+    def fault(row: Row, error: RecordError) -> None:
         check.faults.append((row.line, str(error)))
 
     seen: set[str] = set()

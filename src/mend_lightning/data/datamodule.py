@@ -170,7 +170,7 @@ class EditDataModule(L.LightningDataModule):
     def sampler(self, split: str) -> TaskSampler:
         """The tasks of a split: "train", "validation" or "test"."""
         if split not in self._samplers:
-            records = read_records(self.files[split], *self._reading)
+            records = read_records(self._source(split), *self._reading)
             unrelated = read_locality(self.locality_data, split)
             check_running_text([*records, *(unrelated or [])], self.format)
             draws = self._draws["train" if split == "train" else "evaluation"]
@@ -191,22 +191,24 @@ class EditDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         if self.trainer is not None and self.trainer.state.fn == "validate":
-            self._require("validation")
+            self._source("validation")
         return self._evaluation_loader("validation")
 
-    def test_dataloader(self) -> DataLoader:
-        self._require("test")
+    def test_dataloader(self) -> DataLoader | list:
+        self._source("test")
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        self._require("test")
+    def predict_dataloader(self) -> DataLoader | list:
+        self._source("test")
         return self._evaluation_loader("test")
 
-    def _require(self, split: str) -> None:
-        if self.files[split] is None:
+    def _source(self, split: str) -> str | Path:
+        found = self.files[split]
+        if found is None:
             raise ConfigError(
                 f"data.{split} is not set. Give a JSONL file, or a shipped set such as world_facts/{split}."
             )
+        return found
 
     def _evaluation_loader(self, split: str) -> DataLoader | list:
         if self.files[split] is None:
@@ -267,7 +269,7 @@ class EditData:
         'world_facts/train'
     """
 
-    def __init__(self, **settings) -> None:
+    def __init__(self, **settings: Any) -> None:
         self.module = EditDataModule(**settings)
 
 

@@ -70,7 +70,9 @@ class TaskOrder(DistributedSampler):
         even: bool = False,
         lengths: Lengths | None = None,
     ) -> None:
-        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        # Of a dataset the sampler reads the length alone.
+        counted: Any = range(size)
+        super().__init__(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.size, self.local_batch, self.lengths = size, batch_size, lengths
         self.first_batch = 0
         self.mine = range(rank, size, world_size)
@@ -119,8 +121,9 @@ class ResumableLoader(DataLoader):
 
     _given = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        order = self.sampler
+    # torch says that it returns an iterator of its own private class.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        order: Any = self.sampler
         self._given = getattr(order, "first_batch", 0)
         for batch in super().__iter__():
             # The order was read when the first batch was asked for. Not after the last one: an epoch may be left early.

@@ -43,7 +43,8 @@ def read_records(
         >>> read_records("world_facts/test")[0].prompt != ""
         True
     """
-    kept, dropped = [], Counter()
+    kept: list[Record] = []
+    dropped: Counter[str] = Counter()
     for record in iterate_records(name, format, columns):
         reason = unusable(record, require_rephrases)
         if reason:
