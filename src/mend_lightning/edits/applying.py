@@ -13,7 +13,8 @@ from mend_lightning.edits.stack import EditStack
 
 # What can be put on a model for a while: an edit, several on top of each other, or `function(model)` that gives a context
 # manager, such as `edit.applied`.
-Edits = Edit | Callable[[nn.Module], AbstractContextManager[Any]] | Sequence["Edits"]
+_Applied = Edit | Callable[[nn.Module], AbstractContextManager[Any]]
+Edits = _Applied | Sequence[_Applied]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,8 +89,7 @@ register_dataclass(LowRankDelta)
 
 def added_at_once(output: Tensor, x: Tensor, delta: Delta) -> Tensor:
     """`added` of a single task; where all have one dtype, the product is added as it is computed, and rounded once."""
-    same = isinstance(delta, LowRankDelta) and delta.tasks == 1 and delta.up.dtype == x.dtype == output.dtype
-    if not same:
+    if not isinstance(delta, LowRankDelta) or delta.tasks != 1 or not delta.up.dtype == x.dtype == output.dtype:
         return added(output, x, delta)
     inner = torch.bmm(x.reshape(1, -1, x.shape[-1]), delta.down.mT)
     return torch.baddbmm(output.reshape(1, -1, output.shape[-1]), inner, delta.up).view_as(output)
@@ -113,9 +112,10 @@ def sum_of(deltas: Sequence[Delta]) -> Delta:
     if len(deltas) == 1:
         return deltas[0]
     d_in, d_out = deltas[0].shape
-    small = all(isinstance(delta, LowRankDelta) for delta in deltas)
-    if small and sum(delta.rank for delta in deltas) * (d_in + d_out) < d_in * d_out:
-        return concatenated(deltas)
+    low_rank = [delta for delta in deltas if isinstance(delta, LowRankDelta)]
+    small = sum(delta.rank for delta in deltas) * (d_in + d_out) < d_in * d_out
+    if small and len(low_rank) == len(deltas):
+        return concatenated(low_rank)
     return DenseDelta(_dense_sum(deltas))
 
 
@@ -128,7 +128,12 @@ def _dense_sum(deltas: Sequence[Delta]) -> torch.Tensor:
     """`[1, d_out, d_in]`. All low-rank parts are one matrix product."""
     low_rank = [delta for delta in deltas if isinstance(delta, LowRankDelta)]
     dense = [delta.dense() for delta in deltas if not isinstance(delta, LowRankDelta)]
-    return sum(dense, concatenated(low_rank).dense() if low_rank else 0)
+    return _total([concatenated(low_rank).dense(), *dense] if low_rank else dense)
+
+
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    first, *others = tensors
+    return sum(others, first)
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ class SumDelta:
 
     def dense(self) -> Tensor:
         """ΔW as `[tasks, d_out, d_in]`."""
-        return sum(part.dense() for part in self.parts)
+        return _total(part.dense() for part in self.parts)
 
     def norm(self) -> Tensor:
         """Frobenius norm of ΔW per task `[tasks]`."""
@@ -240,7 +245,7 @@ class SumDelta:
 
     def of_task(self, task: int) -> DenseDelta:
         """The delta of one task."""
-        return DenseDelta(sum(part.of_task(task if part.tasks > 1 else 0).dense() for part in self.parts))
+        return DenseDelta(_total(part.of_task(task if part.tasks > 1 else 0).dense() for part in self.parts))
 
     def to(self, target: torch.device | torch.dtype | str) -> SumDelta:
         return SumDelta(tuple(part.to(target) for part in self.parts))
@@ -251,4 +256,4 @@ class SumDelta:
 
     def output(self, x: Tensor, task_of_row: Tensor | None = None) -> Tensor:
         """`x ΔWᵀ` for every row with its own task's delta; see `LowRankDelta.output`."""
-        return sum(part.output(x, task_of_row if part.tasks > 1 else None) for part in self.parts)
+        return _total(part.output(x, task_of_row if part.tasks > 1 else None) for part in self.parts)

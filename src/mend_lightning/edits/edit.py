@@ -48,7 +48,7 @@ class Edit:
         [[2.0, 2.0]]
     """
 
-    deltas: dict[str, Delta]
+    deltas: Mapping[str, Delta]
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -170,7 +170,7 @@ class Edit:
 
 def _difference(wanted: str | Mapping[str, str], found: str | Mapping[str, str]) -> str:
     """Which fingerprints differ, of layers that can be many: the first one, and how many."""
-    if isinstance(wanted, str):
+    if isinstance(wanted, str) or isinstance(found, str):
         return f"{found}, not {wanted}"
     layers = [name for name in found if name in wanted and found[name] != wanted[name]]
     return f"{layers[0]}: {found[layers[0]]}, not {wanted[layers[0]]}; {len(layers)} of {len(found)} layers differ"
@@ -209,7 +209,9 @@ def combined(edits: Sequence[Edit]) -> Edit:
             )
     names = dict.fromkeys(name for edit in edits for name in edit.deltas)
     deltas = {name: sum_of([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
-    kept = {key: edits[0].about[key] for key in ("base", "base_options", "prompt_format") if key in edits[0].about}
+    kept: dict[str, Any] = {
+        key: edits[0].about[key] for key in ("base", "base_options", "prompt_format") if key in edits[0].about
+    }
     facts = [fact for edit in edits for fact in edit.about.get("edits", [])]
     resting = {"holds_resting": True} if any(edit.about.get("holds_resting") for edit in edits) else {}
     return Edit(

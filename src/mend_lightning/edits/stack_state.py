@@ -140,7 +140,7 @@ class StackState:
         return {key: value for key, value in vars(self).items() if key not in ("lock", "_totals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+        StackState.__init__(self)
         vars(self).update(state)
 
 

@@ -36,7 +36,7 @@ def lora_config(edit: Edit, model: PreTrainedModel, layers: Mapping[str, nn.Modu
         from peft import LoraConfig
     except ImportError as error:
         raise MissingPackageError("Writing a PEFT adapter needs peft: pip install 'mend-lightning[peft]'") from error
-    ranks = {name: stored_rank(delta) for name, delta in edit.deltas.items()}
+    ranks = {name: stored_rank(delta) for name, delta in low_rank_deltas(edit).items()}
     largest = max(ranks.values())
     # PEFT matches a pattern anywhere after a dot; ^ keeps decoder.fc1 from matching other.decoder.fc1 too.
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
@@ -64,7 +64,7 @@ def _targets(names: list[str], model: nn.Module) -> list[str] | str:
     return names
 
 
-def _base_name(edit: Edit, model: PreTrainedModel) -> str:
+def _base_name(edit: Edit, model: PreTrainedModel) -> str | None:
     """What transformers loads the base from."""
     name = edit.about.get("base") or model.name_or_path
     if name != MODEL_NAME:
@@ -73,6 +73,23 @@ def _base_name(edit: Edit, model: PreTrainedModel) -> str:
         return resolve_name(name)
     except ModelLoadError:
         return name
+
+
+def low_rank_deltas(edit: Edit) -> dict[str, LowRankDelta]:
+    """The deltas of an edit that is low-rank at every layer.
+
+    Raises:
+        AdapterError: it is dense somewhere.
+    """
+    found = {name: delta for name, delta in edit.deltas.items() if isinstance(delta, LowRankDelta)}
+    dense = [name for name in edit.deltas if name not in found]
+    if dense:
+        raise AdapterError(
+            f"The edit is dense at {dense[0]} (made by {edit.about.get('editor') or 'an unknown editor'}), and a LoRA is "
+            "low-rank. Truncate it first: Edit.compressed(rank=...) or Edit.compressed(energy=0.99), which say how much "
+            "is lost; --rank N or --energy 0.99 on the command line. `mend-lightning merge` takes it as it is."
+        )
+    return found
 
 
 def stored_rank(delta: LowRankDelta) -> int:
@@ -89,7 +106,7 @@ def adapter_tensors(edit: Edit, dtype: torch.dtype) -> dict[str, Tensor]:
         {'base_model.model.fc.lora_A.weight': [2, 3], 'base_model.model.fc.lora_B.weight': [5, 2]}
     """
     tensors = {}
-    for name, delta in edit.deltas.items():
+    for name, delta in low_rank_deltas(edit).items():
         down, up = (part[0].detach().cpu().to(dtype) for part in (delta.down, delta.up))
         missing = stored_rank(delta) - delta.rank
         down, up = (nn.functional.pad(part, (0, 0, 0, missing)) for part in (down, up))

@@ -18,6 +18,7 @@ from mend_lightning.edits.edit import Edit, check_summable
 from mend_lightning.errors import ConfigError, MergeError, NoEffectWarning, OutputPathError, RoundingWarning
 from mend_lightning.files import write_json, written_folder
 from mend_lightning.models.compiled import unwrapped
+from mend_lightning.models.layers import layer_weight
 
 EDITS_FILE = "mend_lightning_edits.json"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ MUCH_LOST = 0.25
 
 def merge(
     edits: Edit | Sequence[Edit],
-    model: PreTrainedModel,
+    model: nn.Module,
     folder: str | Path | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -72,21 +73,20 @@ def merge(
     if not edits:
         raise ConfigError("There is no edit to merge. Give at least one.")
     check_summable(edits)
-    model = unwrapped(model)
-    _check_model(model)
-    layers = {name: layer for edit in edits for name, layer in edit.layers_in(model, force).items()}
+    base = _mergeable(unwrapped(model))
+    layers = {name: layer for edit in edits for name, layer in edit.layers_in(base, force).items()}
     if not layers:
         raise ConfigError("The edits change no layer, so there is nothing to merge.")
-    _check_layers(model, layers)
-    merged, report = _merged_weights(edits, layers)
+    _check_layers(base, layers)
+    merged, roundings = _merged_weights(edits, layers)
     if folder is not None:
-        _write(model, merged, tokenizer, Path(folder), edits, EDITS_FILE if overwrite else None)
-    report = MergeReport(report, _dtypes(merged.values()), None if folder is None else Path(folder))
+        _write(base, merged, tokenizer, Path(folder), edits, EDITS_FILE if overwrite else None)
+    report = MergeReport(roundings, _dtypes(merged.values()), None if folder is None else Path(folder))
     report.warn()
     return report
 
 
-def _check_model(model: nn.Module) -> None:
+def _mergeable(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise MergeError(
             f"Only a Hugging Face model can be written as a model folder; this is a {type(model).__name__}. Give the "
@@ -106,6 +106,7 @@ def _check_model(model: nn.Module) -> None:
             "rounded to its few levels would be lost or would change more than the edit. Load the base in bfloat16 or "
             "float32 and merge into that; on the quantised base apply the edit as it is, or export it as a PEFT adapter."
         )
+    return model
 
 
 def _is_elsewhere(weight: Tensor) -> bool:
@@ -139,14 +140,15 @@ def _merged_weights(
     with torch.no_grad():
         for name, layer in layers.items():
             change = weight_change([edit.deltas[name] for edit in edits if name in edit.deltas], layer)
-            exact = layer.weight.detach().to(change.dtype) + change
-            stored = exact.to(layer.weight.dtype)
+            weight = layer_weight(layer).detach()
+            exact = weight.to(change.dtype) + change
+            stored = exact.to(weight.dtype)
             if not bool(stored.isfinite().all()):
                 raise MergeError(
                     f"W + ΔW of {name} holds values that {_dtypes([stored])} cannot, or NaN. Load the base in bfloat16 or "
                     "float32, or look at the edit: its largest change is as large as that."
                 )
-            report[name] = layer_rounding(layer.weight.detach(), change, exact, stored)
+            report[name] = layer_rounding(weight, change, exact, stored)
             merged[name] = stored.cpu()
     return merged, report
 
@@ -160,8 +162,9 @@ def weight_change(deltas: Sequence[Any], layer: nn.Module) -> Tensor:
         >>> weight_change([delta], nn.Linear(2, 3)).shape, weight_change([delta], Conv1D(3, 2)).shape
         (torch.Size([3, 2]), torch.Size([2, 3]))
     """
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    total = sum(delta.to(layer.weight.device).dense()[0].to(dtype) for delta in deltas)
+    weight = layer_weight(layer)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    total = sum(delta.to(weight.device).dense()[0].to(dtype) for delta in deltas)
     return total.T if isinstance(layer, Conv1D) else total
 
 
@@ -177,7 +180,8 @@ def _write(
     edits: Sequence[Edit],
     replaces: str | None,
 ) -> None:
-    if replaces and Path(model.name_or_path).is_dir() and folder.resolve() == Path(model.name_or_path).resolve():
+    base = Path(model.name_or_path or "")
+    if replaces and base.is_dir() and folder.resolve() == base.resolve():
         raise OutputPathError(f"{folder} holds the model that is being merged into. Keep it, and give another folder.")
     state = {**model.state_dict(), **{f"{name}.weight": weight for name, weight in merged.items()}}
     try:

@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 
 from mend_lightning.edits.deltas import LowRankDelta, concatenated
 from mend_lightning.edits.edit import Edit, combined
-from mend_lightning.edits.export.lora import adapter_tensors, check_outside_head, head_tensors, lora_config
+from mend_lightning.edits.export.lora import (
+    adapter_tensors,
+    check_outside_head,
+    head_tensors,
+    lora_config,
+    low_rank_deltas,
+)
 from mend_lightning.edits.export.merging import tied_layers
 from mend_lightning.errors import (
     AdapterError,
@@ -36,7 +42,7 @@ FORMAT = "1"
 
 def export_peft(
     edits: Edit | Sequence[Edit],
-    model: PreTrainedModel,
+    model: nn.Module,
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
@@ -72,8 +78,7 @@ def export_peft(
     model = unwrapped(model)
     if not edits:
         raise ConfigError("There is no edit to export. Give at least one.")
-    for each in edits:
-        _check_low_rank(each)
+    deltas = [low_rank_deltas(each) for each in edits]
     if not isinstance(model, PreTrainedModel):
         raise AdapterError(f"PEFT adapters are for Hugging Face models; this is a {type(model).__name__}.")
     layers = {name: layer for each in edits for name, layer in each.layers_in(model, force).items()}
@@ -82,7 +87,7 @@ def export_peft(
     _warn_of_tied(model, layers)
     if overwrite:
         check_own_adapter(folder)
-    edit = Edit(_side_by_side(edits), _about(edits, force))
+    edit = Edit(_side_by_side(deltas), _about(edits, force))
     check_outside_head(edit, model)
     config, head = lora_config(edit, model, layers), head_tensors(model)
     try:
@@ -116,10 +121,10 @@ def check_own_adapter(folder: str | Path) -> None:
         )
 
 
-def _side_by_side(edits: Sequence[Edit]) -> dict[str, LowRankDelta]:
+def _side_by_side(edits: Sequence[Mapping[str, LowRankDelta]]) -> dict[str, LowRankDelta]:
     """The sum of low-rank edits, still as factors whatever their number: an adapter cannot be dense."""
-    names = dict.fromkeys(name for edit in edits for name in edit.deltas)
-    return {name: concatenated([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
+    names = dict.fromkeys(name for deltas in edits for name in deltas)
+    return {name: concatenated([deltas[name] for deltas in edits if name in deltas]) for name in names}
 
 
 def _about(edits: Sequence[Edit], force: bool) -> dict[str, Any]:
@@ -128,16 +133,6 @@ def _about(edits: Sequence[Edit], force: bool) -> dict[str, Any]:
         return combined([Edit({}, edit.about) for edit in edits]).about
     about = combined([Edit({}, {**edit.about, "weights": {}}) for edit in edits]).about
     return {**about, "combined": [edit.about for edit in edits]}
-
-
-def _check_low_rank(edit: Edit) -> None:
-    dense = [name for name, delta in edit.deltas.items() if not isinstance(delta, LowRankDelta)]
-    if dense:
-        raise AdapterError(
-            f"The edit is dense at {dense[0]} (made by {edit.about.get('editor') or 'an unknown editor'}), and a LoRA is "
-            "low-rank. Truncate it first: Edit.compressed(rank=...) or Edit.compressed(energy=0.99), which say how much "
-            "is lost; --rank N or --energy 0.99 on the command line. `mend-lightning merge` takes it as it is."
-        )
 
 
 def _warn_of_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
