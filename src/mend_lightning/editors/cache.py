@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -212,8 +213,9 @@ def final_hidden(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
     Of an encoder-decoder its encoder's, as in the original.
     """
-    encodes = getattr(model.config, "is_encoder_decoder", False)
-    body = model.get_encoder() if encodes else getattr(model, model.base_model_prefix, model)
+    whole: Any = model
+    encodes = getattr(whole.config, "is_encoder_decoder", False)
+    body = whole.get_encoder() if encodes else getattr(whole, whole.base_model_prefix, whole)
     return body(**inputs).last_hidden_state
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -66,8 +66,8 @@ class Tape:
         loss = loss if scale == 1 else loss * scale
         found = torch.autograd.grad(loss, edges, allow_unused=True, create_graph=self._keep_graph)
         deltas = [zero if delta is None else delta for zero, delta in zip(zeros, found)]
-        deltas = iter(deltas if scale == 1 else [delta.float() / scale for delta in deltas])
-        return {name: self._join(name, [next(deltas) for _ in edges]) for name, edges in self._edges.items()}
+        of_calls = iter(deltas if scale == 1 else [delta.float() / scale for delta in deltas])
+        return {name: self._join(name, [next(of_calls) for _ in edges]) for name, edges in self._edges.items()}
 
     def _join(self, name: str, deltas: list[Tensor]) -> tuple[Tensor, Tensor]:
         inputs = []
@@ -122,5 +122,5 @@ def record_factors(layers: Mapping[str, nn.Module], keep_graph: bool = False) ->
             handle.remove()
 
 
-def _recorder(tape: Tape, name: str):
+def _recorder(tape: Tape, name: str) -> Callable[..., Tensor]:
     return lambda module, args, output: tape.record(name, args[0], output)

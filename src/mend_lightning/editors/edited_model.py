@@ -44,8 +44,10 @@ class Edited(Protocol):
         deltas: name -> Delta of those layers.
     """
 
-    layers: Mapping[str, nn.Module]
-    deltas: Mapping[str, Delta]
+    @property
+    def layers(self) -> Mapping[str, nn.Module]: ...
+    @property
+    def deltas(self) -> Mapping[str, Delta]: ...
 
     def states_at(self, model: nn.Module, rows: Rows, where: Positions, trunk: TrunkOutputs) -> HeadStates:
         """What the edited model's logits are made of (`HeadStates.logits_of`), at n positions.

@@ -56,7 +56,7 @@ class Editor(nn.Module):
 
     def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
         super().__init__()
-        self.layers = {name: tuple(shape) for name, shape in layers.items()}
+        self.layers = {name: (d_in, d_out) for name, (d_in, d_out) in layers.items()}
         self.settings = settings
         self.set_confidence(settings.get("confidence"))
         # What the editor was trained for; `bind` sets it, and it is saved with the editor.
@@ -73,7 +73,7 @@ class Editor(nn.Module):
         model: nn.Module,
         layers: Sequence[str] | None = None,
         last_blocks: int | None = None,
-        **settings,
+        **settings: Any,
     ) -> Self:
         """An editor for `model`; `layers` are names or patterns, None the paper's choice."""
         chosen = select_layers(model, layers, last_blocks)

@@ -91,12 +91,12 @@ class EnnEditor(Editor):
         trunk = trunk or run_trunk(model, z_edit, layers)
         keep_graph = torch.is_grad_enabled() and not self.first_order
         deltas: dict[str, Delta] = self.base_deltas()
-        first = None
-        for _ in range(self.steps):
+        for step in range(self.steps):
             factors, *measured = edit_factors(model, layers, z_edit, trunk, deltas, keep_graph)
-            first = first or measured
+            if step == 0:
+                inner, skipped = measured
             deltas = self._stepped(deltas, factors)
-        return Made(deltas, *first)
+        return Made(deltas, inner, skipped)
 
     def _stepped(self, deltas: Mapping[str, Delta], factors: Mapping[str, Factors]) -> dict[str, Delta]:
         """The deltas after one more gradient step."""

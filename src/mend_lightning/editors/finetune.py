@@ -146,12 +146,12 @@ class FineTuning(Editor):
                     return
             loss = nll if stream is None else self.c_edit * nll + self._drift(edits, leaves, stream, step)
             gradients = torch.autograd.grad(loss[~ended].sum(), list(leaves.values()))
-            gradients = dict(zip(leaves, self._clipped(gradients)))
+            clipped = dict(zip(leaves, self._clipped(gradients)))
             with torch.no_grad():
                 going, chosen = ~ended, chosen[~ended]
                 weights, squares = ({n: _rows(x, going) for n, x in state.items()} for state in (weights, squares))
                 for name, weight in weights.items():
-                    rmsprop_(weight, squares[name], _rows(gradients[name], going), self.lr)
+                    rmsprop_(weight, squares[name], _rows(clipped[name], going), self.lr)
 
     def _drift(self, edits: _Edits, leaves: dict[str, Tensor], stream: LocalityStream, step: int) -> Tensor:
         """KL(base ‖ edited) on the step's unrelated fact, the mean over its positions: `[tasks]`."""

@@ -104,7 +104,10 @@ def _found(model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows) -> dic
         raw = tape.gradients(plain.sum() + tainted.sum() * torch.nan)
     # NaN is not 0 either.
     touched = {name: (delta.reshape(2, -1, delta.shape[-1]) != 0).any(-1).tolist() for name, (_, delta) in raw.items()}
-    return {name: _reach(*map(_places, each), len(each[0]), tiny, label) for name, each in touched.items()}
+    return {
+        name: _reach(_places(row_0), _places(row_1), len(row_0), tiny, label)
+        for name, (row_0, row_1) in touched.items()
+    }
 
 
 def _places(flags: Iterable[bool]) -> set[int]:

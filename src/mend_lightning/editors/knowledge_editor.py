@@ -17,7 +17,7 @@ from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.device import no_autocast
 from mend_lightning.models.forward.hooks import Delta
-from mend_lightning.models.forward.logits import label_mask, logits_at
+from mend_lightning.models.forward.logits import input_embeddings, label_mask, logits_at
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.encoder import Encoder, class_name
 from mend_lightning.models.inputs.positions import slots
@@ -121,7 +121,7 @@ class KnowledgeEditor(Editor):
         """As in `Editor`; builds the LSTM where the embeddings' width was not given."""
         super().bind(model, *args, **kwargs)
         if self.encode is None:
-            width = self.settings["embedding"] = model.get_input_embeddings().embedding_dim
+            width = self.settings["embedding"] = input_embeddings(model).embedding_dim
             sizes = (self.settings["hidden"], self.settings["condition"])
             self.encode = ConditionEncoder(width, *sizes).to(next(self.parameters()).device)
 
@@ -139,7 +139,7 @@ class KnowledgeEditor(Editor):
             )
         ids, lengths = edit_conditions(model, z_edit, self.text_encoder(), trunk)
         with torch.no_grad():
-            embedded = model.get_input_embeddings()(ids.to(z_edit.labels.device)).float()
+            embedded = input_embeddings(model)(ids.to(z_edit.labels.device)).float()
         if embedded.shape[-1] != self.settings["embedding"]:
             raise ConfigError(
                 f"The base embeds tokens in {embedded.shape[-1]} numbers; this editor has embedding: "

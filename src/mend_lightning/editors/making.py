@@ -62,8 +62,8 @@ def make_edit(
     Warns:
         CollidingEditWarning: two of the facts give the same question different answers.
     """
-    facts = [tuple(facts)] if facts and isinstance(facts[0], str) else list(facts)
-    if not facts:
+    pairs: list[Any] = [tuple(facts)] if facts and isinstance(facts[0], str) else list(facts)
+    if not pairs:
         raise ConfigError("An edit needs at least one (prompt, target) pair.")
     if model.training:
         raise ConfigError(
@@ -74,19 +74,19 @@ def make_edit(
             f"{type(editor).__name__} changes no weight, so it makes no Edit that could be saved or merged. "
             "`mend-lightning edit` shows what it does; in Python use editor.edited(model, rows)."
         )
-    warn_of_contradictions(facts)
+    warn_of_contradictions(pairs)
     with ready(editor, model, tokenizer) as encoder, torch.no_grad():
         layers = editor.modules_in(model)
-        rows = encoder.rows(facts, [0] * len(facts), 1).to(next(model.parameters()).device)
+        rows = encoder.rows(pairs, [0] * len(pairs), 1).to(next(model.parameters()).device)
         before = least_probability(model, rows)
         made = editor.make_deltas(model, rows)
         with applied(layers, made.deltas):
             probability = least_probability(model, rows)
     deltas = {name: delta.of_task(0) for name, delta in made.deltas.items()}
     reached = made.reached is None or bool(made.reached.all())
-    warn_of_doubts(type(editor).__name__, editor.confidence, facts, deltas, probability, reached)
+    warn_of_doubts(type(editor).__name__, editor.confidence, pairs, deltas, probability, reached)
     holds_resting = editor.base_deltas() is not None
-    about = provenance(editor.description(), model, layers, facts, deltas, (before, probability), holds_resting)
+    about = provenance(editor.description(), model, layers, pairs, deltas, (before, probability), holds_resting)
     return Edit(deltas, about)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -55,11 +57,8 @@ def all_reduced_moments(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor
     gathered = [torch.empty_like(packed) for _ in range(distributed.get_world_size())]
     distributed.all_gather(gathered, packed)
     width = mean.shape[0]
-    merged = None
-    for part in gathered:
-        piece = part[0].long(), part[1 : 1 + width], part[1 + width :]
-        merged = piece if merged is None else merge_moments(*merged, *piece)
-    return merged
+    pieces = [(part[0].long(), part[1 : 1 + width], part[1 + width :]) for part in gathered]
+    return reduce(lambda merged, piece: merge_moments(*merged, *piece), pieces)
 
 
 class RunningNormalizer(nn.Module):
@@ -79,6 +78,10 @@ class RunningNormalizer(nn.Module):
         >>> normalizer(torch.tensor([[2.0]])).tolist()
         [[0.0]]
     """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
 
     def __init__(self, width: int, constant_units: str = "center") -> None:
         super().__init__()

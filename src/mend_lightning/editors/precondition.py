@@ -83,7 +83,9 @@ class InputMoments:
         self.all.add(u)
 
     def add_pairs(self, u: Tensor, rephrased: Tensor) -> None:
-        """Takes in inputs `[tokens, width]` of edits and of their rephrases, token by token of the answer."""
+        """Takes in inputs `[tokens, width]` of edits and of their rephrases, token by token of the answer, where wanted."""
+        if self.paired is None or self.pairs is None:
+            return
         self.paired.add(u)
         self.paired.add(rephrased)
         self.pairs.add(u, rephrased)
@@ -122,6 +124,9 @@ class InputPreconditioner(nn.Module):
         True
     """
 
+    matrix: Tensor
+    calibrated: Tensor
+
     def __init__(self, width: int, damping: float, rephrase_ridge: float | None = None) -> None:
         super().__init__()
         _check_positive("precondition is the damping of an inverse", damping)
@@ -149,9 +154,10 @@ class InputPreconditioner(nn.Module):
         if not bool(moments.all.count >= 1):
             raise ConfigError("No input to estimate the preconditioning from: the calibration batches hold no token.")
         matrix = _damped_inverse(moments.second(), self.damping)
-        if self.rephrase_ridge is not None and moments.pairs is not None and bool(moments.pairs.count):
+        paired, pairs = moments.paired, moments.pairs
+        if self.rephrase_ridge is not None and paired is not None and pairs is not None and bool(pairs.count):
             # Rows are multiplied from the left: the transpose of A⁻¹ C B⁻¹, whose three parts are symmetric.
-            matrix = _damped_inverse(moments.paired.mean(), self.rephrase_ridge) @ moments.pairs.mean() @ matrix
+            matrix = _damped_inverse(paired.mean(), self.rephrase_ridge) @ pairs.mean() @ matrix
         second, mean = moments.all.mean(), moments.total / moments.all.count
         spread = (second.diagonal() - mean.square()).clamp(min=0).sqrt()
         # E[norm(u) · u] over E[v · u]: the effect of an edit on its own inputs, without and with.

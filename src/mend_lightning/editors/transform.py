@@ -44,7 +44,7 @@ class LowRankLayer(nn.Module):
     def forward(self, h: Tensor, mode: Tensor) -> Tensor:
         """Transforms rows `h` `[n, width]` of the edited layers `mode` `[n]`."""
         z = nn.functional.linear(h @ self.v.T, self.u, self.bias)
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             # repeat_interleave would do for sorted rows; the embedding has a cheaper backward.
             z = z * nn.functional.embedding(mode, self.scale) + nn.functional.embedding(mode, self.shift)
         z = z.clamp(min=0)
