@@ -31,7 +31,10 @@ def intervals(records: Sequence[Mapping[str, Any]], edits_at_once: int = 1) -> d
             values = [value for each in together for value in each[name]]
             if values:
                 series.setdefault(name, []).append((sum(values) / len(values), len(values)))
-    return {name: bootstrap_interval(*zip(*pairs)) for name, pairs in series.items()}
+    return {
+        name: bootstrap_interval([mean for mean, _ in pairs], [count for _, count in pairs])
+        for name, pairs in series.items()
+    }
 
 
 def shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:

@@ -142,7 +142,7 @@ def stacked(
         >>> stacked(stacked({}, one), one)["fc"].dense()[0, 0].tolist()
         [2.0, 2.0]
     """
-    total = {}
+    total: dict[str, Delta] = {}
     for name, delta in made.items():
         if base_deltas is not None:
             delta = DenseDelta(delta.dense() - base_deltas[name].dense())

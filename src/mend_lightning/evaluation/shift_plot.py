@@ -128,7 +128,7 @@ def _finish(axes: Any, height: float, title: str) -> None:
     axes.set_title(title, loc="left", pad=26)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    grey = {"color": "grey", "linestyle": "", "marker": "o", "markersize": 6}
+    grey: dict[str, Any] = {"color": "grey", "linestyle": "", "marker": "o", "markersize": 6}
     handles = [
         Line2D([], [], **grey, markerfacecolor="white", label="before"),
         Line2D([], [], **grey, label="after"),
