@@ -25,10 +25,10 @@ MOST_MOVED, NEUTRAL = 20, 48
 HINT = "Type a question and the answer you want, then press Edit. Ask shows what the model says without editing it."
 NO_EDITS = "No edit yet. Edits stay until this program ends; download those that you want to keep."
 # Handlers that run the model wait in one line, and none is offered as an API.
-TURN = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+TURN: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
 # What changed meanwhile is shown once, after the turn that is under way.
-LATEST = {"trigger_mode": "always_last", **TURN}
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+LATEST: dict[str, Any] = {"trigger_mode": "always_last", **TURN}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +53,7 @@ def build_page(session: Session) -> gr.Blocks:
                 _own_questions(session, revision, notice)
             with gr.Tab("What else moved"):
                 _moved(session, revision, notice)
-        look = {"fn": lambda: session.revision, "outputs": revision, **QUIET}
+        look: dict[str, Any] = {"fn": lambda: session.revision, "outputs": revision, **QUIET}
         gr.Timer(LOOK_AGAIN).tick(**look)
         page.load(**look)
     return page

@@ -112,17 +112,20 @@ def build_app(session: Session, local: bool = True) -> FastAPI:
     if local:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
 
-    @app.get("/edits/{name}")
-    def edit_file(name: str):
+    @app.get("/edits/{name}", response_model=None)
+    def edit_file(name: str) -> Any:
         try:
             return FileResponse(session.save(name), filename=f"{name}.safetensors")
         except MendError as error:
             return PlainTextResponse(str(error), status_code=404)
 
     # Fonts by name, of the system: Gradio's own themes fetch theirs.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"]}
-    theme = gradio.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts)
-    theme = theme.set(**{f"button_primary_{part}": value for part, value in _BUTTON.items()})
+    fonts: dict[str, Any] = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "Menlo", "Consolas", "monospace"],
+    }
+    buttons = {f"button_primary_{part}": value for part, value in _BUTTON.items()}
+    theme = gradio.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts).set(**buttons)
     return gradio.mount_gradio_app(
         app, build_page(session), "/", theme=theme, css_paths=[CSS], footer_links=[], run_history=False, ssr_mode=False
     )

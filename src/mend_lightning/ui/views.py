@@ -70,7 +70,7 @@ def header(base: str, editor: str, layers: int) -> str:
 def comparison(compared: Comparison) -> str:
     """Before and after, side by side: the answer, the tokens of every answer in question, the likeliest first tokens."""
     shift = compared.shift
-    heads = (
+    heads: tuple[tuple[Side, str, str, str], ...] = (
         ("before", "Before", "the base model", shift.old),
         ("after", "After", f"with {edits_on(compared.on)}", shift.new),
     )
