@@ -29,6 +29,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
         configs: the files they come from: named at the head of what `--print_config` and `fit` write.
     """
     # Lightning is imported here: `mend-lightning --help` and the other commands need none of it.
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     from mend_lightning.cli.run_parser import RunParser
@@ -79,7 +80,8 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
             note_sigterm_only(trainer)
             for callback in trainer.checkpoint_callbacks:
                 # One place for all runs in this folder, so that `--ckpt_path last` finds the last one.
-                callback.dirpath = callback.dirpath or str(Path(root, "checkpoints"))
+                if isinstance(callback, ModelCheckpoint):
+                    callback.dirpath = callback.dirpath or str(Path(root, "checkpoints"))
             return trainer
 
         def _parse_ckpt_path(self) -> None:

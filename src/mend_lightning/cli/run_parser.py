@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import Any, Never
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -16,7 +16,7 @@ class RunParser(LightningArgumentParser):
         super().__init__(**settings)
         self.add_argument("-c", "--config", action="config", help="YAML file, or the name of a shipped config.")
 
-    def error(self, message: str, *rest: Any) -> None:
+    def error(self, message: str, *rest: Any) -> Never:
         super().error(with_near_editor(with_near_key(message, known_keys(self))), *rest)
 
 

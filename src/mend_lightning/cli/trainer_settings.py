@@ -117,7 +117,7 @@ def note_sigterm_only(trainer: Trainer) -> None:
     Lightning's own handler (2.6) also sends a tensor to all processes, from whatever place the signal found it at: where
     another one was waiting in some other collective, both waited for ever.
     """
-    connector = trainer._signal_connector
+    connector: Any = trainer._signal_connector
 
     def note(signum: int, frame: Any) -> None:
         launcher = trainer.strategy.launcher

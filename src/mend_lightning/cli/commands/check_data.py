@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -85,7 +85,7 @@ def load_tokenizer(base: str, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def _measure(tokenizer: Any):
+def _measure(tokenizer: Any) -> Callable[[Sequence[str], bool], list[int]]:
     def measure(texts: Sequence[str], special: bool) -> list[int]:
         return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]]
 

@@ -135,10 +135,10 @@ def _checked(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> E
             "--unrelated or --neighbour is given, those are asked instead.",
             highlight=False,
         )
-    of_kind = {
-        kind: [question for each, question in asked if each == kind] for kind in ("rephrase", "unrelated", "neighbour")
-    }
-    return check_edit(model, encoder, edit, *of_kind.values())
+    rephrases, unrelated, neighbours = (
+        [question for each, question in asked if each == kind] for kind in ("rephrase", "unrelated", "neighbour")
+    )
+    return check_edit(model, encoder, edit, rephrases, unrelated, neighbours)
 
 
 def _shifts(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> list[Shift]:

@@ -50,7 +50,7 @@ def load_base_of(
     quiet_where_nobody_watches()
     if base:
         return load_base(base, dtype, trust_remote_code=trust_remote_code)
-    names = list(dict.fromkeys(edit.about.get("base") for edit in edits if edit.about.get("base")))
+    names = list(dict.fromkeys(name for edit in edits if (name := edit.about.get("base"))))
     if not names:
         raise ConfigError("The edits do not say which base model they are for. Give --base (a model id or folder).")
     if len(names) > 1:
@@ -58,7 +58,7 @@ def load_base_of(
             f"The edits were made for several base models: {', '.join(names)}. Give edits of one, or --base if these are "
             "names of the same model."
         )
-    options = next((edit.about["base_options"] for edit in edits if edit.about.get("base_options")), {})
+    options: dict[str, Any] = next((found for edit in edits if (found := edit.about.get("base_options"))), {})
     options = {name: value for name, value in options.items() if not (dense and name == "quantize")}
     return load_base(names[0], dtype, trust_remote_code=trust_remote_code, **options)
 
@@ -80,7 +80,7 @@ def load_editor_and_base(
         editor.set_confidence(confidence)
     quiet_where_nobody_watches()
     # Another base is loaded as it asks to be; the editor's own as it was for training.
-    options = {} if base else editor.base_options
+    options: dict[str, Any] = {} if base else editor.base_options
     model, tokenizer = load_base(base or editor.base_name, dtype, trust_remote_code=trust_remote_code, **options)
     return editor, model.to(computing_device()), tokenizer
 

@@ -19,6 +19,7 @@ from mend_lightning.evaluation.report import versions
 from mend_lightning.files import check_writable, write_json
 from mend_lightning.models.architecture import kind_of_config, pick_dtype
 from mend_lightning.models.base import BaseModel
+from mend_lightning.models.forward.logits import input_embeddings
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.known_shapes import known_architecture
 from mend_lightning.models.quantisation import check_whole
@@ -119,13 +120,19 @@ def layout(
         raise ConfigError(f"devices and nodes must be at least 1, not {devices} and {nodes}.")
     processes = devices * nodes
     if strategy is None:
-        named = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2].lower()
-        older = named in ("fsdp", "fsdp1", "shardedbasestrategy")
-        sharded = "fsdp" if older else "fsdp2" if named in ("fsdp2", "shardedstrategy") else None
-        strategy = sharded or ("ddp" if processes > 1 else "one")
+        strategy = _strategy_of(trainer, processes)
     if strategy == "one" and processes > 1:
         raise ConfigError(f"--strategy one is one device; {processes} are asked for. Use ddp, fsdp or fsdp2.")
     return strategy, processes
+
+
+def _strategy_of(trainer: Any, processes: int) -> Strategy:
+    named = str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2].lower()
+    if named in ("fsdp", "fsdp1", "shardedbasestrategy"):
+        return "fsdp"
+    if named in ("fsdp2", "shardedstrategy"):
+        return "fsdp2"
+    return "ddp" if processes > 1 else "one"
 
 
 def device_count(devices: Any) -> int:
@@ -197,7 +204,7 @@ def empty_editor(module: MendModule, model: torch.nn.Module) -> Editor:
         editor = module.new_editor(model)
         if editor.settings.get("embedding", 0) is None:
             # KnowledgeEditor learns this width when it is bound to weights.
-            width = model.get_input_embeddings().embedding_dim
+            width = input_embeddings(model).embedding_dim
             editor = type(editor)(editor.layers, **{**editor.settings, "embedding": width})
     return editor.train()
 

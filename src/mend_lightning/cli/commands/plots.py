@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def draw_comparison(rows: Sequence[Row], folder: Path) -> list[Path]:
     return drawn
 
 
-def _saved(path: Path, draw, size: tuple[float, float], panels: int = 1) -> Path:
+def _saved(path: Path, draw: Callable[[Any], None], size: tuple[float, float], panels: int = 1) -> Path:
     # Not pyplot: that would choose a window system for whoever imports this package.
     from matplotlib.figure import Figure
 
@@ -44,7 +44,7 @@ def _saved(path: Path, draw, size: tuple[float, float], panels: int = 1) -> Path
     return path
 
 
-def _success_drawdown(axes, rows: Sequence[Row]) -> None:
+def _success_drawdown(axes: Any, rows: Sequence[Row]) -> None:
     """Up and to the left is better."""
     points = [(row["metrics"]["drawdown"], row["metrics"]["edit_success"]) for row in rows]
     for index, (row, (x, y)) in enumerate(zip(rows, points)):
@@ -71,7 +71,7 @@ def _crowded(x: float, y: float, points: Sequence[tuple[float, float]]) -> bool:
     return any(0 < other - x < 0.13 * width and abs(above - y) < 0.08 for other, above in points)
 
 
-def _by_count(axes, rows: Sequence[Row]) -> None:
+def _by_count(axes: Any, rows: Sequence[Row]) -> None:
     for name in dict.fromkeys(row["editor"] for row in rows):
         own = sorted((row for row in rows if row["editor"] == name), key=lambda row: row["edits_at_once"])
         for panel, metric in zip(axes, ("edit_success", "drawdown")):
@@ -88,7 +88,7 @@ def _by_count(axes, rows: Sequence[Row]) -> None:
     axes[1].legend()
 
 
-def _costs(axes, rows: Sequence[Row]) -> None:
+def _costs(axes: Any, rows: Sequence[Row]) -> None:
     names = [row["editor"] for row in rows][::-1]
     for panel, key, title in zip(
         axes, ("seconds", "megabytes"), ("seconds to make one edit", "MB beyond the model to make one")

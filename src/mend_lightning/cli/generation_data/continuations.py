@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +34,10 @@ def sample_continuations(
     """
     ids, mask = padded_prompts(encoder, prompts)
     device = next(model.parameters()).device
+    generating: Any = model
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), contiguous_head(model):
         torch.manual_seed(seed)
-        output = model.generate(
+        output = generating.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=tokens, do_sample=True,
             temperature=temperature, top_k=0, top_p=1.0, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
             min_length=0, eos_token_id=None, pad_token_id=pad_id(encoder.tokenizer),
