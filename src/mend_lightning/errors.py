@@ -140,10 +140,6 @@ class DependentEditWarning(UserWarning):
     """An edit was made on top of another one, which is not active."""
 
 
-class UncompiledWarning(UserWarning):
-    """A part of the model that was to be compiled runs as it is."""
-
-
 class RoundingWarning(UserWarning):
     """A merged edit is small beside what the base's dtype can store, so much of it was rounded away."""
 

@@ -19,6 +19,7 @@ from mend_lightning.errors import (
     EmptyEditError,
     InferenceModeError,
     MendError,
+    NoEffectWarning,
     NonFiniteError,
 )
 from mend_lightning.models.base import BaseModel
@@ -303,3 +304,10 @@ def test_records_of_all_processes_are_put_in_the_order_of_the_data(edits_at_once
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, _: out.__setitem__(slice(None), parts))
     assert gathered(parts[0], edits_at_once) == [record for task in tasks for record in task]
+
+
+def test_compile_blocks_of_earlier_configurations(mend):
+    with pytest.warns(NoEffectWarning, match="compile_blocks has no effect"):
+        module = mend("llama", compile_blocks=True)
+    module.configure_model()
+    assert all(part._compiled_call_impl is None and "forward" not in vars(part) for part in module.base_model.modules())

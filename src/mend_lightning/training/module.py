@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ from mend_lightning.data.order import repeated
 from mend_lightning.editors.editor import EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.mend_settings import MendSettings
+from mend_lightning.errors import NoEffectWarning
 from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
 from mend_lightning.models.base import BaseModel
-from mend_lightning.models.compile_blocks import check_compilable
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
 from mend_lightning.training.calibration import calibrate, first_batches
@@ -80,9 +81,11 @@ class MendModule(L.LightningModule):
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
             for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
             where it would pay. None: they run every time.
-        compile_blocks: have torch compile the base's blocks that hold no hook (see `compile_blocks.py`). The first steps wait for
-            it; benchmarks/README.md says where that pays. Losses are equal up to rounding.
+        compile_blocks: has no effect, and is accepted so that earlier configurations load.
         mend: `rank`, `edit_rate`, `precondition`, `confidence` and the others of `MendSettings`.
+
+    Warns:
+        NoEffectWarning: `compile_blocks` is set.
 
     Example:
         >>> module = MendModule(rank=256, lr=1e-5)
@@ -118,12 +121,15 @@ class MendModule(L.LightningModule):
         saved = partial(saved_editor, folder=editor, algorithm=algorithm)
         self._build_editor = self.new_editor if editor is None else saved
         check_numbers(calibration_batches=calibration_batches, tasks_at_once=tasks_at_once)
+        if compile_blocks:
+            warnings.warn(
+                "compile_blocks has no effect: the base runs uncompiled. Leave it out.", NoEffectWarning, stacklevel=2
+            )
         self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
         # What runs the trunk in training; `on_fit_start` puts the cache here.
         self.trunk_cache, self.trunk_of = trunk_cache, run_trunk
-        self.compile_blocks = compile_blocks
         self.base_model = self.tokenizer = self.editor = None
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
@@ -152,11 +158,6 @@ class MendModule(L.LightningModule):
             check_single_process(self.editor, self._trainer.world_size)
         if isinstance(strategy, SHARDING):
             strategy.shard_editor(self.editor)
-        if self.compile_blocks:
-            # Imported here: Dynamo takes a second to load.
-            from mend_lightning.models.compile_blocks import compile_blocks
-
-            compile_blocks(self.base_model, gradients=getattr(self.editor, "first_order", True))
         check_checkpointing(self.base_model)
         check_precision(self.editor)
         # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
@@ -184,8 +185,6 @@ class MendModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Checks the Trainer, before gigabytes load."""
         check_trainer_precision(self.trainer.precision_plugin)
-        if self.compile_blocks:
-            check_compilable(isinstance(self.trainer.strategy, SHARDING), self.base.quantize is not None)
         if stage == "fit" and self.trunk_cache is not None:
             check_trunk_cache(self.trunk_cache, self.trainer.strategy)
         check_inference_mode(self.trainer)
