@@ -79,8 +79,8 @@ class MendModule(L.LightningModule):
         tasks_at_once: edits of a batch whose outer pass is in memory at a time; None: all. The step is the same with any, which
             it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_chunks`).
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
-            for the training rows: a row that comes again runs through the blocks above alone. It may grow large; `fit` says
-            where it would pay. None: they run every time.
+            for the training rows: a row that comes again runs through the blocks above alone. It may grow large;
+            docs/speed.md says where it pays. None: they run every time.
         compile_blocks: has no effect, and is accepted so that earlier configurations load.
         mend: `rank`, `edit_rate`, `precondition`, `confidence` and the others of `MendSettings`.
 
