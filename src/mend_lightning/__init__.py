@@ -34,6 +34,7 @@ _HOME = {
     "Rows": "models.inputs.rows",
     "EditData": "data.datamodule",
     "EditDataModule": "data.datamodule",
+    "EditorCheckpointIO": "training.distributed.checkpoint_io",
     "ShardedStrategy": "training.distributed.strategies",
     "ShardedBaseStrategy": "training.distributed.strategies",
     "Editor": "editors",

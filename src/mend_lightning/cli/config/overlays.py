@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mend_lightning.cli.config.files import config_folder, find_config, near_config
+from mend_lightning.cli.config.moved_classes import has_old_names, with_current_names
 from mend_lightning.cli.config.tree import Leaf, Tree, leaves, merge_trees, plain, read_tree, to_yaml
 from mend_lightning.errors import ConfigError
 
@@ -109,7 +110,8 @@ def _find_base(name: str, file: Path) -> Path:
 def resolved_configs(arguments: list[str]) -> tuple[list[str], list[Path]]:
     """Command-line arguments with every `--config NAME` turned into what the parser can read.
 
-    A config that stands alone becomes its path, one that builds on others (`base_config`) the merged YAML.
+    A config that stands alone becomes its path; one that builds on others (`base_config`), or names a class by where
+    it was in version 0.1, becomes YAML text.
 
     Returns:
         The arguments, and the files that were merged into them, later ones winning over earlier ones.
@@ -128,7 +130,7 @@ def resolved_configs(arguments: list[str]) -> tuple[list[str], list[Path]]:
         elif argument.startswith("--config="):
             value = argument.removeprefix("--config=")
         else:
-            resolved.append(argument)
+            resolved.append(with_current_names(argument))
             continue
         content, merged = _resolved(value)
         resolved += ["--config", content]
@@ -146,5 +148,5 @@ def _resolved(name: str) -> tuple[str, list[Path]]:
             raise ConfigError(
                 f"{leaf.file}, line {leaf.line}: {section} must hold keys with values, got {leaf.value!r}."
             )
-    alone = len(config.files) == 1
-    return (str(config.files[0]) if alone else config.text()), list(config.files)
+    as_written = len(config.files) == 1 and not has_old_names(config.files[0])
+    return (str(config.files[0]) if as_written else config.text()), list(config.files)

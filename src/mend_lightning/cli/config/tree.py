@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mend_lightning.cli.config.moved_classes import with_current_names
 from mend_lightning.errors import ConfigError
 
 # A tree: nested dicts of `Leaf`.
@@ -49,7 +50,7 @@ class Leaf:
     """A value of a config and where it stands.
 
     Attributes:
-        value: anything but a mapping with entries; a list is one value.
+        value: anything but a mapping with entries; a list is one value. Classes that have moved have their current names.
         file, line: where it was given, the line from 1.
         comment: what the file says behind it, without the `#`.
     """
@@ -93,8 +94,8 @@ def _tree(loader: _Loader, node: yaml.MappingNode, file: Path, lines: list[str])
             # A block list's first item is on the next line: its comment stands behind the key.
             block = isinstance(value, yaml.SequenceNode) and not value.flow_style
             comment = _comment(lines, (key if block else value).end_mark)
-            leaf = Leaf(loader.construct_object(value, deep=True), file, key.start_mark.line + 1, comment)
-            tree[loader.construct_object(key)] = leaf
+            content = with_current_names(loader.construct_object(value, deep=True))
+            tree[loader.construct_object(key)] = Leaf(content, file, key.start_mark.line + 1, comment)
     return tree
 
 
