@@ -28,6 +28,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Files that tests read; a script among them is for another tree.
+collect_ignore = ["assets"]
 # Warnings of other packages that nothing here can avoid; every other warning is an error.
 THIRD_PARTY_WARNINGS = (
     # Lightning walks through batches with an old name of torch's.
