@@ -10,6 +10,7 @@ import torch
 from helpers.bases import REMARKS, assert_same_state, first_batches, given, state_copy
 from helpers.models import KINDS
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from mend_lightning.editors import FineTuning, MendEditor
@@ -159,6 +160,17 @@ def test_the_kept_editor_is_saved_and_not_the_last(mend, edit_data, trainer, tmp
     assert (kept["global_step"], run.global_step) == (2, 3)
     saved = MendEditor.from_pretrained(tmp_path / "editor").state_dict()
     assert_same_state({f"editor.{name}": value for name, value in saved.items()}, kept["state_dict"])
+
+
+def test_an_ended_run_without_a_checkpoint_saves_the_editor_as_it_is(mend, edit_data, trainer, tmp_path):
+    class Ended(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            raise SIGTERMException
+
+    module = mend("llama")
+    with pytest.raises(SIGTERMException):
+        trainer(max_steps=3, callbacks=[SaveEditor(), Ended()]).fit(module, edit_data())
+    assert_same_state(MendEditor.from_pretrained(tmp_path / "editor").state_dict(), module.editor.state_dict())
 
 
 def test_a_run_that_diverged_is_stopped(mend, edit_data, trainer):

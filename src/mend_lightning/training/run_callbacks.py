@@ -6,13 +6,14 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mend_lightning.data.batch import EditBatch
+from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors.saving import save_editor
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.evaluation.cost import EditCost, measure_cost
@@ -27,6 +28,10 @@ from mend_lightning.training.checks import check_batch, unreached_parameters
 from mend_lightning.training.curves import plot_curves
 from mend_lightning.training.distributed.checkpoint_file import editor_state
 from mend_lightning.training.progress.console import console
+from mend_lightning.training.trainer_parts import data_of, is_fast_dev_run
+
+if TYPE_CHECKING:
+    from mend_lightning.training.module import MendModule
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +48,18 @@ class StartReport(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         for keep in trainer.checkpoint_callbacks:
-            if stage == "fit" and getattr(keep, "dirpath", None):
-                check_writable(keep.dirpath)
+            folder = getattr(keep, "dirpath", None)
+            if stage == "fit" and folder:
+                check_writable(folder)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            for line in self.lines(module):
+            for line in self.lines(_mend_module(module)):
                 console().print(line, highlight=False)
             if trainer.ckpt_path:
                 console().print(f"Going on from {trainer.ckpt_path}, after step {trainer.global_step}", highlight=False)
 
-    def lines(self, module: L.LightningModule) -> list[str]:
+    def lines(self, module: MendModule) -> list[str]:
         """What is edited, with how many parameters, and how much memory that needs."""
         editor, base = module.editor, module.base_model
         parameters = sum(p.numel() for p in editor.parameters())
@@ -78,15 +84,16 @@ class StartReport(L.Callback):
         if not isinstance(batch, EditBatch):
             raise ConfigError(f"Training needs batches of type EditBatch (EditDataModule), got {type(batch).__name__}.")
         check_batch(batch)
-        self._show_labels(trainer, module, batch)
-        missing = unreached_parameters(module.base_model, module.editor, batch, module.locality_positions)
+        mend = _mend_module(module)
+        self._show_labels(trainer, mend, batch)
+        missing = unreached_parameters(mend.base_model, mend.editor, batch, mend.locality_positions)
         if missing:
             raise MendError(
                 f"{len(missing)} editor parameter(s) get no gradient from the first batch, among them {missing[0]!r}. "
                 "Do the chosen layers lie on the way to the loss?"
             )
 
-    def _show_labels(self, trainer: L.Trainer, module: L.LightningModule, batch: EditBatch) -> None:
+    def _show_labels(self, trainer: L.Trainer, module: MendModule, batch: EditBatch) -> None:
         if not batch.texts or module.base_kind == "classifier":
             return
         text, tokenizer = batch.texts[0], module.tokenizer
@@ -105,36 +112,36 @@ class SaveEditor(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Ctrl-C and SIGTERM keep what was learned: the best checkpoint's editor, or the current one."""
-        if (
-            not isinstance(exception, (KeyboardInterrupt, SIGTERMException))
-            or trainer.state.fn != "fit"
-            or module.editor is None
-        ):
+        mend = _mend_module(module)
+        ended = isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if not ended or trainer.state.fn != "fit" or mend.editor is None:
             return
         # By one process, with what it has: the others may be anywhere, and never answer.
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         state = best_editor_state(trainer)
         if state is None:
-            module.check_last_step()
-        if state is not None or not is_sharded(module.editor):
-            self._save(trainer, module, state)
+            mend.check_last_step()
+            state = None if is_sharded(mend.editor) else mend.editor.state_dict()
+        if state is not None:
+            self._save(trainer, mend, state)
         console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_fast_dev_run(trainer):
             return
+        editor = _mend_module(module).editor
         # Read by one process, for the others may be on machines that do not have the folder; a test that follows in
         # this process must find the same editor on all of them.
         state = trainer.strategy.broadcast(best_editor_state(trainer) if trainer.is_global_zero else None)
         if state is not None:
-            load_whole_state(module.editor, state)
+            load_whole_state(editor, state)
         else:
-            state = whole_state(module.editor)
+            state = whole_state(editor)
         if trainer.is_global_zero:
-            self._save(trainer, module, state)
+            self._save(trainer, _mend_module(module), state)
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule, state: dict[str, torch.Tensor] | None) -> None:
+    def _save(self, trainer: L.Trainer, module: MendModule, state: dict[str, torch.Tensor]) -> None:
         folder = save_editor(module.editor.description(), state, Path(trainer.default_root_dir) / "editor")
         best = Path(getattr(trainer.checkpoint_callback, "best_model_path", "")).name
         source = f"best checkpoint, {best}" if best else "the last step; no checkpoint was kept"
@@ -155,7 +162,7 @@ class CurvePlot(L.Callback):
     """Draws the training and validation curves to `<root>/curves.png` when training ends."""
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         for run_logger in trainer.loggers:
             path = Path(run_logger.log_dir or "") / "metrics.csv"
@@ -182,29 +189,30 @@ class ResultsReport(L.Callback):
         self._records.extend(outputs)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        records = gathered(self._records, trainer.datamodule.edits_at_once)
+        mend, data = _mend_module(module), data_of(trainer)
+        records = gathered(self._records, data.edits_at_once)
         seconds = time.perf_counter() - self._started
         # On every process: where the base is sharded, an edit needs them all.
-        cost = _cost(trainer, module)
+        cost = _cost(data, mend)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
         about = {
-            "editor": own_class(module.editor).__name__,
-            "base": module.base.name,
-            "base_fingerprint": module.editor.base_fingerprint,
-            "test": str(trainer.datamodule.files["test"]),
-            "prompt_format": module.editor.prompt_format,
-            "seed": trainer.datamodule.seed,
+            "editor": own_class(mend.editor).__name__,
+            "base": mend.base.name,
+            "base_fingerprint": mend.editor.base_fingerprint,
+            "test": str(data.files["test"]),
+            "prompt_format": mend.editor.prompt_format,
+            "seed": data.seed,
             "seconds": round(seconds, 1),
-            "edits_at_a_time": trainer.datamodule.edits_at_once,
+            "edits_at_a_time": data.edits_at_once,
             "cost_of_an_edit": asdict(cost),
         }
-        results = write_results(folder, module.results, records, about)
+        results = write_results(folder, mend.results, records, about)
         many = about["edits_at_a_time"]
         together = "one at a time" if many == 1 else f"{many} at once"
-        title = f"{len(records)} edits of {module.base.name}, {together}, on {about['test']} ({seconds:.0f} s)"
-        console().print(results_table(title, module.results, results["intervals_95"]))
+        title = f"{len(records)} edits of {mend.base.name}, {together}, on {about['test']} ({seconds:.0f} s)"
+        console().print(results_table(title, mend.results, results["intervals_95"]))
         console().print(_cost_line(results["cost_of_an_edit"]), highlight=False)
         console().print(f"Written: {folder / 'results.json'}, {folder / 'examples.jsonl'}", highlight=False)
 
@@ -212,16 +220,21 @@ class ResultsReport(L.Callback):
         self._records.extend(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        records = gathered(self._records, trainer.datamodule.edits_at_once)
+        records = gathered(self._records, data_of(trainer).edits_at_once)
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "predictions.jsonl"
             write_jsonl(path, records)
             console().print(f"Written: {path}", highlight=False)
 
 
-def _cost(trainer: L.Trainer, module: L.LightningModule) -> EditCost:
+def _mend_module(module: L.LightningModule) -> MendModule:
+    """The module of a run: these callbacks are for no other."""
+    mend: Any = module
+    return mend
+
+
+def _cost(data: EditDataModule, module: MendModule) -> EditCost:
     """Of the first edits of the test set, each made alone."""
-    data = trainer.datamodule
     tasks = [data.sampler("test").task(0, index) for index in range(min(COST_EDITS, len(data.sampler("test"))))]
     rows = [data.encoder.rows([(task.prompt, task.target)], [0], 1).to(module.device) for task in tasks]
     return measure_cost(module.base_model, module.editor, rows)
