@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -25,6 +25,8 @@ from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, EmptyDatasetError
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.inputs.prompts import PromptFormat
+
+LoaderT = TypeVar("LoaderT", bound=DataLoader)
 
 
 class EditDataModule(L.LightningDataModule):
@@ -177,7 +179,7 @@ class EditDataModule(L.LightningDataModule):
             self._samplers[split] = TaskSampler(records, *draws, unrelated)
         return self._samplers[split]
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> ResumableLoader:
         sampler = self.sampler("train")
         lengths = TaskLengths(sampler, self.encoder, self.edits_at_once) if self.bucket_by_length else None
         order = self._order(len(sampler) // self.edits_at_once, self.batch_size, shuffle=True, lengths=lengths)
@@ -234,8 +236,8 @@ class EditDataModule(L.LightningDataModule):
         return TaskOrder(size, batch_size, shuffle, self.seed, rank, world_size, even, lengths)
 
     def _loader(
-        self, kind: type, sampler: TaskSampler, order: TaskOrder, batch_size: int, limit: int | None = None
-    ) -> DataLoader:
+        self, kind: type[LoaderT], sampler: TaskSampler, order: TaskOrder, batch_size: int, limit: int | None = None
+    ) -> LoaderT:
         return kind(
             TaskDataset(sampler, self.edits_at_once, limit),
             batch_size=batch_size,
