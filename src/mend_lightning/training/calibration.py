@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import lightning as L
 import torch
@@ -89,7 +90,7 @@ def record_inputs(
 
 
 @contextmanager
-def _watched(layers: Mapping[str, nn.Module]):
+def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].detach()))
@@ -127,7 +128,8 @@ def _answers(rows: Rows) -> list[tuple[int, ...]]:
 def _encoder_modules(model: nn.Module) -> set[nn.Module]:
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return set()
-    return set(model.get_encoder().modules())
+    whole: Any = model
+    return set(whole.get_encoder().modules())
 
 
 def _input_mask(rows: Rows, tokens: int) -> Tensor:

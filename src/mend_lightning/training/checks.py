@@ -127,9 +127,7 @@ def check_batch(batch: EditBatch) -> None:
         check_rows(getattr(batch, name), name)
 
 
-def unreached_parameters(
-    model: nn.Module, editor: nn.Module, batch: EditBatch, positions: LocalityPositions
-) -> list[str]:
+def unreached_parameters(model: nn.Module, editor: Editor, batch: EditBatch, positions: LocalityPositions) -> list[str]:
     """Names of editor parameters that one step on `batch` gives no gradient; leaves no trace.
 
     The first pass is made in evaluation mode, so that the running statistics do not take the batch in.

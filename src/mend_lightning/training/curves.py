@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mend_lightning.files import written
 
@@ -57,7 +59,7 @@ def plot_curves(metrics_csv: Path, target: Path) -> Path:
     return target
 
 
-def _draw(axes, curves: dict, labels: dict[str, str], title: str, smooth: bool = False) -> None:
+def _draw(axes: Any, curves: Mapping[str, Any], labels: dict[str, str], title: str, smooth: bool = False) -> None:
     for name, label in labels.items():
         points = curves.get(name, [])
         if not points:

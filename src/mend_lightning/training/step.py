@@ -245,7 +245,8 @@ def edit_step_in_chunks(
         for gradient, part in zip(gradients, torch.autograd.grad(total, leaves)):
             gradient[tasks] = part
     names = ("edit", "locality", "inner")
-    joined = StepOutput(*(torch.cat([getattr(each, name) for each in losses]) for name in names), made.skipped)
+    edit, locality, inner = (torch.cat([getattr(each, name) for each in losses]) for name in names)
+    joined = StepOutput(edit, locality, inner, made.skipped)
     return known_loss(joined.total(c_edit), gradients, tensors), joined
 
 
@@ -288,4 +289,4 @@ def known_loss(loss: Tensor, gradients: list[Tensor], tensors: list[Tensor]) -> 
 
 
 def _of(batch: EditBatch, tasks: slice) -> EditBatch:
-    return EditBatch(*(rows.of_task_range(tasks) for rows in (batch.z_edit, batch.x_out, batch.x_in)))
+    return batch.map_rows(lambda rows: rows.of_task_range(tasks))

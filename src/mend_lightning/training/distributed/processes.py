@@ -77,5 +77,6 @@ def lost_processes_named() -> Iterator[None]:
 
 def _rank() -> int:
     distributed = sys.modules.get("torch.distributed")
-    ready = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    return distributed.get_rank() if ready else int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))

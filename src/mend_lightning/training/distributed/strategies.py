@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -90,7 +90,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The editor's state, without the base, which no process could hold: whole on the CPU, or in shards."""
-        return self._saved(self.lightning_module.editor.state_dict(prefix=EDITOR_PREFIX))
+        return self._saved(_editor_of(self).state_dict(prefix=EDITOR_PREFIX))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As torch's `Optimizer.state_dict()` on one device; whole on the CPU, or in shards."""
@@ -115,7 +115,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return with_shards(self.checkpoint_io.load_checkpoint(path, **trusted), path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        load_whole_state(self.lightning_module.editor, editor_state(checkpoint))
+        load_whole_state(_editor_of(self), editor_state(checkpoint))
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -151,7 +151,12 @@ class ShardedBaseStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The editor's: the frozen base is in no checkpoint, and is not gathered for one."""
-        return self.lightning_module.editor.state_dict(prefix=EDITOR_PREFIX)
+        return _editor_of(self).state_dict(prefix=EDITOR_PREFIX)
+
+
+def _editor_of(strategy: Strategy) -> Editor:
+    module: Any = strategy.lightning_module
+    return module.editor
 
 
 # "fsdp" itself is Lightning's; the command line puts `ShardedBaseStrategy` in its place.
@@ -170,20 +175,26 @@ def shard_editor(editor: Editor, mesh: DeviceMesh) -> None:
     Raises:
         ConfigError: see `check_shardable`.
     """
-    check_shardable(editor)
+    units = check_shardable(editor)
     # The same on every process, whatever the seeds: each keeps its part of the first one's.
     for parameter in editor.parameters():
         distributed.broadcast(parameter.data, src=0)
     # The editor last: it is gathered when its own forward is called, with what is in no unit (edit rates).
-    for unit in [*editor.shard_units(), editor]:
+    for unit in [*units, editor]:
         fully_shard(unit, mesh=mesh)
 
 
-def check_shardable(editor: Editor) -> None:
-    """Raises ConfigError if this editor cannot work on a sharded model."""
-    if editor.shard_units() is None:
+def check_shardable(editor: Editor) -> list[nn.Module]:
+    """The modules of the editor that are gathered one by one.
+
+    Raises:
+        ConfigError: this editor cannot work on a sharded model.
+    """
+    units = editor.shard_units()
+    if units is None:
         raise ConfigError(
             f"{type(editor).__name__} cannot work on a sharded model: it uses its parameters or the base's outside of "
             "their modules' forward, or decides from the data how often the model runs. Use --trainer.strategy ddp, or "
             "MendEditor."
         )
+    return units

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def step_bytes(
     """
     gradient = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters())
     remember_reach(model, assumed_reach(model, editor.modules_in(model)))
-    run = editor if isinstance(editor, MendEditor | EnnEditor) else _Descent(editor)
+    run: Any = editor if isinstance(editor, MendEditor | EnnEditor) else _Descent(editor)
     rows, whole = rows_of(model, batch).to("meta"), whole_logits(model) if sharded else nullcontext()
     at_once = min(tasks_at_once or batch.tasks, batch.tasks)
     with torch.enable_grad(), FusedAttention(), whole, LiveBytes(EDITED) as live:
@@ -128,7 +129,7 @@ def _loss_in_chunks(model: nn.Module, editor: Editor, batch: EditBatch, at_once:
     tensors, shape = tree_flatten(dict(deltas))
     gradients = [torch.empty_like(tensor) for tensor in tensors]
     leaves = [tensor[:at_once].detach().requires_grad_() for tensor in tensors]
-    part = EditBatch(*(rows.of_task_range(slice(0, at_once)) for rows in (batch.z_edit, batch.x_out, batch.x_in)))
+    part = batch.map_rows(lambda rows: rows.of_task_range(slice(0, at_once)))
     edit, locality = outer_losses(model, layers, part, tree_unflatten(leaves, shape), "answer", _trunk)
     live.phase = BACKWARD
     torch.autograd.grad((edit + locality).sum(), leaves)

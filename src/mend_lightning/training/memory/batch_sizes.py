@@ -23,7 +23,7 @@ BATCHES = 24
 def batch_counts(batch: EditBatch, positions: LocalityPositions) -> BatchCounts:
     """The size of one batch."""
     locality = len(locality_positions_of(batch.x_out, positions))
-    return BatchCounts(batch.tasks, *map(row_counts, (batch.z_edit, batch.x_in, batch.x_out)), locality)
+    return BatchCounts(batch.tasks, row_counts(batch.z_edit), row_counts(batch.x_in), row_counts(batch.x_out), locality)
 
 
 def row_counts(rows: Rows) -> RowCounts:
@@ -43,8 +43,11 @@ def largest(found: Sequence[BatchCounts]) -> BatchCounts:
         RowCounts(rows=2, length=6, tokens=9, labels=4, decoder_length=0)
     """
     sets = [[getattr(each, name) for each in found] for name in ("z_edit", "x_in", "x_out")]
-    merged = (RowCounts(*(max(sizes) for sizes in zip(*(vars(rows).values() for rows in rows_of)))) for rows_of in sets)
-    return BatchCounts(max(each.tasks for each in found), *merged, max(each.locality for each in found))
+    edits, rephrases, unrelated = (
+        RowCounts(*(max(sizes) for sizes in zip(*(vars(rows).values() for rows in rows_of)))) for rows_of in sets
+    )
+    tasks, locality = max(each.tasks for each in found), max(each.locality for each in found)
+    return BatchCounts(tasks, edits, rephrases, unrelated, locality)
 
 
 def measured_counts(data: EditDataModule, encoder: Encoder, positions: LocalityPositions) -> BatchCounts | None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.models.forward.phases import BACKWARD, EDITED, LOGITS
-from mend_lightning.models.layers import find_stacks, is_editable
+from mend_lightning.models.layers import find_stacks, is_editable, layer_weight
 
 Strategy = Literal["one", "ddp", "fsdp", "fsdp2"]
 GIB = 2**30
@@ -187,7 +187,7 @@ def quantized_bytes(block: nn.Module, quantize: str | None) -> int:
     """
     if quantize is None:
         return weight_bytes(block)
-    weights = [module.weight for module in block.modules() if is_editable(module)]
+    weights = [layer_weight(module) for module in block.modules() if is_editable(module)]
     return weight_bytes(block) - tensor_bytes(weights) + int(QUANTISED[quantize] * sum(w.numel() for w in weights))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from itertools import islice
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule, HostModel
@@ -66,13 +66,43 @@ class HostAttachment:
         self._autocast: torch.dtype | None = None
         self._pending: dict[str, Any] | None = None
 
+    def found_model(self) -> nn.Module:
+        """The host's model.
+
+        Raises:
+            ConfigError: it was not looked for yet.
+        """
+        if self.model is None:
+            raise ConfigError("The host's model is not there yet: the callback finds it when the Trainer starts.")
+        return self.model
+
+    def built_editor(self) -> Editor:
+        """Our editor.
+
+        Raises:
+            ConfigError: there is none yet.
+        """
+        if self.editor is None:
+            raise ConfigError("There is no editor yet: the callback builds it when the Trainer starts.")
+        return self.editor
+
+    def given_edits(self) -> EditDataModule:
+        """The facts.
+
+        Raises:
+            ConfigError: none were given.
+        """
+        if self.edits is None:
+            raise ConfigError("There are no facts to train or measure with. Give edits=EditDataModule(...).")
+        return self.edits
+
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.found_model().parameters()).device
 
     def isolated(self, step: int = 0) -> AbstractContextManager[None]:
         """The model for use in editing, with the random numbers of this step."""
-        return isolated(self.model, self.seed + step, self._autocast)
+        return isolated(self.found_model(), self.seed + step, self._autocast)
 
     def attach(
         self,
@@ -109,41 +139,43 @@ class HostAttachment:
         return True
 
     def _check(self, host: nn.Module) -> None:
-        encoder = self.edits.encoder
-        check_forward(self.model, encoder.kind, self.path, host)
-        task = self.edits.sampler("train").task(0, 0)
+        model, edits = self.found_model(), self.given_edits()
+        encoder = edits.encoder
+        check_forward(model, encoder.kind, self.path, host)
+        task = edits.sampler("train").task(0, 0)
         if encoder.kind == "classifier":
             # Also a model without any head looks like one, and then the target is none of its classes.
             ids = torch.tensor([encoder.prompt_ids(task.prompt)])
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            inputs: Mapping[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
             inputs = encoder.rows([(task.prompt, task.target)], [0], 1).inputs
-        check_forward_pass(self.model, {name: value.to(self.device) for name, value in inputs.items()}, self.path)
+        check_forward_pass(model, {name: value.to(self.device) for name, value in inputs.items()}, self.path)
 
     def _take_editor(self) -> None:
-        if self.editor is None:
-            self._build()
-        self.editor.eval().modules_in(self.model)
-        if is_sharded(self.model):
-            check_sharded(self.editor)
+        model = self.found_model()
+        editor = self.editor = self._build(model) if self.editor is None else self.editor
+        editor.eval().modules_in(model)
+        if is_sharded(model):
+            check_sharded(editor)
         if self._pending is not None:
-            load_editor_state(self.editor, self._pending)
+            load_editor_state(editor, self._pending)
             self.ready, self._pending = self._pending["ready"], None
-        self.editor.to(self.device)
-        self.editor.encoder = self.edits.encoder if self.edits is not None else None
+        editor.to(self.device)
+        editor.encoder = self.edits.encoder if self.edits is not None else None
 
-    def _build(self) -> None:
+    def _build(self, model: nn.Module) -> Editor:
         if self._folder is not None:
-            self.editor, self.ready = Editor.from_pretrained(self._folder), True
-            return
-        chosen = select_layers(self.model, self._layers, self._last_blocks)
-        self.editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
-        self.ready = not self.editor.trainable
+            self.ready = True
+            return Editor.from_pretrained(self._folder)
+        chosen = select_layers(model, self._layers, self._last_blocks)
+        editor = self._algorithm({name: layer_shape(layer) for name, layer in chosen.items()})
+        self.ready = not editor.trainable
+        return editor
 
     def calibrate(self, batches: int) -> None:
         """Estimates the editor's preconditioning from so many batches of training edits; the model is borrowed."""
-        given = (batch.to(self.device) for batch in islice(self.edits.train_dataloader(), batches))
-        calibrate(self.model, self.editor, given)
+        given = (batch.to(self.device) for batch in islice(self.given_edits().train_dataloader(), batches))
+        calibrate(self.found_model(), self.built_editor(), given)
 
     def measure(self, split: str) -> dict[str, float]:
         """name -> value of every metric, on the "validation" or the "test" facts.
@@ -159,9 +191,10 @@ class HostAttachment:
                 stacklevel=3,
             )
             return {}
-        loader = self.edits.val_dataloader() if split == "validation" else self.edits.test_dataloader()
+        edits = self.given_edits()
+        loader = edits.val_dataloader() if split == "validation" else edits.test_dataloader()
         with self.isolated():
-            return measure_editor(self.model, self.editor, loader)
+            return measure_editor(self.found_model(), self.built_editor(), loader)
 
     def edit(self, facts: Sequence[tuple[str, str]]) -> Edit:
         """One `Edit` of (prompt, target) pairs, made for the model's weights as they are now.
@@ -189,14 +222,15 @@ class HostAttachment:
 
     def bind(self) -> None:
         """Notes the model's weights as they are now as what the editor is for."""
-        config = getattr(self.model, "config", None)
-        name = getattr(config, "_name_or_path", "") or type(self.model).__name__
-        self.editor.eval().to(self.device)
-        self.editor.bind(self.model, name, asdict(self.edits.format) if self.edits is not None else None)
+        model, editor = self.found_model(), self.built_editor()
+        config = getattr(model, "config", None)
+        name = getattr(config, "_name_or_path", "") or type(model).__name__
+        editor.eval().to(self.device)
+        editor.bind(model, name, asdict(self.edits.format) if self.edits is not None else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The editor, as tensors and builtins."""
-        return {**editor_state(self.editor), "ready": self.ready}
+        return {**editor_state(self.built_editor()), "ready": self.ready}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps a state for the next `attach`: the model may not be there yet."""

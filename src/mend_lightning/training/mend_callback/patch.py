@@ -29,7 +29,8 @@ class Patch:
 
     def __init__(self, entries: Sequence[PatchEntry], force: bool = False) -> None:
         self._paths = [Path(entry) for entry in entries if isinstance(entry, (str, Path))]
-        self.facts = [tuple(entry) for entry in entries if not isinstance(entry, (str, Path))]
+        facts = [entry for entry in entries if not isinstance(entry, (str, Path))]
+        self.facts = [(prompt, target) for prompt, target in facts]
         self._force = force
         self._saved: list[Edit] = []
         self._stack = ExitStack()

@@ -94,7 +94,8 @@ class Clock:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._began, self._ended = time.perf_counter(), None
+        self._began = time.perf_counter()
+        self._ended: float | None = None
         self.editor_seconds = self.step_seconds = self.host_seconds = 0.0
         self.steps = self.host_steps = 0
 

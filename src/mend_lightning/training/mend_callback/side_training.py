@@ -45,15 +45,16 @@ class SideTraining:
         self.losses: dict[str, Any] = {}
         with clock.ours(), attachment.isolated():
             # What the editor was bound to is about to move.
-            attachment.editor.base_fingerprint = ""
-            self.training = EditorTraining(attachment.editor, learning)
+            editor = attachment.built_editor()
+            editor.base_fingerprint = ""
+            self.training = EditorTraining(editor, learning)
             if kept:
                 self.training.load_state_dict(kept["training"])
             if resumed:
                 schedule.load_state_dict(kept["schedule"])
-            if not attachment.editor.calibrated:
+            if not editor.calibrated:
                 attachment.calibrate(calibration_batches)
-            self._feed = Feed(attachment.edits.train_dataloader(), kept.get("place"))
+            self._feed = Feed(attachment.given_edits().train_dataloader(), kept.get("place"))
 
     def on_host_step(self, global_step: int, seconds: float) -> None:
         """Takes in a batch of the host's (`Schedule.is_due`), and takes a step where one is due."""
@@ -61,13 +62,13 @@ class SideTraining:
             return
         with self.clock.ours(step=True), self.attachment.isolated(self.training.steps):
             batch = self._feed.next().to(self.attachment.device)
-            self.losses = self.training.step(self.attachment.model, batch, self.schedule.progress)
+            self.losses = self.training.step(self.attachment.found_model(), batch, self.schedule.progress)
         self.attachment.ready = True
         self.schedule.stepped(self.attachment.device)
 
     def state_dict(self) -> dict[str, Any]:
         """As tensors and builtins."""
-        parts = {"training": self.training, "schedule": self.schedule, "place": self._feed}
+        parts: dict[str, Any] = {"training": self.training, "schedule": self.schedule, "place": self._feed}
         return {name: part.state_dict() for name, part in parts.items()}
 
     def summary(self) -> str:
@@ -100,7 +101,8 @@ class Feed:
     """
 
     def __init__(self, loader: ResumableLoader, place: dict[str, int] | None = None) -> None:
-        self._loader, self._batches = loader, None
+        self._loader = loader
+        self._batches: Iterator[EditBatch] | None = None
         if place:
             loader.load_state_dict(place)
 
@@ -110,8 +112,9 @@ class Feed:
             self._batches = iter(self._loader)
         batch = next(self._batches, None)
         if batch is None:
-            self._loader.sampler.set_epoch(self._loader.sampler.epoch + 1)
-            self._batches: Iterator[Any] | None = iter(self._loader)
+            order: Any = self._loader.sampler
+            order.set_epoch(order.epoch + 1)
+            self._batches = iter(self._loader)
             batch = next(self._batches)
         return batch
 

@@ -30,7 +30,8 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._started, self._away, self._left_at = clock(), 0.0, None
+        self._started, self._away = clock(), 0.0
+        self._left_at: float | None = None
         self._edits = self._turns = 0
         # (time, edits, turns) at the end of a turn.
         self._first: tuple[float, int, int] | None = None
@@ -51,7 +52,8 @@ class Pace:
 
     def come_back(self) -> None:
         """Ends what `leave` began."""
-        self._away, self._left_at = self._away + self._clock() - self._left_at, None
+        if self._left_at is not None:
+            self._away, self._left_at = self._away + self._clock() - self._left_at, None
 
     @property
     def elapsed(self) -> float:
@@ -74,7 +76,7 @@ class Pace:
         return 1 / turns if turns else None
 
     def _rate(self, column: int, since: tuple[float, int, int] | None) -> float | None:
-        if len(self._marks) < 2:
+        if since is None or len(self._marks) < 2:
             return None
         last = self._marks[-1]
         return (last[column] - since[column]) / max(last[0] - since[0], 1e-9) or None

@@ -15,6 +15,7 @@ from mend_lightning.data.batch import EditBatch
 from mend_lightning.training.progress.console import counted
 from mend_lightning.training.progress.pace import ending
 from mend_lightning.training.progress.progress_line import ProgressLine
+from mend_lightning.training.trainer_parts import callbacks_of
 
 # Validation metrics that a log says after each validation.
 VALIDATED = ("loss", "edit_success", "kept")
@@ -105,8 +106,9 @@ class EditProgressBar(ProgressBar):
             self._evaluation = ProgressLine(name, _known(sum(batches)), keep=keep, below=below)
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, loader: int = 0
-    ) -> None:
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
         if self._evaluation is not None:
             self._evaluation.turn(edits_of(batch) * trainer.world_size)
 
@@ -168,8 +170,9 @@ def training_end(
         validated_after: training batches that were over at the last validation.
         validation_seconds: that a validation takes; None before the first, and then they are counted beside the time.
     """
-    limits = [timer.time_remaining() for timer in trainer.callbacks if isinstance(timer, Timer)]
-    at_most = any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks)
+    callbacks = callbacks_of(trainer)
+    limits = [timer.time_remaining() for timer in callbacks if isinstance(timer, Timer)]
+    at_most = any(isinstance(callback, EarlyStopping) for callback in callbacks)
     beside = ""
     if batch_seconds is not None and trainer.estimated_stepping_batches != math.inf:
         batches = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
@@ -177,11 +180,11 @@ def training_end(
         limits.append(batches * batch_seconds + validations * (validation_seconds or 0.0))
         if validations and validation_seconds is None:
             beside = f" + {counted(validations, 'validation')}"
-    limits = [seconds for seconds in limits if seconds is not None]
-    return ending(max(0.0, min(limits)), datetime.now(), at_most) + beside if limits else ""
+    known = [seconds for seconds in limits if seconds is not None]
+    return ending(max(0.0, min(known)), datetime.now(), at_most) + beside if known else ""
 
 
-def validations_between(trainer: L.Trainer, first: int, last: int) -> int:
+def validations_between(trainer: L.Trainer, first: int, last: float) -> int:
     """Validations that come after more than `first` and at most `last` training batches."""
     every = trainer.val_check_batch
     if not sum(trainer.num_val_batches or [0]) or every is None or every == math.inf:

@@ -29,7 +29,8 @@ def trimmed(rows: Rows) -> Rows:
 
 def split_outputs(trunk: TrunkOutputs, shape: TrunkShape, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Stack -> its hidden states `[rows, length, width]`, 0 at padding; and stack -> what its blocks returned behind them."""
-    states, behind = {}, {}
+    states: dict[str, Tensor] = {}
+    behind: dict[str, Any] = {}
     for name, stack in trunk.stacks.items():
         plain = isinstance(stack.output, Tensor)
         hidden, behind[name] = (stack.output, None) if plain else (stack.output[0], stack.output[1:])
@@ -76,7 +77,8 @@ def joined_outputs(
         hidden: stack -> states of all rows.
         more: stack -> what its blocks return behind them for these rows, where it is known; else the first block runs.
     """
-    stacks, done = find_stacks(model), {}
+    stacks = find_stacks(model)
+    done: dict[str, StackOutput] = {}
     for name, stack in shape.stacks.items():
         if name in more:
             behind = more[name]

@@ -95,7 +95,7 @@ def _value_hash(name: str, value: Any) -> str:
         # A quantised weight of several tensors (torchao).
         names, context = value.__tensor_flatten__()
         return f"{context}({','.join(_value_hash(f'{name}.{inner}', getattr(value, inner)) for inner in names)})"
-    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{value.dtype}{list(value.shape)}{hashlib.sha256(data).hexdigest()}"
 
 

@@ -138,7 +138,7 @@ class RowStore:
             data = file.bytes(entry)
         except (OSError, ValueError):
             data = np.empty(0, np.uint8)
-        if len(data) == entry.size and zlib.crc32(data) == entry.checksum:
+        if len(data) == entry.size and zlib.crc32(data.data) == entry.checksum:
             return data
         del self._entries[key]
         self._warn_of_damage(file.path)
@@ -167,7 +167,7 @@ class RowStore:
             number, data_file, index_file = self._own or self._open_own()
             entries, offset = [], self._own_end
             for (_, data, parent, start), size in zip(rows, sizes):
-                entries.append(Entry(number, offset, size, zlib.crc32(data), parent, start))
+                entries.append(Entry(number, offset, size, zlib.crc32(_view(data)), parent, start))
                 offset += -(-size // _ALIGNED) * _ALIGNED
             for entry, (_, data, _, _) in zip(entries, rows):
                 _write_at(data_file, data, entry.offset)
@@ -224,8 +224,12 @@ class RowStore:
             self._own, self._own_end = None, 0
 
 
+def _view(data: bytes | np.ndarray) -> memoryview:
+    return memoryview(data) if isinstance(data, bytes) else data.data
+
+
 def _write_at(file: int, data: bytes | np.ndarray, offset: int) -> None:
-    left = memoryview(data)
+    left = _view(data)
     while len(left):
         written = os.pwrite(file, left, offset)
         left, offset = left[written:], offset + written
