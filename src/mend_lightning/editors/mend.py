@@ -47,17 +47,20 @@ class MendEditor(Editor):
         # Its logarithm is learned: λ stays positive, and an optimiser's step is a share of it.
         log_ridge = None if chosen.ridge is None else math.log(chosen.ridge)
         self.log_ridge = None if log_ridge is None else nn.Parameter(torch.full((len(self.layers),), log_ridge))
-        self.transforms = nn.ModuleList(
+        # Any, here and below: a ModuleList does not say what it holds.
+        self.transforms: Any = nn.ModuleList(
             GradientTransform(
                 *self.layers[group[0]], len(group), chosen.rank, chosen.n_hidden, chosen.init, chosen.inputs,
                 chosen.shared, chosen.normalize, chosen.constant_units,
             )
             for group in self.groups
         )  # fmt: skip
-        widths = [shape[0] for shape in self.layers.values()] if chosen.precondition is not None else []
-        self.preconditioners = nn.ModuleList(
-            InputPreconditioner(width, chosen.precondition, chosen.rephrase_ridge) for width in widths
-        )
+        self.preconditioners: Any = nn.ModuleList()
+        if chosen.precondition is not None:
+            settings_of_each = chosen.precondition, chosen.rephrase_ridge
+            self.preconditioners.extend(
+                InputPreconditioner(d_in, *settings_of_each) for d_in, _ in self.layers.values()
+            )
 
     @classmethod
     def default_settings(cls) -> dict[str, Any]:
@@ -65,7 +68,7 @@ class MendEditor(Editor):
 
     @classmethod
     def from_original(
-        cls, base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str], **settings
+        cls, base_model: nn.Module, state_dict: Mapping[str, Any], layers: Sequence[str], **settings: Any
     ) -> MendEditor:
         """An editor from a checkpoint of the original repository (eric-mitchell/mend).
 

@@ -10,10 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer
 
 from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.models.architecture import Architecture, Dtype, model_class, pick_dtype, resolve_name

@@ -22,6 +22,7 @@ from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, concatenate_r
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.training.progress.progress_line import followed
 from mend_lightning.training.step import Trunk
+from mend_lightning.training.trainer_parts import data_of
 
 
 @torch.no_grad()
@@ -146,12 +147,13 @@ def first_batches(trainer: L.Trainer, count: int, device: torch.device) -> Itera
     Raises:
         ConfigError: there is no data module.
     """
-    if trainer.datamodule is None:
+    data = data_of(trainer)
+    if data is None:
         raise ConfigError(
             "precondition is estimated from the training data before the first step, and this fit has no data module. "
             "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
         )
-    loader = trainer.datamodule.train_dataloader()
+    loader = data.train_dataloader()
     total = min(count, len(loader))
     batches = (batch.to(device) for batch in islice(loader, total))
     if trainer.progress_bar_callback is None or not trainer.is_global_zero:

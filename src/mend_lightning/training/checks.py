@@ -59,6 +59,25 @@ def check_inference_mode(trainer: Any) -> None:
         )
 
 
+def check_loaded(model: nn.Module, editor: Editor, trainer: Any) -> None:
+    """Checks a base and an editor that have just been loaded for a run, before it begins.
+
+    Args:
+        model: the base model.
+        editor: the editor.
+        trainer: Lightning's; None outside of a run.
+
+    Raises:
+        ConfigError: the Trainer's precision cast the editor, or it needs no training and is to be fitted on several
+            processes.
+        CheckpointingError: see `check_checkpointing`.
+    """
+    if trainer is not None and trainer.state.fn == "fit" and not editor.trainable:
+        check_single_process(editor, trainer.world_size)
+    check_checkpointing(model)
+    check_precision(editor)
+
+
 def check_numbers(**at_least_one: int | None) -> None:
     """Raises ConfigError where a number that counts something is below 1; None, the default, is not looked at."""
     for name, number in at_least_one.items():

@@ -8,7 +8,6 @@ from typing import Any
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import BaseModelMismatchError, StateDictError
 from mend_lightning.models.fingerprint import same_base
-from mend_lightning.models.sharding.collectives import own_class
 from mend_lightning.training.distributed.checkpoint_file import BASE_PREFIX
 from mend_lightning.training.random_states import gathered_random_states
 
@@ -41,7 +40,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], editor: Editor) -> None:
         raise StateDictError("This checkpoint was not written by MendModule: it has no 'mend_lightning' entry.")
     mine = editor.description()
     # Settings that came later have their defaults in an older checkpoint.
-    defaults = own_class(editor).default_settings()
+    defaults = editor.default_settings()
     saved = {"class": "MendEditor", **saved, "settings": {**defaults, **saved["settings"]}}
     mine["settings"] = {**defaults, **mine["settings"]}
     for name in ("class", "layers", "settings", "base_fingerprint"):

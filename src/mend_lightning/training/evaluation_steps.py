@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
-from mend_lightning.errors import NonFiniteError
+from mend_lightning.errors import ConfigError, NonFiniteError
 from mend_lightning.evaluation.evaluate import evaluate_batch, hard_rows
 from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
 from mend_lightning.evaluation.metric_collection import Scoreboard
@@ -73,7 +73,7 @@ def measure_batch(
 
 
 def predict_batch(
-    model: nn.Module, editor: Editor, encoder: Encoder, batch: EditBatch, classifies: bool
+    model: nn.Module, editor: Editor, encoder: Encoder | None, batch: EditBatch, classifies: bool
 ) -> list[dict[str, Any]]:
     """One record a task: the question, the target, and the answers before and after the edit.
 
@@ -84,7 +84,12 @@ def predict_batch(
         batch: the edit tasks.
         classifies: whether the model's answers are names of classes, which are told in the words of the edit: "true"
             becomes "false", and not REFUTES.
+
+    Raises:
+        ConfigError: there is no encoder: the run has no EditDataModule.
     """
+    if encoder is None:
+        raise ConfigError("predict asks the questions of an EditDataModule. Pass one to Trainer.predict.")
     prompts = [text.prompt for text in batch.texts]
     before = generate_answers(model, encoder, prompts)
     edited = editor.edited(model, batch.z_edit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.order import repeated
-from mend_lightning.editors.editor import EditorFactory
+from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.mend_settings import MendSettings
 from mend_lightning.errors import NoEffectWarning
@@ -26,30 +28,28 @@ from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
 from mend_lightning.training.calibration import calibrate, first_batches
 from mend_lightning.training.checks import (
-    check_checkpointing,
     check_inference_mode,
+    check_loaded,
     check_numbers,
-    check_precision,
     check_prompt_format,
-    check_single_process,
     check_trained,
 )
-from mend_lightning.training.distributed.checkpoint_file import BASE_PREFIX
-from mend_lightning.training.distributed.placement import SHARDING, load_for
+from mend_lightning.training.distributed.placement import SHARDING, ddp_leaves_out, load_for
 from mend_lightning.training.editor_checkpoint import check_checkpoint, keep_editor_only
 from mend_lightning.training.evaluation_steps import measure_batch, predict_batch, validate_batch, validation_values
 from mend_lightning.training.finite import FiniteChecks, check_finite, skips_step
 from mend_lightning.training.optimization import (
     Decay,
+    adam,
     edit_rate_range,
     gradient_norm,
     lr_factor,
-    parameter_groups,
 )
 from mend_lightning.training.precision import check_trainer_precision, loss_scaler
 from mend_lightning.training.random_states import set_own_random_states
 from mend_lightning.training.run_editor import new_editor, saved_editor
 from mend_lightning.training.step import LocalityPositions, StepOutput, step_loss
+from mend_lightning.training.trainer_parts import data_of
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
 
@@ -79,8 +79,7 @@ class MendModule(L.LightningModule):
         tasks_at_once: edits of a batch whose outer pass is in memory at a time; None: all. The step is the same with any, which
             it is not with fewer edits a batch and `accumulate_grad_batches` (see `edit_step_in_chunks`).
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
-            for the training rows: a row that comes again runs through the blocks above alone. It may grow large;
-            docs/speed.md says where it pays. None: they run every time.
+            for the training rows (docs/speed.md says where that pays). It may grow large. None: they run every time.
         compile_blocks: has no effect, and is accepted so that earlier configurations load.
         mend: `rank`, `edit_rate`, `precondition`, `confidence` and the others of `MendSettings`.
 
@@ -92,6 +91,11 @@ class MendModule(L.LightningModule):
         >>> module.c_edit
         0.1
     """
+
+    # `configure_model` sets them; before it they are None.
+    base_model: nn.Module
+    tokenizer: Any
+    editor: Editor
 
     def __init__(
         self,
@@ -118,26 +122,24 @@ class MendModule(L.LightningModule):
         self.base = base
         own = algorithm or partial(MendEditor, **asdict(MendSettings(**mend)))
         self.new_editor = partial(new_editor, algorithm=own, layers=layers, last_blocks=last_blocks)
-        saved = partial(saved_editor, folder=editor, algorithm=algorithm)
-        self._build_editor = self.new_editor if editor is None else saved
+        self._build_editor: Callable[[nn.Module], Editor] = self.new_editor
+        if editor is not None:
+            self._build_editor = partial(saved_editor, folder=editor, algorithm=algorithm)
         check_numbers(calibration_batches=calibration_batches, tasks_at_once=tasks_at_once)
         if compile_blocks:
-            warnings.warn(
-                "compile_blocks has no effect: the base runs uncompiled. Leave it out.", NoEffectWarning, stacklevel=2
-            )
+            warnings.warn("compile_blocks has no effect. Leave it out.", NoEffectWarning, stacklevel=2)
         self.calibration_batches, self.tasks_at_once = calibration_batches, tasks_at_once
         self.lr, self.edit_rate_lr, self.warmup_steps, self.decay = lr, edit_rate_lr, warmup_steps, decay
         self.c_edit, self.locality_positions = c_edit, locality_positions
         # What runs the trunk in training; `on_fit_start` puts the cache here.
         self.trunk_cache, self.trunk_of = trunk_cache, run_trunk
-        self.base_model = self.tokenizer = self.editor = None
+        self.base_model = self.tokenizer = self.editor = None  # type: ignore[assignment]
         self.scoreboard = Scoreboard()
         self.results: dict[str, float] = {}
         # Steps that a loss scaler left out because the gradient overflowed.
         self.skipped_steps = 0
-        self._trained = editor is not None
+        self._trained, self._finite = editor is not None, FiniteChecks()
         self._random_states: list[dict[str, Any]] | None = None
-        self._finite = FiniteChecks()
 
     def configure_model(self) -> None:
         """Loads the base and builds the editor, once; Lightning calls this before every stage."""
@@ -154,20 +156,14 @@ class MendModule(L.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         self.base_model, self.tokenizer = load_for(strategy, self.base)
         self.editor = self._build_editor(self.base_model)
-        if self._trainer is not None and self._trainer.state.fn == "fit" and not self.editor.trainable:
-            check_single_process(self.editor, self._trainer.world_size)
+        check_loaded(self.base_model, self.editor, self._trainer)
         if isinstance(strategy, SHARDING):
             strategy.shard_editor(self.editor)
-        check_checkpointing(self.base_model)
-        check_precision(self.editor)
-        # DDP would send these from rank 0 before every forward pass, and wait for ranks that have no batch left
-        # to validate. The base is the same everywhere, and the statistics are reduced by the normaliser.
-        frozen = [f"{BASE_PREFIX}{name}" for name, _ in self.base_model.named_parameters()]
-        self._ddp_params_and_buffers_to_ignore = frozen + [name for name, _ in self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = ddp_leaves_out(self)
 
     def _encoder(self) -> Encoder | None:
         """The data's, whose prompt format is saved with the editor; None (another data module) keeps a loaded editor's."""
-        data = self._trainer.datamodule if self._trainer is not None else None
+        data = data_of(self._trainer) if self._trainer is not None else None
         return data.encoder if isinstance(data, EditDataModule) else None
 
     @property
@@ -198,14 +194,14 @@ class MendModule(L.LightningModule):
     def on_validation_start(self) -> None:
         self.check_last_step()
         if self.trainer.state.fn == "validate":
-            check_trained(self._trained, self.editor, self.trainer.state.fn.value)
+            check_trained(self._trained, self.editor, "validate")
 
     def on_test_start(self) -> None:
-        check_trained(self._trained, self.editor, self.trainer.state.fn.value)
+        check_trained(self._trained, self.editor, "test")
         self._weight_norms = weight_norms(self.editor.modules_in(self.base_model))
 
     def on_predict_start(self) -> None:
-        check_trained(self._trained, self.editor, self.trainer.state.fn.value)
+        check_trained(self._trained, self.editor, "predict")
 
     def on_fit_start(self) -> None:
         """Estimates the preconditioning, unless a checkpoint or a loaded editor brought it."""
@@ -236,10 +232,8 @@ class MendModule(L.LightningModule):
 
     def _log_losses(self, loss: Tensor, out: StepOutput, edits: int) -> None:
         """Means over the processes, whose batches are equally large: what one process would log of the whole batch."""
-        values = {name: value.mean() for name, value in out.losses().items()}
-        values |= {"loss": loss, "skipped_tokens": out.skipped.to(loss)}
-        means = self.trainer.strategy.reduce(torch.stack([*values.values()]).detach(), reduce_op="mean")
-        for name, mean in zip(values, means.unbind()):
+        means = self.trainer.strategy.reduce(out.means(loss), reduce_op="mean")
+        for name, mean in zip([*out.losses(), "loss", "skipped_tokens"], means.unbind()):
             self.log(f"train/{name}", mean, prog_bar=name in out.losses(), batch_size=edits)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -252,8 +246,8 @@ class MendModule(L.LightningModule):
         self.log_dict({f"train/{name}": rate for name, rate in edit_rate_range(self.editor).items()})
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
-        counted = not repeated(self.trainer.val_dataloaders, batch_idx)
-        validate_batch(self.base_model, self.editor, batch, self.scoreboard if counted else None)
+        metrics = None if repeated(self.trainer.val_dataloaders, batch_idx) else self.scoreboard
+        validate_batch(self.base_model, self.editor, batch, metrics)
 
     def on_validation_epoch_end(self) -> None:
         values = validation_values(self.scoreboard, self.c_edit, self.global_step)
@@ -261,11 +255,11 @@ class MendModule(L.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
         self.scoreboard.reset()
 
-    def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
+    # A list of records, which Lightning hands on to callbacks as it is.
+    def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:  # type: ignore[override]
         """Scores a batch and asks the edited model; returns one record a task for the report."""
         encoder = None if self.base_kind == "classifier" else self._encoder()
-        counted = not repeated(self.trainer.test_dataloaders, batch_idx)
-        metrics = self.scoreboard if counted else None
+        metrics = None if repeated(self.trainer.test_dataloaders, batch_idx) else self.scoreboard
         return measure_batch(self.base_model, self.editor, encoder, batch, metrics, self._weight_norms)
 
     def on_test_epoch_end(self) -> None:
@@ -279,14 +273,10 @@ class MendModule(L.LightningModule):
         records = predict_batch(self.base_model, self.editor, self._encoder(), batch, classifies)
         return [] if repeated(self.trainer.predict_dataloaders, batch_idx) else records
 
-    def configure_optimizers(self) -> dict[str, Any] | None:
-        groups = parameter_groups(self.editor, self.lr, self.edit_rate_lr)
-        if not groups:
-            return None
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig | None:
         # Lightning cannot clip before a fused step when it mixes precisions.
-        optimizer = torch.optim.Adam(groups, fused=not isinstance(self.trainer.precision_plugin, MixedPrecision))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        fused = not isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return adam(self.editor, self.lr, self.edit_rate_lr, fused, self._lr_factor)
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(step, self.trainer.estimated_stepping_batches, self.warmup_steps, self.decay)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from mend_lightning.editors.editor import Editor
@@ -49,8 +51,20 @@ def gradient_norm(editor: Editor) -> Tensor:
 
 def edit_rate_range(editor: Editor) -> dict[str, Tensor]:
     """The smallest and the largest edit rate α, as what they are logged by; nothing of an editor without."""
-    rates = dict(editor.named_parameters()).get("edit_rates")
-    if rates is None:
+    parameter = dict(editor.named_parameters()).get("edit_rates")
+    if parameter is None:
         return {}
-    rates = whole(rates.detach())
+    rates = whole(parameter.detach())
     return {"edit_rate_min": rates.min(), "edit_rate_max": rates.max()}
+
+
+def adam(
+    editor: Editor, lr: float, edit_rate_lr: float, fused: bool, factor: Callable[[int], float]
+) -> OptimizerLRSchedulerConfig | None:
+    """Adam over `parameter_groups`, whose rates `factor` multiplies at every step, as Lightning takes it; None without any."""
+    groups = parameter_groups(editor, lr, edit_rate_lr)
+    if not groups:
+        return None
+    optimizer = torch.optim.Adam(groups, fused=fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,11 +27,9 @@ from mend_lightning.models.sharding.fsdp import load_whole_state
 from mend_lightning.training.checks import check_batch, unreached_parameters
 from mend_lightning.training.curves import plot_curves
 from mend_lightning.training.distributed.checkpoint_file import editor_state
+from mend_lightning.training.module import MendModule
 from mend_lightning.training.progress.console import console
 from mend_lightning.training.trainer_parts import data_of, is_fast_dev_run
-
-if TYPE_CHECKING:
-    from mend_lightning.training.module import MendModule
 
 logger = logging.getLogger(__name__)
 

@@ -54,6 +54,11 @@ class StepOutput:
         loss = (c_edit * self.edit + self.locality).mean()
         return loss if self.drift is None else loss + self.c_base * self.drift.mean()
 
+    def means(self, loss: Tensor) -> Tensor:
+        """Means over tasks of `losses()`, `loss`, and the share of skipped tokens, detached: what a step logs."""
+        values = [value.mean() for value in self.losses().values()]
+        return torch.stack([*values, loss, self.skipped.to(loss)]).detach()
+
     def losses(self) -> dict[str, Tensor]:
         """name -> `[tasks]` of each part of the total."""
         parts = {"edit": self.edit, "locality": self.locality}

@@ -12,6 +12,7 @@ from mend_lightning.models.load_sharded import load_base_in_shards
 from mend_lightning.models.quantisation import check_whole
 from mend_lightning.models.sharding.fsdp import keep_whole
 from mend_lightning.training.checks import check_strategy
+from mend_lightning.training.distributed.checkpoint_file import BASE_PREFIX
 from mend_lightning.training.distributed.strategies import ShardedBaseStrategy, ShardedStrategy
 
 # The strategies under which a process has a part of the base.
@@ -33,3 +34,12 @@ def load_for(strategy: Strategy | None, base: BaseModel) -> tuple[nn.Module, Any
     if isinstance(strategy, ParallelStrategy) and strategy.world_size > 1 and not base.quantize:
         return load_base_in_shards(base, keep_whole, strategy.root_device)
     return base.load()
+
+
+def ddp_leaves_out(module: nn.Module) -> list[str]:
+    """Names that DDP must not send from rank 0 before every forward pass, waiting for ranks that have no batch left to validate.
+
+    The base is the same everywhere, and the statistics are reduced by the normaliser.
+    """
+    frozen = [name for name, _ in module.named_parameters() if name.startswith(BASE_PREFIX)]
+    return frozen + [name for name, _ in module.named_buffers()]

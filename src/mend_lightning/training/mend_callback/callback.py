@@ -35,6 +35,7 @@ from mend_lightning.training.mend_callback.side_training import SideTraining
 from mend_lightning.training.optimization import Decay
 from mend_lightning.training.progress.console import console
 from mend_lightning.training.step import LocalityPositions
+from mend_lightning.training.trainer_parts import callbacks_of
 
 
 class MendCallback(L.Callback):
@@ -149,7 +150,7 @@ class MendCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Checks the Trainer, the model, the data and the layers, and builds the editor."""
         check_host_strategy(trainer.strategy)
-        check_prefixes([each.prefix for each in trainer.callbacks if isinstance(each, MendCallback)])
+        check_prefixes([each.prefix for each in callbacks_of(trainer) if isinstance(each, MendCallback)])
         self._patch.take_off()
         self._checked = self._resumed = False
         if self._attachment.edits is not None:
@@ -182,7 +183,7 @@ class MendCallback(L.Callback):
         """Makes ready for training; by now a checkpoint has been read, whatever the strategy."""
         self._arrive(trainer, pl_module)
         self.clock, self._began = Clock(self._attachment.device), time.perf_counter()
-        if not self.train or not self.editor.trainable:
+        if not self.train or self.editor is None or not self.editor.trainable:
             return
         # -1 where neither the number of steps nor the length of an epoch is known.
         total = trainer.estimated_stepping_batches
@@ -204,7 +205,7 @@ class MendCallback(L.Callback):
         """A step of the editor where one is due: after the host's optimiser has stepped, not in the midst of accumulation."""
         if self._side_training is not None:
             self._side_training.on_host_step(trainer.global_step, time.perf_counter() - self._began)
-            now = {"on_step": True, "on_epoch": False, "batch_size": 1}
+            now: Any = {"on_step": True, "on_epoch": False, "batch_size": 1}
             pl_module.log_dict(self._named(self._side_training.losses), **now)
             pl_module.log(f"{self.prefix}/time_share", self.clock.share, prog_bar=True, **now)
 
@@ -252,7 +253,8 @@ class MendCallback(L.Callback):
         self._put_on()
 
     def _put_on(self) -> None:
-        self._patch.put_on(self.model, self._attachment.edit)
+        if self.model is not None:
+            self._patch.put_on(self.model, self._attachment.edit)
 
     def _take_off(self, *args: Any, **kwargs: Any) -> None:
         self._patch.take_off()
@@ -268,11 +270,8 @@ class MendCallback(L.Callback):
         side_training = self._side_training
         self._finish()
         if side_training is not None and trainer.is_global_zero:
-            measured = (
-                ""
-                if not self.measure or self._can_measure("validation")
-                else "; nothing was measured: there are no validation facts"
-            )
+            unmeasured = self.measure and not self._can_measure("validation")
+            measured = "; nothing was measured: there are no validation facts" if unmeasured else ""
             console().print(f"MendCallback({self.path!r}): {side_training.summary()}{measured}", highlight=False)
 
     def _finish(self) -> None:
