@@ -1,10 +1,11 @@
-# The two commands of the README: `make quickstart` and `make test`; and `make notebooks`, which runs and saves the notebooks.
+# The two commands of the README: `make quickstart` and `make test`; `make lint`, which checks style and types; and
+# `make notebooks`, which runs and saves the notebooks.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: install quickstart test notebooks
+.PHONY: install quickstart lint test notebooks
 
 install: $(VENV)/installed
 
@@ -12,7 +13,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,data,peft,ui,notebooks]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev,data,peft,ui,notebooks]'
 	touch $@
 
 quickstart: install
@@ -24,6 +25,12 @@ quickstart: install
 		--rephrase+ "What is the capital city of France?" --rephrase+ "Can you name the capital of France?" \
 		--unrelated+ "What language do people speak in Japan?" --unrelated+ "Which continent is Egypt in?" \
 		--neighbour+ "Which city is the capital of Spain?"
+
+# Lint, format and types; nothing is changed.
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 test: install
 	$(BIN)/mend-lightning get-smollm2
