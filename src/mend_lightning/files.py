@@ -1,25 +1,49 @@
-"""Writing results so that a reader never sees half a file."""
+"""Files that are whole whatever happens: a reader looks, the process is killed, the disk is full, the power goes.
+
+What is replaced is a regular file or a folder of ours. Links are followed and stay, and devices, FIFOs and sockets are refused.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from mend_lightning.errors import OutputPathError
+
+# Links that lead to links: as many as Linux follows.
+_MOST_LINKS = 40
+_KINDS = {
+    stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
 
 
 @contextmanager
-def written(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` and renames it when the block ends well.
+def written(path: str | Path, suffix: str = "") -> Iterator[Path]:
+    """Gives a temporary path beside `path`, which becomes `path` when the block ends well, after it is on the disk.
+
+    Until then what was at `path` stays there, whole. The new file has its permissions; its other names (hard links) keep
+    what they have.
+
+    Args:
+        path: of the file; its folder is made.
+        suffix: how the temporary file's name ends. With one the file is locked (flock) until it has its name, so that
+            those which killed processes left behind can be told from it.
 
     Raises:
-        OutputPathError: the folder cannot be made or written to.
+        OutputPathError: see `output_file`; or the folder cannot be made or written to.
 
     Example:
         >>> import tempfile
@@ -29,23 +53,124 @@ def written(path: str | Path) -> Iterator[Path]:
         ...     Path(f"{folder}/a/b.txt").read_text()
         'x'
     """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputPathError(f"Cannot write {path}: it is a folder. Give the path of a file.")
+    target = output_file(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder: a rename within a file system is one step, and one across is a copy, which can be cut off.
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
     except OSError as error:
-        raise OutputPathError(f"Cannot write {path}: {error}. Give a path in a folder you may write to.") from error
+        raise _refused(path, error) from error
     temporary = Path(name)
     try:
-        yield temporary
-        # mkstemp makes files private; results are ordinary files.
-        temporary.chmod(0o666 & ~umask())
-        temporary.replace(path)
+        with os.fdopen(handle, "wb") as locked:
+            if suffix and fcntl is not None:
+                # Until the process ends, in whatever way. It waits, for who looks for unfinished files may hold it for a
+                # moment; in a file system without locks none of them is removed.
+                with suppress(OSError):
+                    fcntl.flock(locked, fcntl.LOCK_EX)
+            yield temporary
+            if fcntl is None:
+                # Windows renames no open file; elsewhere it stays locked until it has its name.
+                locked.close()
+            _put(temporary, target, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def output_file(path: str | Path) -> Path:
+    """The file that writing to `path` makes or replaces: where its links lead, also to nothing yet, or `path` itself.
+
+    Raises:
+        OutputPathError: what is there is no regular file (a folder, device, FIFO or socket, an open stream such as
+            /dev/stdout), or the links go round in a circle.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     os.symlink("b.txt", f"{folder}/a.txt")
+        ...     output_file(f"{folder}/a.txt").name
+        'b.txt'
+    """
+    place = _end_of_links(path)
+    kind = _kind(place, path)
+    # Links in there lead to what a process has open. Even where that is a file it must not be replaced, but written on.
+    if place.is_relative_to("/proc"):
+        kind = "a stream of a process"
+    if kind not in (None, _KINDS[stat.S_IFREG]):
+        raise OutputPathError(f"Cannot write {path}: it is {kind}. Give the path of a file.")
+    output_folder(place.parent)
+    return place
+
+
+def output_folder(path: str | Path) -> Path:
+    """The folder that writing to `path` makes or fills: where its links lead, also to nothing yet, or `path` itself.
+
+    Raises:
+        OutputPathError: what is there is no folder, or the links go round in a circle.
+    """
+    place = Path(os.path.realpath(Path(path).expanduser()))
+    kind = _kind(place, path)
+    if kind not in (None, _KINDS[stat.S_IFDIR]):
+        raise OutputPathError(f"Cannot write to the folder {path}: it is {kind}. Give the path of a folder.")
+    return place
+
+
+def _end_of_links(path: str | Path) -> Path:
+    """What `path` leads to, link by link; a link in /proc is not followed, and one in a circle is left for `_kind` to see."""
+    place = Path(path)
+    for _ in range(_MOST_LINKS):
+        place = Path(os.path.realpath(place.parent), place.name)
+        if place.is_relative_to("/proc") or not os.path.islink(place):
+            break
+        place = place.parent / os.readlink(place)
+    return place
+
+
+def _kind(place: Path, path: str | Path) -> str | None:
+    """What is at `place`, to which `path` leads, in words; None: nothing."""
+    try:
+        return _KINDS.get(stat.S_IFMT(place.stat().st_mode), "no regular file")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _put(temporary: Path, target: Path, path: str | Path) -> None:
+    """Gives a finished file its name."""
+    # Looked at again: the work may have taken hours.
+    if output_file(path) != target:
+        raise OutputPathError(f"Cannot write {path}: it led to {target} before, and leads elsewhere now. Give another.")
+    try:
+        # A rename may reach the disk before what was written: after a power cut the file would be there, and empty. Opened
+        # by its name, for some writers put a file of their own there.
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; results are ordinary files.
+        temporary.chmod(_permissions(target, 0o666))
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Waits until the names in `folder` are on the disk too, where the system can be asked for that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _permissions(path: Path, new: int) -> int:
+    """Those of what is at `path`, or where nothing is, `new` less the umask."""
+    return stat.S_IMODE(path.stat().st_mode) & 0o777 if path.exists() else new & ~umask()
+
+
+def _refused(path: str | Path, error: OSError) -> OutputPathError:
+    return OutputPathError(f"Cannot write {path}: {error}. Give a path in a folder you may write to.")
 
 
 @contextmanager
@@ -70,18 +195,17 @@ def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Pa
         'x'
     """
     # Its real place: a link stays a link, and the rename stays within one file system.
-    path = Path(path).expanduser().resolve()
-    check_free_folder(path, replaces)
+    path = check_free_folder(path, replaces)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise OutputPathError(f"Cannot write {path}: {error}. Give a path in a folder you may write to.") from error
+        raise _refused(path, error) from error
     try:
         new = scratch / "new"
         new.mkdir()
         yield new
         _make_ordinary(new)
+        new.chmod(_permissions(path, 0o777))
         # Once more: another process may have finished its own meanwhile.
         check_free_folder(path, replaces)
         _exchange(path, new, scratch / "old")
@@ -89,22 +213,24 @@ def written_folder(path: str | Path, replaces: str | None = None) -> Iterator[Pa
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def check_free_folder(path: str | Path, replaces: str | None = None) -> None:
-    """Raises OutputPathError where `written_folder` would not write: before the work starts."""
-    path = Path(path).expanduser()
-    if path.exists() and not path.is_dir():
-        raise OutputPathError(f"Cannot write {path}: it is a file. Give the path of a folder.")
-    if not path.exists() or not any(path.iterdir()):
-        return
+def check_free_folder(path: str | Path, replaces: str | None = None) -> Path:
+    """The folder that `written_folder` would make; raises OutputPathError where it would not: before the work starts."""
+    place = output_folder(path)
+    check_writable(place.parent)
+    if os.path.ismount(place):
+        raise OutputPathError(f"Cannot write {path}: what is mounted there cannot be renamed. Give a folder in it.")
+    if not place.exists() or not any(place.iterdir()):
+        return place
     if replaces is None:
         raise OutputPathError(
             f"{path} is there already and not empty. Give another folder, or overwrite it: overwrite=True (--overwrite)."
         )
-    if not _is_earlier_result(path, replaces):
+    if not _is_earlier_result(place, replaces):
         raise OutputPathError(
             f"{path} is not overwritten: it holds no {replaces}, so it is not an earlier result of this command. "
             "Give another folder, or empty it yourself."
         )
+    return place
 
 
 def _is_earlier_result(path: Path, replaces: str) -> bool:
@@ -138,9 +264,10 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         OutputPathError: it cannot be made or written to.
     """
+    place = output_folder(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise OutputPathError(
@@ -150,10 +277,7 @@ def check_writable(folder: str | Path) -> None:
 
 def check_writable_file(path: str | Path) -> None:
     """Raises OutputPathError where `written` could not write: before the work starts."""
-    path = Path(path)
-    if path.is_dir():
-        raise OutputPathError(f"Cannot write {path}: it is a folder. Give the path of a file.")
-    check_writable(path.parent)
+    check_writable(output_file(path).parent)
 
 
 def umask() -> int:

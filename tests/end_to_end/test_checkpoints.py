@@ -295,6 +295,26 @@ def test_shards_go_with_their_checkpoint(tmp_path):
     remove_shards(tmp_path / "nothing.ckpt")
 
 
+def test_shards_lie_beside_what_a_link_leads_to(tmp_path):
+    """There they are looked for, whichever name the checkpoint is read by."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "last.ckpt").symlink_to("disk/a.ckpt")
+    files = EditorCheckpointIO()
+    assert in_one_process(lambda mesh: write_sharded(sharded(mesh, 1.0), tmp_path / "last.ckpt")) == 0
+    assert number_of(tmp_path / "last.ckpt") == number_of(tmp_path / "disk" / "a.ckpt") == 1
+    assert (tmp_path / "last.ckpt").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "last.ckpt"]
+    files.save_checkpoint({"state_dict": {}, "number": 2}, tmp_path / "last.ckpt")
+    assert read_full(tmp_path / "disk" / "a.ckpt")["number"] == 2 and not list((tmp_path / "disk" / "shards").iterdir())
+    os.mkfifo(tmp_path / "b.ckpt")
+    assert in_one_process(lambda mesh: refused(sharded(mesh, 1.0), tmp_path / "b.ckpt")) == 0
+    assert sorted(os.listdir(tmp_path)) == ["b.ckpt", "disk", "last.ckpt"]
+
+
+def refused(checkpoint: dict, path: Path) -> None:
+    with pytest.raises(OutputPathError, match="it is a FIFO"):
+        write_sharded(checkpoint, path)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     work(Path(sys.argv[1]))

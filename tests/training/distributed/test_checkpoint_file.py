@@ -19,11 +19,11 @@ from lightning.fabric.utilities.cloud_io import _atomic_save
 from lightning.pytorch.plugins import AsyncCheckpointIO, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
-from mend_lightning import durable
 from mend_lightning.cli.trainer_settings import with_checkpoint_io
 from mend_lightning.errors import CheckpointNotFoundError, ConfigError, OutputPathError, StateDictError
+from mend_lightning.files import umask, written
 from mend_lightning.training.distributed import checkpoint_io
-from mend_lightning.training.distributed.checkpoint_file import read_checkpoint, write_checkpoint
+from mend_lightning.training.distributed.checkpoint_file import SUFFIX, read_checkpoint, write_checkpoint
 from mend_lightning.training.distributed.checkpoint_io import EditorCheckpointIO, snapshot
 
 # Children of the tests only write a file and die; they use no thread of their parent's.
@@ -44,7 +44,7 @@ def number_of(path: Path) -> int:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    return list(folder.glob(f".*{durable.SUFFIX}"))
+    return list(folder.glob(f".*{SUFFIX}"))
 
 
 # Where a writer may die: before and after each call by which a file gets to its place.
@@ -103,24 +103,23 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def test_a_file_that_somebody_writes_now_is_left_alone(tmp_path):
-    with durable.durably_written(tmp_path / "a.ckpt") as file:
-        file.write(b"x")
+    with written(tmp_path / "a.ckpt", SUFFIX) as temporary:
+        temporary.write_bytes(b"x")
         write_checkpoint(numbered(1), tmp_path / "b.ckpt")
     assert (tmp_path / "a.ckpt").read_bytes() == b"x"
 
 
 def test_several_write_to_one_folder(tmp_path):
-    """Processes that write their parts of one checkpoint: each looks for unfinished files, and takes none of the others'."""
+    """Each process looks for unfinished files, and takes none of the others'."""
     children = []
     for name in "abc":
         if not (child := os.fork()):
             for number in range(150):
-                with durable.durably_written(tmp_path / name) as file:
-                    file.write(b"%d" % number)
+                write_checkpoint(numbered(number, 10), tmp_path / name)
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys("abc", "149")
+    assert {path.name: number_of(path) for path in tmp_path.iterdir()} == dict.fromkeys("abc", 149)
 
 
 def test_a_full_disk(tmp_path):
@@ -148,6 +147,20 @@ def test_an_error_while_saving(tmp_path):
     assert number_of(path) == 1 and not unfinished(tmp_path)
     with pytest.raises(OutputPathError, match="is a folder"):
         write_checkpoint(numbered(1), tmp_path)
+
+
+def test_through_a_link(tmp_path):
+    """A run's folder on a small disk, its checkpoints on a large one: unfinished files are looked for there."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "last.ckpt").symlink_to("disk/last.ckpt")
+    (tmp_path / "disk" / f".a.ckpt.x{SUFFIX}").write_text("left behind")
+    for number in (1, 2):
+        write_checkpoint(numbered(number), tmp_path / "last.ckpt")
+        assert (tmp_path / "last.ckpt").is_symlink() and number_of(tmp_path / "disk" / "last.ckpt") == number
+    assert os.listdir(tmp_path / "disk") == ["last.ckpt"]
+    os.mkfifo(tmp_path / "b.ckpt")
+    with pytest.raises(OutputPathError, match="it is a FIFO"):
+        write_checkpoint(numbered(1), tmp_path / "b.ckpt")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
@@ -274,7 +287,7 @@ def test_snapshot_keeps_types():
 def test_remove_and_refuse(tmp_path):
     files = EditorCheckpointIO()
     files.save_checkpoint(numbered(1), tmp_path / "new" / "a.ckpt")
-    assert (tmp_path / "new" / "a.ckpt").stat().st_mode & 0o777 == 0o666 & ~durable.umask()
+    assert (tmp_path / "new" / "a.ckpt").stat().st_mode & 0o777 == 0o666 & ~umask()
     files.remove_checkpoint(tmp_path / "new" / "a.ckpt")
     files.remove_checkpoint(tmp_path / "new" / "a.ckpt")
     assert not list((tmp_path / "new").iterdir())

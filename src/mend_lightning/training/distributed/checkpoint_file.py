@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import torch
 
-from mend_lightning.durable import durably_written
 from mend_lightning.errors import CheckpointNotFoundError, OutputPathError, StateDictError
+from mend_lightning.files import output_file, written
 
 # The base is not in checkpoints: it is frozen, and may be larger than one process can hold.
 BASE_PREFIX, EDITOR_PREFIX = "base_model.", "editor."
+# Names end with it, so that neither Lightning's search for `last*.ckpt` nor anybody's `*.ckpt` finds an unfinished file.
+SUFFIX = ".unfinished"
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Writes a checkpoint; at any moment `path` is the old file or the new one, whole.
 
+    The unfinished files of killed processes beside it are removed.
+
     Raises:
         OutputPathError: it cannot be written. What was at `path` is still there.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise OutputPathError(f"Cannot write the checkpoint {path}: it is a folder. Give the path of a file.")
+    remove_unfinished(output_file(path).parent)
     try:
         # Lightning's own (`_atomic_save`) goes through fsspec, which writes to the system's folder for temporary files and
         # moves: onto another disk, a copy into the old file's place, which a kill cuts off. And it never waits for the disk.
-        with durably_written(path) as file:
+        with written(path, SUFFIX) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
+    except OutputPathError:
+        raise
     except (OSError, RuntimeError) as error:
         # torch raises RuntimeError where its own writer cannot write, and while it puts away what the system has refused.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -39,6 +50,31 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             f"Cannot write the checkpoint {path}: {_reason(cause)}. An earlier one of that name is as it was. "
             "Make room, or give a folder that you may write to."
         ) from error
+
+
+def remove_unfinished(folder: str | Path) -> list[Path]:
+    """Removes the files that killed processes left unfinished; returns them.
+
+    Files being written now stay, and so does everything where the system has no locks to tell the two apart (Windows).
+    """
+    found = [path for path in Path(folder).glob(f".*{SUFFIX}") if not _is_being_written(path)]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return found
+
+
+def _is_being_written(path: Path) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            about = os.fstat(file.fileno())
+    except OSError:
+        # Locked, or finished or removed in this very moment.
+        return True
+    # An empty one may have been made a moment ago, and be locked in the next.
+    return about.st_size == 0 and time.time() - about.st_mtime < 60
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:

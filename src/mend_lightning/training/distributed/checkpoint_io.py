@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from mend_lightning.errors import ConfigError
+from mend_lightning.files import output_file
 from mend_lightning.training.distributed.checkpoint_file import write_checkpoint
 from mend_lightning.training.distributed.sharded_checkpoint import read_full, remove_shards
 
@@ -134,7 +135,7 @@ def snapshot(value: Any) -> Any:
 def _write(checkpoint: dict[str, Any], path: str | Path) -> None:
     write_checkpoint(checkpoint, path)
     # Of a sharded one of that name.
-    remove_shards(path)
+    remove_shards(output_file(path))
 
 
 def _is_remote(path: str | Path) -> bool:

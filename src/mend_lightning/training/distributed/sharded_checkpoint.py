@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed
 
-from mend_lightning.durable import durably_written, sync_folder
 from mend_lightning.errors import ConfigError, OutputPathError, StateDictError
+from mend_lightning.files import output_file, sync_folder, written
 from mend_lightning.training.distributed.checkpoint_file import read_checkpoint, write_checkpoint
 
 FOLDER, KEY = "shards", "shards"
@@ -38,7 +38,12 @@ def write_sharded(checkpoint: dict[str, Any], path: str | Path) -> None:
     Raises:
         OutputPathError: a process could not write; raised on all of them. What was at `path` is still there.
     """
-    path = Path(path)
+    # Where links lead: the shards lie beside the file itself, and are looked for there.
+    places = _gathered(_attempt(output_file, path))
+    failed = [place for place in places if isinstance(place, str)]
+    if failed:
+        raise OutputPathError(failed[0])
+    path = output_file(path)
     name = _agreed(f"{path.stem}-{uuid.uuid4().hex}")
     skeleton, tensors, parts = split(checkpoint)
     folder = path.parent / FOLDER / name
@@ -166,8 +171,8 @@ def _file(rank: int) -> str:
 def _write_part(parts: dict[str, Tensor], path: Path) -> int:
     """Returns the file's sum."""
     content = safetensors.torch.save(parts)
-    with durably_written(path) as file:
-        file.write(content)
+    with written(path) as temporary:
+        temporary.write_bytes(content)
     return zlib.crc32(content)
 
 
