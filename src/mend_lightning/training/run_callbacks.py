@@ -14,11 +14,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.data.datamodule import EditDataModule
-from mend_lightning.editors.saving import save_editor
+from mend_lightning.editors.saving import DESCRIPTION, WEIGHTS, save_editor
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.evaluation.cost import EditCost, measure_cost
 from mend_lightning.evaluation.report import results_table, write_results
-from mend_lightning.files import check_writable, write_jsonl
+from mend_lightning.files import check_writable, output_file, write_jsonl
 from mend_lightning.models.inputs.rows import IGNORED_LABEL
 from mend_lightning.models.layers import layer_shape
 from mend_lightning.models.quantisation import quantizing_library, stored_bytes
@@ -33,6 +33,12 @@ from mend_lightning.training.trainer_parts import data_of, is_fast_dev_run
 
 logger = logging.getLogger(__name__)
 
+# What each stage leaves in the run's folder.
+_OUTPUTS = {
+    "fit": (f"editor/{WEIGHTS}", f"editor/{DESCRIPTION}", "curves.png"),
+    "test": ("results.json", "examples.jsonl"),
+    "predict": ("predictions.jsonl",),
+}
 # Edits whose cost is measured, each alone.
 COST_EDITS = 8
 
@@ -46,9 +52,11 @@ class StartReport(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         for keep in trainer.checkpoint_callbacks:
-            folder = getattr(keep, "dirpath", None)
-            if stage == "fit" and folder:
-                check_writable(folder)
+            if stage == "fit" and getattr(keep, "dirpath", None):
+                check_writable(keep.dirpath)
+                output_file(Path(keep.dirpath, f"{keep.CHECKPOINT_NAME_LAST}{keep.FILE_EXTENSION}"))
+        for name in _OUTPUTS.get(stage, ()):
+            output_file(Path(trainer.default_root_dir, name))
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:

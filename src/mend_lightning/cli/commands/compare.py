@@ -25,10 +25,12 @@ from mend_lightning.cli.config.overlays import read_config
 from mend_lightning.cli.config.tree import Leaf, merge_trees, plain, to_yaml
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.evaluation.report import versions
-from mend_lightning.files import check_writable, write_json, written
+from mend_lightning.files import check_writable_file, write_json, written
 from mend_lightning.training.progress.console import console
 
 SECTION = "compare"
+# What `write_comparison` leaves.
+RESULTS = ("comparison.json", "comparison.md", "success-drawdown.png", "cost.png", "success-edits.png")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def compare_command(
     """
     runs, reference = plan(name, out, editors, edits_at_once)
     root = runs[0].folder.parents[1]
-    check_writable(root)
+    for result in RESULTS:
+        check_writable_file(root / result)
     outcomes = []
     for number, planned in enumerate(runs, start=1):
         many = "" if planned.edits_at_once == 1 else f", {planned.edits_at_once} edits at once"

@@ -22,7 +22,7 @@ from mend_lightning.errors import ConfigError
 from mend_lightning.evaluation.neutral import neutral_questions
 from mend_lightning.evaluation.safety import EditCheck, check_edit
 from mend_lightning.evaluation.shifts import Shift, answer_shifts
-from mend_lightning.files import check_writable, check_writable_file
+from mend_lightning.files import check_writable_file
 from mend_lightning.models.architecture import Dtype
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.inputs.encoder import Encoder, in_words
@@ -86,12 +86,13 @@ def edit_command(
 
         if check:
             raise ConfigError("--check is for an edit that is given. In a conversation, type :check.")
-        return repl(*load_editor_and_base(editor, *loading), out or Path("edit.safetensors"))
+        out = out or Path("edit.safetensors")
+        check_writable_file(out)
+        return repl(*load_editor_and_base(editor, *loading), out)
     facts = given_facts(prompt, target, edits)
-    if separate:
-        check_writable(out or Path("edits"))
-    else:
-        check_writable_file(out or Path("edit.safetensors"))
+    paths = list(_paths_of(facts, out or Path("edits"))) if separate else [out or Path("edit.safetensors")]
+    for path in paths:
+        check_writable_file(path)
     trained, model, tokenizer = load_editor_and_base(editor, *loading)
     asked = [
         *(("rephrase", q) for q in rephrase),
@@ -104,7 +105,6 @@ def edit_command(
         _show_only(trained, model, tokenizer, facts, asked)
         return 0
     parts = [[fact] for fact in facts] if separate else [facts]
-    paths = _paths_of(facts, out or Path("edits")) if separate else iter([out or Path("edit.safetensors")])
     safe = [_edit_and_save(trained, model, tokenizer, part, asked, check, path) for part, path in zip(parts, paths)]
     return 0 if all(safe) else NOT_SAFE
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from mend_lightning.edits.export.peft_import import import_peft
+from mend_lightning.files import check_writable_file
 from mend_lightning.training.progress.console import console, counted
 
 
@@ -20,6 +21,7 @@ def import_peft_command(adapter: Path, out: Path = Path("edit.safetensors")) -> 
         adapter: the adapter's folder.
         out: where the edit is saved.
     """
+    check_writable_file(out)
     edit = import_peft(adapter)
     path = edit.save(out)
     known = edit.about.get("weights") or edit.about.get("base_fingerprint")

@@ -24,7 +24,7 @@ from mend_lightning.cli.generation_data.passages import (
     split_of,
 )
 from mend_lightning.errors import ConfigError, DataFileError, EmptyDatasetError
-from mend_lightning.files import check_writable, write_json, write_jsonl
+from mend_lightning.files import check_writable_file, write_json, write_jsonl
 from mend_lightning.models.architecture import Dtype
 from mend_lightning.models.base import load_base
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
@@ -82,7 +82,8 @@ def make_generation_data_command(
         "ascii_only": ascii_only, "limit": limit, "temperature": temperature, "batch_size": batch_size, "seed": seed,
         "validation": validation, "test": test, "dtype": dtype,
     }  # fmt: skip
-    check_writable(out)
+    for result in (PARTIAL, ABOUT, "train.jsonl", "validation.jsonl", "test.jsonl"):
+        check_writable_file(out / result)
     if is_finished(out, settings):
         console().print(f"{out} holds this set already; nothing to do.", highlight=False)
         return

@@ -16,7 +16,7 @@ from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, ModelLoadError
 from mend_lightning.evaluation.report import versions
-from mend_lightning.files import check_writable, write_json
+from mend_lightning.files import check_writable_file, write_json
 from mend_lightning.models.architecture import kind_of_config, pick_dtype
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.forward.logits import input_embeddings
@@ -62,7 +62,7 @@ def plan_command(arguments: Sequence[str]) -> int:
     """Plans a config's training; returns 1 where it does not fit into `--memory`."""
     options, rest = _parser().parse_known_args(arguments)
     if options.out is not None:
-        check_writable(options.out.parent)
+        check_writable_file(options.out)
     config, model, data = read_run(rest)
     trainer = config.trainer
     strategy, processes = layout(trainer, options.strategy, options.devices, options.nodes)

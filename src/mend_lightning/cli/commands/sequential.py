@@ -19,12 +19,13 @@ from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError
 from mend_lightning.evaluation.report import versions
 from mend_lightning.evaluation.sequential import BROKEN, EditSequence, check_builds_on, edit_in_sequence
-from mend_lightning.files import check_writable, write_json
+from mend_lightning.files import check_writable_file, write_json
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.training.checks import check_prompt_format
 from mend_lightning.training.progress.console import console
 
+RESULTS, PICTURE = "sequential.json", "sequential.png"
 # Unrelated facts whose perplexity is watched.
 PROBES = 128
 
@@ -49,7 +50,8 @@ def sequential_command(
     data, base = _data_and_base(values, name)
     editor = editor or Path((values.get("trainer") or {}).get("default_root_dir", DEFAULT_ROOT), "editor")
     trained, folder = Editor.from_pretrained(editor), Path(out or editor.parent)
-    check_writable(folder)
+    for result in (RESULTS, PICTURE):
+        check_writable_file(folder / result)
     check_builds_on(trained)
     check_prompt_format(trained.prompt_format, asdict(data.format))
     model, tokenizer = base.load()
@@ -95,14 +97,13 @@ def _report(found: EditSequence, folder: Path, about: dict[str, Any]) -> None:
 
     summary = found.summary()
     write_json(
-        folder / "sequential.json",
-        {**about, "broken_at_perplexity": f"{BROKEN} x base", **summary, "versions": versions()},
+        folder / RESULTS, {**about, "broken_at_perplexity": f"{BROKEN} x base", **summary, "versions": versions()}
     )
-    picture = draw_sequence(found.checkpoints, folder / "sequential.png")
+    picture = draw_sequence(found.checkpoints, folder / PICTURE)
     console().print(sequence_table(found))
     for line in conclusions(summary):
         console().print(line, highlight=False)
-    console().print(f"Written: {folder / 'sequential.json'}, {picture}", highlight=False)
+    console().print(f"Written: {folder / RESULTS}, {picture}", highlight=False)
 
 
 def sequence_table(found: EditSequence) -> Table:
