@@ -13,12 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commandline import assert_says, call
-from mend_lightning.run_callbacks import StartReport
-from mend_lightning.smollm2 import MODEL_NAME, get_smollm2
+from helpers.commandline import assert_says, call
 from safetensors.torch import load_file, save_file
 
 from mend_lightning import Edit, LowRankDelta, MendEditor
+from mend_lightning.cli.smollm2_download import get_smollm2
 from mend_lightning.errors import OutputPathError
 from mend_lightning.files import (
     check_free_folder,
@@ -29,6 +28,8 @@ from mend_lightning.files import (
     written,
     written_folder,
 )
+from mend_lightning.models.smollm2 import MODEL_NAME
+from mend_lightning.training.run_callbacks import StartReport
 
 # What is refused blocks for ever where it is opened.
 pytestmark = pytest.mark.timeout(60)

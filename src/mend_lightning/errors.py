@@ -33,6 +33,10 @@ class RecordError(MendError, ValueError):
     """A line of a data file is not a usable record."""
 
 
+class InputTooLongError(MendError, ValueError):
+    """A text, or a number of them, is longer than what is run at once."""
+
+
 class EmptyDatasetError(MendError, ValueError):
     """No record is left to train or evaluate on."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import http.server
 import shutil
 import socket
 import tempfile
@@ -16,6 +17,7 @@ import pytest
 from helpers.bases import FORMATS, assert_same_state, state_copy
 
 from mend_lightning import Edit, MendEditor, generate_answers, load_base
+from mend_lightning.ui.comparison import MAX_CHARACTERS
 from mend_lightning.ui.server import listen, serve
 from mend_lightning.ui.session import Session
 
@@ -94,10 +96,12 @@ def tab(browser, served):
     def opened():
         page = context.new_page()
         page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
         page.goto(served.url)
         return page
 
+    opened.complaints = complaints
     yield opened
     context.close()
     assert asked and {urlsplit(url).hostname or "" for url in asked if not url.startswith("data:")} == {"127.0.0.1"}
@@ -158,6 +162,10 @@ def test_a_fact_is_edited_switched_off_and_downloaded(served, tab, tmp_path):
     shows(page.get_by_text("No edit yet."), "download those", exact=False)
     page.locator("input[type=file]").set_input_files(tmp_path / "kept.safetensors")
     shows(said(page, "after"), ANSWER)
+    # Gradio makes an empty one as well, and leaves it.
+    assert not [path for path in served.session.uploads.rglob("*") if path.is_file() and path.stat().st_size], (
+        "it was read, and goes"
+    )
 
 
 def test_what_is_wrong_is_said(served, tab, tmp_path):
@@ -239,3 +247,79 @@ def test_own_questions_and_what_else_moved(served, tab):
     switch(page).uncheck()
     shows(page.get_by_role("status").filter(has_text="Measure again"), "Measure again", exact=False)
     shows(page.locator("#own .caption"), "0 of 2 answers changed, with no edit on.")
+
+
+def test_what_is_too_long_or_too_large_is_said(served, tab, tmp_path, monkeypatch):
+    page = tab()
+    notice = page.locator("#notice")
+    edit(page, "x" * (MAX_CHARACTERS + 1), ANSWER)
+    shows(notice.get_by_role("alert"), f"The question has {MAX_CHARACTERS + 1:,} characters", exact=False)
+    edit(page)
+    shows(said(page, "after"), ANSWER)
+    # As it is asked for by what does not keep to the limit that the page itself knows.
+    monkeypatch.setattr("mend_lightning.ui.guard.UPLOAD_BYTES", 10)
+    (tmp_path / "large").write_bytes(b"x" * 1000)
+    page.locator("input[type=file]").set_input_files(tmp_path / "large")
+    page.get_by_text("An edit's file has at most 10 bytes").wait_for()
+    (said_by_browser,) = tab.complaints
+    assert "413" in said_by_browser
+    tab.complaints.clear()
+
+
+@pytest.fixture
+def stranger(served):
+    """The URL of another page of this machine, with the page in a frame and a link to it."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(f'<iframe src="{served.url}"></iframe><a href="{served.url}">Look</a>'.encode())
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{other.server_port}/"
+        other.shutdown()
+        thread.join(20)
+
+
+# What a page of somebody else's may try. Answers of "no-cors" cannot be read, but what they ask for would be done.
+TRY = """async ([url, event]) => {
+    const file = new FormData(), found = [];
+    file.append("files", new Blob(["x"]), "a.txt");
+    const json = {"Content-Type": "application/json"};
+    for (const [path, options] of [
+        ["", {}], ["config", {}], ["edits/a", {}], ["gradio_api/app_id", {credentials: "include"}],
+        ["gradio_api/queue/join", {method: "POST", headers: json, body: event}],
+        ["gradio_api/queue/join", {method: "POST", body: event}],
+        ["gradio_api/queue/join", {method: "POST", body: event, mode: "no-cors"}],
+        ["gradio_api/upload", {method: "POST", body: file}],
+        ["gradio_api/upload", {method: "POST", body: file, mode: "no-cors"}],
+    ]) {
+        const answer = await fetch(url + path, options).then((answer) => answer.text(), () => null);
+        if (answer) found.push([path, answer]);
+    }
+    return found;
+}"""
+
+
+def test_another_page_sees_and_does_nothing(served, stranger, browser):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(served.url)
+    edits = page.evaluate("window.gradio_config.dependencies.filter((each) => each.api_name == 'edit')[0].id")
+    event = f'{{"data": ["{QUESTION}", "{ANSWER}"], "fn_index": {edits}, "session_hash": "x", "event_data": null}}'
+    page.goto(stranger)
+    assert page.evaluate(TRY, [served.url, event]) == []
+    # Chromium shows an error of its own where a page may not be in a frame.
+    assert [frame.url for frame in page.frames[1:]] == ["chrome-error://chromewebdata/"]
+    page.get_by_role("link", name="Look").click()
+    page.get_by_role("heading", name="mend-lightning").wait_for()
+    assert len(page.evaluate(TRY, [served.url, event])) > 4, "from the page itself it would work"
+    context.close()
+    assert [path.name for path in served.session.uploads.rglob("*.txt")] == ["a.txt"]

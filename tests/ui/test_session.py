@@ -18,13 +18,14 @@ from mend_lightning.errors import (
     ConfigError,
     EditNameError,
     EmptyEditError,
+    InputTooLongError,
     NoEffectWarning,
     StateDictError,
     StoppedError,
     TokenizerError,
 )
 from mend_lightning.ui.captured_warnings import captured_warnings
-from mend_lightning.ui.comparison import questions_of
+from mend_lightning.ui.comparison import MAX_CHARACTERS, MAX_QUESTIONS, questions_of
 from mend_lightning.ui.session import Session
 
 pytest_plugins = ["helpers.bases"]
@@ -293,3 +294,22 @@ def test_warnings_of_others_are_shown_as_ever():
 def test_questions_of_nothing():
     with pytest.raises(EmptyEditError, match="no question"):
         questions_of(["", "  "])
+
+
+def test_what_is_too_long_is_refused_before_the_model_runs(opened, monkeypatch):
+    """One question of a million characters would take all of the memory, and with it the edits that are not saved."""
+    made = opened()
+    session, long = made.session, "x" * (MAX_CHARACTERS + 1)
+    monkeypatch.setattr(type(made.model), "forward", lambda *_, **__: 1 / 0)
+    calls = {
+        "The question has": lambda: session.edit(long, "a"),
+        "The new answer has": lambda: session.edit("a", long),
+        "A question has": lambda: session.compare(long),
+        f"The new answer has {MAX_CHARACTERS + 1:,} characters, too many": lambda: session.compare("a", long),
+        "has 10,001 characters": lambda: session.probe(["a", long]),
+        "1,001 questions are too many at once": lambda: session.moved([str(i) for i in range(MAX_QUESTIONS + 1)]),
+    }
+    for message, call in calls.items():
+        with pytest.raises(InputTooLongError, match=message):
+            call()
+    assert len(questions_of([long[1:]] * MAX_QUESTIONS)) == MAX_QUESTIONS and session.revision == 0

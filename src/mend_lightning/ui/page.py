@@ -154,6 +154,8 @@ def _edits(session: Session, revision: gr.State, notice: gr.HTML) -> None:
         except MendError as error:
             # Where Gradio keeps an upload tells nobody anything.
             raise MendError(str(error).replace(path, Path(path).name)) from error
+        finally:
+            session.forget_upload(path)
         return session.revision, views.notices(messages, "warning")
 
     upload.upload(add, upload, [revision, notice], **TURN)

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,10 @@ def address(listening: socket.socket) -> str:
 
 
 async def serve(
-    session: Session, listening: socket.socket, started: Callable[[Any], None] = lambda server: None
+    session: Session,
+    listening: socket.socket,
+    started: Callable[[Any], None] = lambda server: None,
+    host: str = "localhost",
 ) -> None:
     """Serves a session's page until Ctrl-C, or until `server.should_exit` is set; closes the socket.
 
@@ -77,11 +80,13 @@ async def serve(
         session: what the page shows; whoever made it closes it.
         listening: see `listen`.
         started: called with the server before it serves.
+        host: the name that the address was given by.
     """
     import uvicorn
 
     # Built here and not before: outside of a running loop each of Gradio's components leaves one of its own open.
-    app = build_app(session, is_local(listening.getsockname()[0]))
+    own = listening.getsockname()[0]
+    app = build_app(session, is_local(own), {host, own})
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=PATIENCE)
     server = uvicorn.Server(config)
     started(server)
@@ -92,25 +97,25 @@ async def serve(
         session.stop()
 
 
-def build_app(session: Session, local: bool = True) -> FastAPI:
-    """The page and the edits' files as an ASGI application.
+def build_app(session: Session, local: bool = True, names: Collection[str] = ()) -> FastAPI:
+    """The page and the edits' files as an ASGI application, which answers the page and nobody else (see `Guard`).
 
     Args:
         session: what the page shows.
-        local: answer only those who asked for this machine by a name of its own: another site whose name points here would
-            be let in by the browser (DNS rebinding).
+        local: only this machine can reach it. Otherwise it is also answered by the machine's name and by any IP address.
+        names: more names or addresses to be asked for by.
     """
-    _set_environment(session.folder.name)
+    _set_environment(str(session.uploads))
     import gradio
     from fastapi import FastAPI
     from fastapi.responses import FileResponse, PlainTextResponse
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from mend_lightning.ui.guard import UPLOAD_BYTES, Guard
     from mend_lightning.ui.page import CSS, build_page
 
     app = FastAPI(openapi_url=None)
-    if local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    names = {"localhost", "127.0.0.1", "::1", *names, *([] if local else [socket.gethostname()])}
+    app.add_middleware(Guard, names=names, any_address=not local, uploads=session.uploads)
 
     @app.get("/edits/{name}", response_model=None)
     def edit_file(name: str) -> Any:
@@ -126,9 +131,13 @@ def build_app(session: Session, local: bool = True) -> FastAPI:
     }
     buttons = {f"button_primary_{part}": value for part, value in _BUTTON.items()}
     theme = gradio.themes.Default(primary_hue="teal", neutral_hue="slate", **fonts).set(**buttons)
+    page = build_page(session)
+    # What Gradio's own launch sets. Without it a file that an event names is not checked for whether it was uploaded.
+    page.has_launched = True
     return gradio.mount_gradio_app(
-        app, build_page(session), "/", theme=theme, css_paths=[CSS], footer_links=[], run_history=False, ssr_mode=False
-    )
+        app, page, "/", theme=theme, css_paths=[CSS], footer_links=[], run_history=False, ssr_mode=False,
+        max_file_size=UPLOAD_BYTES,
+    )  # fmt: skip
 
 
 def _set_environment(folder: str) -> None:
@@ -140,10 +149,10 @@ def _set_environment(folder: str) -> None:
     os.environ["GRADIO_TEMP_DIR"] = folder
 
 
-def run(session: Session, listening: socket.socket, started: Callable[[Any], None]) -> None:
+def run(session: Session, listening: socket.socket, started: Callable[[Any], None], host: str) -> None:
     """`serve` in the main thread; returns after Ctrl-C."""
     try:
-        asyncio.run(serve(session, listening, started))
+        asyncio.run(serve(session, listening, started, host))
     except KeyboardInterrupt:
         # Ctrl-C is how a page is ended.
         pass

@@ -20,7 +20,7 @@ from mend_lightning.edits.stack_state import StackedEdit
 from mend_lightning.errors import ConfigError, EmptyEditError, StoppedError
 from mend_lightning.evaluation.shifts import answer_shifts, next_token_shifts, token_shifts
 from mend_lightning.ui.captured_warnings import captured_warnings
-from mend_lightning.ui.comparison import Comparison, Probe, questions_of
+from mend_lightning.ui.comparison import Comparison, Probe, check_length, questions_of
 
 # Likeliest first tokens of the base's answer and of the edited model's, each.
 TOP = 4
@@ -43,7 +43,8 @@ class Session:
     Attributes:
         entries: the edits with their switches, oldest first.
         revision: a number that grows whenever they change.
-        folder: holds what is downloaded and uploaded, until the session is closed.
+        folder: holds what is downloaded, until the session is closed.
+        uploads: a folder in it, for files of edits that are to be added; it may not be there yet.
 
     Raises:
         BaseModelMismatchError: the editor is for another base.
@@ -66,6 +67,7 @@ class Session:
         self._lock = threading.RLock()
         self._stopped = False
         self.folder = tempfile.TemporaryDirectory(prefix="mend-lightning-ui-")
+        self.uploads = Path(self.folder.name, "uploads")
         self._last: tuple[tuple[int, str, str], Comparison] | None = None
 
     def edit(self, question: str, answer: str) -> tuple[str, list[str]]:
@@ -76,11 +78,13 @@ class Session:
 
         Raises:
             EmptyEditError: question or answer is empty.
+            InputTooLongError: question or answer is too long.
         """
         question, answer = question.strip(), answer.strip()
         for text, name in ((question, "question"), (answer, "new answer")):
             if not text:
                 raise EmptyEditError(f"The {name} is empty. An edit needs a question and the answer it shall have.")
+            check_length(text, f"The {name}")
         with self._lock, captured_warnings() as messages:
             with without(self.edits):
                 edit = make_edit(self.editor, self.model, self.tokenizer, [(question, answer)])
@@ -94,6 +98,12 @@ class Session:
             name = self.edits.add(path)
             self._changed()
         return name, messages
+
+    def forget_upload(self, path: str | Path) -> None:
+        """Deletes an uploaded file, of which the edit has been read; no other file."""
+        path = Path(path).resolve()
+        if path.is_relative_to(self.uploads.resolve()):
+            path.unlink(missing_ok=True)
 
     def remove(self, name: str) -> list[str]:
         """Takes an edit off the model; returns what to look at now."""
@@ -124,10 +134,12 @@ class Session:
 
         Raises:
             EmptyEditError: there is no question.
+            InputTooLongError: the question or the wanted answer is too long.
             TokenizerError: a classifier has no class of the wanted name.
         """
         question, wanted = questions_of([question])[0], wanted.strip()
         if wanted:
+            check_length(wanted, "The new answer")
             self.encoder.pair(question, wanted)
         with self._lock:
             key = (self.revision, question, wanted)
@@ -144,6 +156,7 @@ class Session:
 
         Raises:
             EmptyEditError: there is no question.
+            InputTooLongError: there are too many questions, or one is too long.
             StoppedError: the session was stopped meanwhile.
         """
         questions, shifts = questions_of(questions), []

@@ -41,7 +41,7 @@ def ui_command(
     with listen(host, port) as listening:
         trained, model, tokenizer = load_editor_and_base(editor, base, dtype, trust_remote_code)
         with Session(model, tokenizer, trained) as session:
-            run(session, listening, lambda server: _say_where(host, address(listening), open_browser))
+            run(session, listening, lambda server: _say_where(host, address(listening), open_browser), host)
         console().print("Stopped. Edits that were not downloaded are gone.", highlight=False)
 
 
