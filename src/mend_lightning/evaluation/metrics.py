@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-class RowShare(Metric):
-    """Share of rows that are true, over everything seen."""
+class _RowSums(Metric):
+    """A metric whose states are float64 sums over rows.
+
+    torchmetrics' `MeanMetric` is not used: once moved to a device it adds up in float32 even after `set_dtype`, and a NaN,
+    which says that training has diverged, is left out, ends the run, or costs the weights (1.9), by its `nan_strategy`.
+
+    Attributes:
+        sums: names of the states.
+    """
 
     full_state_update = False
-    higher_is_better = True
     is_differentiable = False
+    sums: ClassVar[tuple[str, ...]]
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("hits", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("rows", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in self.sums:
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add(self, *rows: Tensor) -> None:
+        """Adds `[rows]` of any dtype to each of the sums, in their order."""
+        for name, values in zip(self.sums, rows, strict=True):
+            setattr(self, name, getattr(self, name) + values.to(torch.float64).sum())
+
+
+class RowShare(_RowSums):
+    """Share of rows that are true, over everything seen."""
+
+    higher_is_better = True
+    sums = ("hits", "rows")
 
     def update(self, correct: Tensor) -> None:
         """Takes in `correct` `[rows]` bool or 0/1."""
-        self.hits += correct.to(torch.float64).sum()
-        self.rows += correct.numel()
+        self._add(correct, torch.ones_like(correct))
 
     def compute(self) -> Tensor:
         """Share in 0..1 as float32 scalar; NaN before any row was seen."""
@@ -43,7 +63,7 @@ class EditSuccess(RowShare):
     """
 
 
-class Drawdown(Metric):
+class Drawdown(_RowSums):
     """Drawdown (MEND, section 2.2): the accuracy that an edit costs on unrelated inputs `x_out`.
 
     Example:
@@ -53,27 +73,19 @@ class Drawdown(Metric):
         tensor(0.2500)
     """
 
-    full_state_update = False
     higher_is_better = False
-    is_differentiable = False
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-        for name in ("before", "after", "rows"):
-            self.add_state(f"{name}_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    sums = ("before_sum", "after_sum", "rows_sum")
 
     def update(self, before: Tensor, after: Tensor) -> None:
         """Takes in whether each row `[rows]` was right before and after the edit."""
-        self.before_sum += before.to(torch.float64).sum()
-        self.after_sum += after.to(torch.float64).sum()
-        self.rows_sum += before.numel()
+        self._add(before, after, torch.ones_like(before))
 
     def compute(self) -> Tensor:
         """Accuracy before minus accuracy after, float32 scalar; negative where edits helped."""
         return ((self.before_sum - self.after_sum) / self.rows_sum).float()
 
 
-class PerplexityDrawdown(Metric):
+class PerplexityDrawdown(_RowSums):
     """Rise of perplexity on `x_out`: the paper's drawdown for generation.
 
     Example:
@@ -83,27 +95,19 @@ class PerplexityDrawdown(Metric):
         tensor(0.)
     """
 
-    full_state_update = False
     higher_is_better = False
-    is_differentiable = False
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-        for name in ("before", "after", "tokens"):
-            self.add_state(f"{name}_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    sums = ("before_sum", "after_sum", "tokens_sum")
 
     def update(self, before: Tensor, after: Tensor, tokens: Tensor) -> None:
         """Takes in each row's summed NLL `[rows]` before and after, and its number of label tokens `[rows]`."""
-        self.before_sum += before.to(torch.float64).sum()
-        self.after_sum += after.to(torch.float64).sum()
-        self.tokens_sum += tokens.to(torch.float64).sum()
+        self._add(before, after, tokens)
 
     def compute(self) -> Tensor:
         """Perplexity after minus before, float32 scalar."""
         return ((self.after_sum / self.tokens_sum).exp() - (self.before_sum / self.tokens_sum).exp()).float()
 
 
-class WeightedMean(Metric):
+class WeightedMean(_RowSums):
     """Mean of per-row values with weights (KL over positions, F1 over rows, …), float32 scalar.
 
     Example:
@@ -113,18 +117,12 @@ class WeightedMean(Metric):
         tensor(2.5000)
     """
 
-    full_state_update = False
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-        for name in ("value", "weight"):
-            self.add_state(f"{name}_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    sums = ("value_sum", "weight_sum")
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Takes in `values` `[rows]` and their weights (1 by default)."""
-        weights = torch.ones_like(values) if weights is None else weights
-        self.value_sum += (values.to(torch.float64) * weights.to(torch.float64)).sum()
-        self.weight_sum += weights.to(torch.float64).sum()
+        weights = (torch.ones_like(values) if weights is None else weights).to(torch.float64)
+        self._add(values * weights, weights)
 
     def compute(self) -> Tensor:
         return (self.value_sum / self.weight_sum).float()
