@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,14 @@ import numpy as np
 import torch
 
 
-def random_states() -> dict[str, Any]:
-    """Of torch (CPU, and this process's GPU), numpy and Python; tensors and builtins only.
+def random_states(devices: Iterable[torch.device] | None = None) -> dict[str, Any]:
+    """Where torch's (the CPU's and those of `devices`), numpy's and Python's generators stand.
+
+    Args:
+        devices: accelerators, CUDA's or MPS; None: this process's CUDA device, where there is one.
+
+    Returns:
+        Tensors and builtins only, so that a file with them loads with `weights_only=True`.
 
     Example:
         >>> states = random_states()
@@ -21,10 +27,12 @@ def random_states() -> dict[str, Any]:
         >>> torch.equal(first, torch.rand(1))
         True
     """
+    if devices is None:
+        devices = [torch.device("cuda")] if torch.cuda.is_available() else []
     name, keys, *rest = np.random.get_state()
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    for device in devices:
+        states[str(device)] = torch.mps.get_rng_state() if device.type == "mps" else torch.cuda.get_rng_state(device)
     return states
 
 
@@ -35,13 +43,21 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(inner), gauss))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    for name in states.keys() - {"torch", "python", "numpy"}:
+        if name == "mps":
+            torch.mps.set_rng_state(states[name])
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[name], name)
 
 
 @contextmanager
-def kept_random_states() -> Iterator[None]:
-    """What is drawn inside is not missing afterwards.
+def kept_random_states(devices: Iterable[torch.device] | None = None) -> Iterator[None]:
+    """What is drawn inside is not missing afterwards, also where an exception ends it.
+
+    Lightning's `isolate_rng` puts nothing back after an exception, and does not know MPS.
+
+    Args:
+        devices: see `random_states`.
 
     Example:
         >>> with kept_random_states():
@@ -49,7 +65,7 @@ def kept_random_states() -> Iterator[None]:
         >>> torch.equal(first, torch.rand(1))
         True
     """
-    states = random_states()
+    states = random_states(devices)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mend_lightning.errors import MendError
+from mend_lightning.training.random_states import kept_random_states
 
 # Integer buffers up to this many entries are taken for counters and positions, larger ones for packed weights.
 LARGEST_COUNTER = 2**18
@@ -65,9 +66,7 @@ def own_random_numbers(seed: int, devices: Iterable[torch.device] = ()) -> Itera
         True
     """
     accelerators = [device for device in devices if device.type in ("cuda", "mps")]
-    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    theirs = [(device, _accelerator_state(device)) for device in accelerators]
-    try:
+    with kept_random_states(accelerators):
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
         # Not torch.manual_seed: it seeds accelerators that are not ours.
@@ -75,23 +74,6 @@ def own_random_numbers(seed: int, devices: Iterable[torch.device] = ()) -> Itera
         for device in accelerators:
             _seed_accelerator(device, seed)
         yield
-    finally:
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        for device, state in theirs:
-            _set_accelerator_state(device, state)
-
-
-def _accelerator_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.mps.get_rng_state()
-
-
-def _set_accelerator_state(device: torch.device, state: torch.Tensor) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.mps.set_rng_state(state)
 
 
 def _seed_accelerator(device: torch.device, seed: int) -> None:
