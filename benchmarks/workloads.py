@@ -15,7 +15,7 @@ from benchmarks.reference import ReferenceMend, row_inputs
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import MendEditor
 from mend_lightning.models.forward.hooks import applied
-from mend_lightning.training.step import compute_deltas, edit_step
+from mend_lightning.training.step import edit_step
 
 C_EDIT, LEARNING_RATE = 0.1, 1e-6
 # What ours can be compared with.
@@ -120,7 +120,7 @@ def _our_apply(bench: Bench) -> Callable[[], Tensor]:
 
     @torch.no_grad()
     def apply() -> Tensor:
-        deltas = compute_deltas(bench.model, bench.editor, bench.batch.z_edit)
+        deltas = bench.editor.make_deltas(bench.model, bench.batch.z_edit).deltas
         with applied(layers, deltas):
             return bench.model(**bench.batch.x_in.inputs).logits
 
@@ -140,7 +140,7 @@ def _reference_apply(bench: Bench) -> Callable[[], Tensor]:
 def warm_up_statistics(bench: Bench) -> None:
     """Ours and the reference take in the same tokens, each with its own code; in sum their statistics are then equal."""
     bench.editor.train()
-    compute_deltas(bench.model, bench.editor, bench.batch.z_edit)
+    bench.editor.make_deltas(bench.model, bench.batch.z_edit)
     for index in range(bench.batch.tasks):
         bench.reference.edited_weights(bench.batch.z_edit, index, training=True)
     bench.editor.eval()

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers.bases import FORMATS
+from helpers.edits import compute_deltas
 from helpers.models import KINDS, make_batch, make_rows, relative_error, spread_parameters, tiny_model
 from helpers.reference import log_probabilities, rows_of_task
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +19,7 @@ from mend_lightning.editors.making import editor_encoder, make_edit
 from mend_lightning.errors import ConfigError, LowConfidenceWarning
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.prompts import PromptFormat
-from mend_lightning.training.step import compute_deltas, edit_step
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["helpers.bases"]
 C_EDIT = 0.1

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.bases import assert_same_state
+from helpers.edits import compute_deltas
 from helpers.models import ROUNDING, make_batch, make_rows, relative_error, tiny_model
 from helpers.reference import kl, nll, rows_of_task
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors import Editor, EnnEditor
 from mend_lightning.errors import ConfigError
 from mend_lightning.training.checks import unreached_parameters
-from mend_lightning.training.step import compute_deltas, edit_step
+from mend_lightning.training.step import edit_step
 
 C_EDIT, C_BASE = 0.1, 0.7
 # The base is float64; factors, deltas and losses of the package are float32.

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.bases import FORMATS, REMARKS, assert_same_state, first_batches, given, state_copy
+from helpers.edits import compute_deltas
 from helpers.models import KINDS, ROUNDING, relative_error, spread_parameters, tiny_model
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +26,6 @@ from mend_lightning.errors import (
 )
 from mend_lightning.models.fingerprint import base_fingerprint
 from mend_lightning.models.forward.generation import generate_answers
-from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["helpers.bases"]
 FACT = ("Which continent is North Korea in?", "Oceania")

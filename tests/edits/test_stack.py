@@ -9,13 +9,12 @@ import threading
 import pytest
 import torch
 from helpers.bases import assert_same_state, state_copy
-from helpers.edits import changed, hooks, logits, random_edit
+from helpers.edits import changed, compute_deltas, hooks, logits, random_edit
 from helpers.models import KINDS, ROUNDING, make_rows, relative_error, spread_parameters, tiny_model
 from torch import nn
 
 from mend_lightning import EditStack, MendEditor
 from mend_lightning.edits.stack_state import _dtype_beside
-from mend_lightning.training.step import compute_deltas
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.bases import FORMATS, assert_same_state, state_copy
+from helpers.edits import compute_deltas
 from helpers.models import KINDS, make_batch, spread_parameters, tiny_model
 from helpers.slow_scores import FIELDS, dense_weights, one_task, plain_greedy, slow_scores
 from torch.func import functional_call
@@ -19,7 +20,6 @@ from mend_lightning.evaluation.evaluate import RowScores, evaluate_batch
 from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, questions, task_records
 from mend_lightning.models.forward.generation import MAX_NEW_TOKENS, generate_answers
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["helpers.bases"]
 

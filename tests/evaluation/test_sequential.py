@@ -10,6 +10,7 @@ import torch
 import yaml
 from helpers.bases import FORMATS, REMARKS, assert_same_state, run_config, state_copy
 from helpers.commandline import assert_says, call
+from helpers.edits import compute_deltas
 from helpers.models import KINDS, spread_parameters
 from matplotlib.image import imread
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,6 @@ from mend_lightning.editors import Editor, EnnEditor
 from mend_lightning.errors import ConfigError
 from mend_lightning.evaluation.sequential import Checkpoint, EditSequence, edit_in_sequence
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["helpers.bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)

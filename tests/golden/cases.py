@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.mend import MendEditor
-from mend_lightning.models.forward.losses import align_labels
-from mend_lightning.models.inputs.rows import Rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
 REASON = f"golden vectors of the original code are not at {FOLDER}"
@@ -99,7 +98,12 @@ class Case:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
         shift = self.config["shift_targets"] and not self.is_classifier
         task = torch.zeros(len(labels), dtype=torch.long)
-        return Rows(inputs, align_labels(labels, shift), task, tasks=1)
+        return Rows(inputs, _next_labels(labels) if shift else labels, task, tasks=1)
+
+
+def _next_labels(labels: Tensor) -> Tensor:
+    """Labels `[rows, length]` where the logits that predict them are: one position before."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 @cache

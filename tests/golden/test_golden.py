@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.edits import compute_deltas
 
 from golden.cases import FOLDER, REASON, STATISTICS, case_names, load_case, relative_error
 from golden.checks import (
@@ -18,7 +19,7 @@ from golden.checks import (
 from golden.running import Run, logits, parameters_by_original_name, run_case
 from mend_lightning.editors.factors import edit_factors
 from mend_lightning.models.forward.trunk import TrunkOutputs
-from mend_lightning.training.step import compute_deltas, edit_step, locality_positions_of
+from mend_lightning.training.step import edit_step, locality_positions_of
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=REASON)
 

@@ -10,8 +10,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import Edit, LowRankDelta
+from mend_lightning.editors.editor import Editor
 from mend_lightning.edits.deltas import DenseDelta
 from mend_lightning.models.fingerprint import base_fingerprint, layer_fingerprints
+from mend_lightning.models.forward.hooks import Delta
+from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.layers import default_layers, layer_shape, select_layers
 
 
@@ -51,6 +54,11 @@ def _about(layers: dict[str, nn.Module]) -> dict:
     ordered = {name: layers[name] for name in sorted(layers)}
     marks = {"base_fingerprint": base_fingerprint(ordered), "weights": layer_fingerprints(ordered)}
     return {"base": "some/base", "base_options": {"revision": "abc", "kind": None}, **marks}
+
+
+def compute_deltas(model: nn.Module, editor: Editor, z_edit: Rows) -> dict[str, Delta]:
+    """The weight deltas that `editor` makes of the edits: layer name -> Delta."""
+    return dict(editor.make_deltas(model, z_edit).deltas)
 
 
 def changed(model: nn.Module, *edits: Edit) -> nn.Module:

@@ -153,6 +153,11 @@ def _padded(rows: Sequence[Tensor], value: int = 0) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
+def decode_labels(tokenizer: transformers.PreTrainedTokenizerBase, labels: Tensor) -> str:
+    """The text that one row's aligned labels `[length]` spell."""
+    return tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
+
+
 def spread_parameters(module: nn.Module, size: float = 0.1) -> nn.Module:
     """Moves every parameter away from its initial value, so that none is 0 or 1 by accident."""
     with torch.no_grad():

@@ -7,9 +7,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from helpers.edits import compute_deltas
 from mend_lightning.models.forward.generation import MAX_NEW_TOKENS
 from mend_lightning.models.inputs.rows import Rows
-from mend_lightning.training.step import compute_deltas
 
 AFTER = ("correct_after", "nll_after", "tokens", "hits")
 FIELDS = {"z_edit": AFTER, "x_in": AFTER, "x_out": (*AFTER, "correct_before", "nll_before", "agreement", "kl")}

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.bases import FORMATS, small_tokenizer
+from helpers.edits import compute_deltas
 from helpers.models import KINDS, ROUNDING, make_batch, make_rows, relative_error, rounds_alike, spread_parameters
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file, save_file
@@ -37,7 +38,7 @@ from mend_lightning.models.sharding.meta import parameters_on_meta
 from mend_lightning.models.sharding.weights import FileWeights, RandomWeights, SentWeights, places_of, safetensors_keys
 from mend_lightning.training.checks import check_strategy
 from mend_lightning.training.distributed.strategies import ShardedBaseStrategy, ShardedStrategy, shard_editor
-from mend_lightning.training.step import compute_deltas, edit_step
+from mend_lightning.training.step import edit_step
 
 pytest_plugins = ["helpers.bases"]
 

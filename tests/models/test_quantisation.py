@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.edits import hooks, logits, random_edit
+from helpers.edits import compute_deltas, hooks, logits, random_edit
 from helpers.models import make_rows, relative_error, spread_parameters, tiny_model
 from helpers.quantized import with_weights_of
 from torch import nn
@@ -14,7 +14,6 @@ from torch import nn
 from mend_lightning import Edit, EditStack, MendEditor
 from mend_lightning.errors import BaseModelMismatchError, UnverifiedBaseWarning
 from mend_lightning.models.fingerprint import base_fingerprint, is_quantized, layer_fingerprints, readable_weight
-from mend_lightning.training.step import compute_deltas
 
 pytest_plugins = ["helpers.quantized"]
 quanto = pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto: a base with quantised weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.edits import compute_deltas
 from helpers.models import make_batch, make_rows, relative_error, tiny_model
 from helpers.reference import ReferenceMend
 from helpers.step_reference import C_EDIT, check_against_reference, spread_editor
@@ -13,7 +14,7 @@ from mend_lightning.editors import MendEditor
 from mend_lightning.editors.factors import edit_factors
 from mend_lightning.errors import EmptyEditError
 from mend_lightning.models.forward.logits import attended_mask
-from mend_lightning.training.step import compute_deltas, edit_step, locality_positions_of
+from mend_lightning.training.step import edit_step, locality_positions_of
 
 
 def test_every_family(family):

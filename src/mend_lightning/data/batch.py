@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from mend_lightning.data.tasks import EditTask
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.rows import Rows
@@ -53,7 +51,6 @@ class EditBatch:
         z_edit: the edit examples `(x_e, y_e)`.
         x_out: unrelated inputs, with the labels that drawdown is measured on.
         x_in: rephrases of the edits (their `labels` are `y_in`).
-        y_in: `[rows, length]` labels of `x_in`, aligned like `Rows.labels`.
         texts: the tasks as text (`EditTask`), for reports and error messages; may be empty.
     """
 
@@ -61,10 +58,6 @@ class EditBatch:
     x_out: Rows
     x_in: Rows
     texts: tuple[Any, ...] = ()
-
-    @property
-    def y_in(self) -> Tensor:
-        return self.x_in.labels
 
     @property
     def tasks(self) -> int:

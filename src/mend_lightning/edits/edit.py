@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ class Edit:
             editor's layers), `weights` (of each layer), `relative_norm`, `editor`, `prompt_format`, `date`, `versions`.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 2)
         >>> model = nn.ModuleDict({"fc": layer})
         >>> edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 2), torch.ones(1, 1, 2))})
@@ -72,10 +72,6 @@ class Edit:
         layers = self.layers_in(model, force)
         with changing_hooks(model), applied(layers, self.beside(layers).deltas):
             yield model
-
-    def on(self, device: torch.device | str) -> Edit:
-        """The same edit with its factors on `device`."""
-        return replace(self, deltas={name: delta.to(device) for name, delta in self.deltas.items()})
 
     def beside(self, layers: Mapping[str, nn.Module]) -> Edit:
         """The same edit with each layer's factors where the layer's weight is: a model may be spread over devices."""

@@ -65,11 +65,6 @@ class StepOutput:
         return parts if self.drift is None else {**parts, "drift": self.drift}
 
 
-def compute_deltas(model: nn.Module, editor: Editor, z_edit: Rows) -> dict[str, Delta]:
-    """The weight deltas that `editor` makes of the edits: layer name -> Delta."""
-    return dict(editor.make_deltas(model, z_edit).deltas)
-
-
 def locality_positions_of(x_out: Rows, positions: LocalityPositions) -> Positions:
     """Where the locality loss looks: every real position (the original's) or the answer's."""
     return x_out.attended_positions if positions == "all" else x_out.label_positions

@@ -8,26 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mend_lightning.models.inputs.rows import IGNORED_LABEL
-
-
-def align_labels(labels: Tensor, shift: bool) -> Tensor:
-    """Aligns Hugging Face labels with the logits that predict them.
-
-    Args:
-        labels: `[rows, length]` int64, -100 where no loss looks.
-        shift: True where `logits[:, t]` predicts `labels[:, t + 1]` (causal models; also BART as the
-            original code trained it). T5 needs no shift.
-
-    Returns:
-        `[rows, length]` int64: entry `t` is what `logits[:, t]` must predict.
-
-    Example:
-        >>> align_labels(torch.tensor([[-100, 5, 6]]), shift=True).tolist()
-        [[5, 6, -100]]
-    """
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL) if shift else labels
-
 
 def mean_by_task(values: Tensor, task: Tensor, tasks: int) -> Tensor:
     """Mean of `values` `[n]` within each task: `[tasks]` float. A task without values gives NaN.

@@ -207,10 +207,6 @@ class Encoder:
             raise TokenizerError(f"The target {target!r} has no token.")
         return ids
 
-    def decode_labels(self, labels: Tensor) -> str:
-        """The text that one row's aligned labels `[length]` spell."""
-        return self.tokenizer.decode(labels[labels != IGNORED_LABEL].tolist())
-
 
 def _binary_label(target: str) -> int:
     """1 or 0 of a binary classifier's class name.
