@@ -1,9 +1,11 @@
 """Checkpoints that every process writes its part of.
 
 `X.ckpt` is an ordinary checkpoint file but for the tensors that lie on several processes; those are in a folder that it
-names, `shards/X-<random id>/`, one safetensors file a process. (torch.distributed.checkpoint keeps its table of contents as
-a pickle, which runs whatever it holds.) The folder is complete before `X.ckpt` is replaced, and the one before it is removed
-after, so `X.ckpt` is whole at any moment.
+names, `shards/X-<random id>/`, one safetensors file a process. The folder is complete before `X.ckpt` is replaced, and the
+one before it is removed after, so `X.ckpt` is whole at any moment.
+
+torch.distributed.checkpoint keeps its table of contents as a pickle, which runs whatever it holds. Its safetensors writer
+does not, but it writes over the files of the checkpoint before, holds tensors alone, and has no sums that show damage.
 """
 
 from __future__ import annotations

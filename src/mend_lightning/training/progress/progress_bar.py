@@ -25,6 +25,7 @@ class EditProgressBar(ProgressBar):
     """Progress of fit, validate, test and predict in edits.
 
     In a terminal a bar. In a log a line now and then. No metric is read but to be shown, so no step waits for the device.
+    (Lightning's bars count iterations of an epoch, and draw themselves anew in a log many times a second.)
 
     Example:
         >>> trainer = L.Trainer(callbacks=[EditProgressBar()], logger=False, accelerator="cpu")
