@@ -30,7 +30,7 @@ LoaderT = TypeVar("LoaderT", bound=DataLoader)
 
 
 class EditDataModule(L.LightningDataModule):
-    """Batches of independent edit tasks, as `EditBatch` with `z_edit`, `x_out`, `x_in` and `y_in`.
+    """Batches of independent edit tasks, as `EditBatch` with `z_edit`, `x_out` and `x_in`.
 
     Every draw depends on the seed, the epoch and the record alone: the number of workers, processes and a
     resumed run change nothing.
