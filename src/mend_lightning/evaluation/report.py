@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,10 @@ def write_results(
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    import lightning
-
     return {
         "mend_lightning": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
+        "lightning": version("lightning"),
         "python": platform.python_version(),
     }
