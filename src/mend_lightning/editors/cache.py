@@ -35,9 +35,9 @@ class Cache(Editor):
     and unrelated facts above.
 
     Measured on SmolLM2-135M-Instruct (96 validation edits of world_facts, the quickstart's prompt, bfloat16; test was
-    not looked at). The default is where edit success and known facts kept are largest together:
+    not looked at). The default is where edit success and known facts retained are largest together:
 
-    | ε | edit success | rephrases | kept | kept, same relation |
+    | ε | edit success | rephrases | retained | retained, same relation |
     |---|---|---|---|---|
     | 2.5 | 0.45 | 0.18 | 0.97 | 0.94 |
     | 3.0 | 0.55 | 0.32 | 0.94 | 0.89 |

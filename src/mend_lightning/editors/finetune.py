@@ -37,7 +37,7 @@ class FineTuning(Editor):
 
     RMSprop's first step moves every weight by 10 `lr`, whatever the gradient. Where that is enough the KL of FT+KL
     changes nothing, for its gradient is 0 at the base. Measured on SmolLM2-135M-Instruct (32 validation edits of
-    world_facts, the quickstart's prompt, bfloat16; FT reached every edit), edit success / known facts kept:
+    world_facts, the quickstart's prompt, bfloat16; FT reached every edit), edit success / known facts retained:
 
     | lr | 1e-5 | 3e-5 | 1e-4 | 3e-4 | 5e-4 | 1e-3 |
     |---|---|---|---|---|---|---|

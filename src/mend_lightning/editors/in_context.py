@@ -33,7 +33,7 @@ class InContext(Editor):
     does not hold for them), and a model with a limit of its own must have room.
 
     Measured on SmolLM2-135M-Instruct (32 validation edits of world_facts, the quickstart's prompt with its worked
-    example, bfloat16), edit success and known facts kept by `place`: "before" 0.23 and 0.94, "line" 0.04 and 0.91,
+    example, bfloat16), edit success and known facts retained by `place`: "before" 0.23 and 0.94, "line" 0.04 and 0.91,
     "question" 0.26 and 0.74; "line" with the template "Q: {prompt}\\nA: {target}\\n" 0.18 and 0.92. So small a model
     hardly reads what it is told.
 

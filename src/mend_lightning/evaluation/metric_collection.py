@@ -24,8 +24,11 @@ PROTOCOL = {
     ),
     "generated_f1": ("Generated F1", "x_e and rephrases, word overlap of the same answers"),
     "base_accuracy": ("Base knows", "x_out right before the edit, teacher-forced, whole row"),
-    "kept": ("Known facts kept", "of x_out right before, share right after"),
-    "kept_hard": ("Known facts kept, hard", "the same, hard x_out only (the edit's relation, or named so by the data)"),
+    "kept": ("Known facts retained (locality)", "of x_out right before, share right after"),
+    "kept_hard": (
+        "Known facts retained, hard",
+        "the same, hard x_out only (the edit's relation, or named so by the data)",
+    ),
     "drawdown": ("Drawdown (paper)", "accuracy on x_out before minus after"),
     "perplexity_drawdown": ("Perplexity drawdown", "perplexity of x_out's answers after minus before"),
     "locality_agreement": ("Locality agreement", "answer positions of x_out whose arg max is unchanged"),

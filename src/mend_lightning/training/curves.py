@@ -48,8 +48,8 @@ def plot_curves(metrics_csv: Path, target: Path) -> Path:
     names = {
         "edit_success": "edit success",
         "generality": "generality",
-        "kept": "known facts kept",
-        "kept_hard": "kept, hard",
+        "kept": "known facts retained (locality)",
+        "kept_hard": "retained, hard",
     }
     _draw(shares, curves, {f"val/{name}": label for name, label in names.items()}, "validation (held-out subjects)")
     shares.set_ylim(0, 1.02)

@@ -42,7 +42,7 @@ def test_check_of_an_edit_that_is_safe(tiny, shipped, tmp_path):
     check = Edit.load(out).about["check"]
     assert result.code == 0 and check["others"] == "given" and "Asking" not in result.out
     assert check["questions"] == {"edited": 1, "unrelated": 1, "neighbour": 1}
-    assert "near neighbour" in result.out and OTHER in result.out
+    assert "neighbour" in result.out and OTHER in result.out
 
 
 def test_without_a_check_there_is_none(tiny, tmp_path):

@@ -138,7 +138,7 @@ def test_a_log_gets_a_line_for_each_thing_done(mend, edit_data, shown, clock, ca
         "Validation after step 6: 2/2 batches, 0.8 edits/s, took 0:10",
         "Training: 6/6 steps, 2 edits/s, took 2:10",
     ]
-    assert re.search(r"loss [\d.]+, edit success [\d.]+, kept [\d.]+$", lines[1]) and "\r" not in out
+    assert re.search(r"loss [\d.]+, edit success [\d.]+, retained [\d.]+$", lines[1]) and "\r" not in out
 
 
 def test_a_log_stays_short(clock, capsys):

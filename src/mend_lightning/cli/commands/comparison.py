@@ -19,7 +19,7 @@ PAIRED = {"edit_success": True, "drawdown": False}
 # column -> heading; a column that no editor has (a classifier generates nothing) is left out.
 METRICS = {
     "edit_success": "success", "generality": "general", "generated_exact_match": "generated",
-    "drawdown": "drawdown", "perplexity_drawdown": "ppl rise", "kept": "kept", "locality_kl": "KL",
+    "drawdown": "drawdown", "perplexity_drawdown": "ppl rise", "kept": "retained", "locality_kl": "KL",
 }  # fmt: skip
 
 

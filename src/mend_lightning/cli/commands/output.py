@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -29,7 +29,7 @@ def before_after_table(
     Args:
         asked: (kind, question) pairs; before, after: the answers; targets: question -> wanted answer.
     """
-    table = _table("Before and after the edit", (question for _, question in asked), "before", "after")
+    table = _table("Before and after the edit")
     for (kind, question), old, new in zip(asked, before, after):
         table.add_row(
             _KINDS.get(kind, kind), *map(escape, (question, old, new)), verdict(kind, question, old, new, targets)
@@ -38,26 +38,20 @@ def before_after_table(
 
 
 def shift_table(shifts: Sequence[Shift], targets: Mapping[str, str] | None = None) -> Table:
-    """Answers before and after, and how the probability of each of the two moved.
+    """The base's and the edited model's answer, and how the probability of each of the two moved.
 
     Args:
         shifts: of every question.
         targets: edited question -> wanted answer; None where nothing is wanted, but only looked at.
     """
-    columns = (
-        ("before", "after", "P(before)", "P(after)")
-        if targets is not None
-        else ("base", "edited", "P(base)", "P(edited)")
-    )
     title = "Before and after the edit" if targets is not None else "Base and edited model"
-    table = _table(title, (shift.question for shift in shifts), *columns)
+    table = _table(title)
+    table.caption = "Below an answer: its probability, base→edited model."
     for shift in shifts:
-        old, new = (shift.p_old_before, shift.p_old_after), (shift.p_new_before, shift.p_new_after)
-        moves = (f"{before:.2f}→{after:.2f}" for before, after in (old, new))
+        old = f"{shift.old}\n{shift.p_old_before:.2f}→{shift.p_old_after:.2f}"
+        new = f"{shift.new}\n{shift.p_new_before:.2f}→{shift.p_new_after:.2f}"
         said = verdict(shift.kind, shift.question, shift.old, shift.new, targets)
-        table.add_row(
-            _KINDS.get(shift.kind, shift.kind), *map(escape, (shift.question, shift.old, shift.new)), *moves, said
-        )
+        table.add_row(_KINDS.get(shift.kind, shift.kind), *map(escape, (shift.question, old, new)), said)
     return table
 
 
@@ -76,15 +70,13 @@ def verdict(kind: str, question: str, old: str, new: str, targets: Mapping[str, 
     return "[green]changed as asked[/]" if reached else "[red]not what was asked[/]"
 
 
-def _table(title: str, questions: Iterable[str], *columns: str) -> Table:
-    width = max((len(question) for question in questions), default=0)
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    # What was asked shall be read at a glance; the answers give way.
-    table.add_column("question", min_width=min(width, 34))
-    for column in columns:
-        table.add_column(column, no_wrap=column.startswith("P("))
-    table.add_column("", min_width=9)
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    # Narrow, and no column has a least width: rich would cut off at the right what a terminal of 80 columns has no room for.
+    table.add_column("", max_width=len("neighbour"))
+    for column in ("question", "old answer", "new answer"):
+        table.add_column(column)
+    table.add_column("", max_width=len("not what was"))
     return table
 
 

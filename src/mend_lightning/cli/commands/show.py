@@ -122,7 +122,7 @@ def _pairs(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def check_words(check: dict[str, Any]) -> str:
     """The check's result in a line."""
-    numbers = f"success {check['success']:.2f}, {check['kept']:.3f} of {check['kept_of']} other answers kept"
+    numbers = f"success {check['success']:.2f}, {check['kept']:.3f} of {check['kept_of']} other answers retained"
     return f"{'safe to keep' if check['safe'] else 'not safe to keep'} ({numbers}, KL {check['kl_mean']:.3g})"
 
 

@@ -18,7 +18,7 @@ from mend_lightning.training.progress.progress_line import ProgressLine
 from mend_lightning.training.trainer_parts import callbacks_of
 
 # Validation metrics that a log says after each validation.
-VALIDATED = ("loss", "edit_success", "kept")
+VALIDATED = {"loss": "loss", "edit_success": "edit success", "kept": "retained"}
 
 
 class EditProgressBar(ProgressBar):
@@ -156,8 +156,8 @@ def edits_of(batch: Any) -> int:
 
 def validated(trainer: L.Trainer) -> dict[str, float]:
     """What to say of a validation that is over."""
-    found = {name: trainer.callback_metrics.get(f"val/{name}") for name in VALIDATED}
-    return {name.replace("_", " "): value.item() for name, value in found.items() if value is not None}
+    found = {label: trainer.callback_metrics.get(f"val/{name}") for name, label in VALIDATED.items()}
+    return {label: value.item() for label, value in found.items() if value is not None}
 
 
 def training_end(
