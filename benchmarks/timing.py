@@ -36,7 +36,7 @@ def in_turn(
     Args:
         variants: name -> function.
         repeats: rounds that count; one more comes first and does not.
-        wait: for a device that works on while Python goes on.
+        wait: for a device that works on while Python continues.
 
     Yields:
         (name, seconds) after every run; None for the warm-up.

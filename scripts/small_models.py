@@ -43,7 +43,7 @@ class Budget:
     Args:
         steps: optimiser steps; batch_size: texts a step.
         lr: AdamW's peak learning rate; it rises over the first twentieth of the steps and falls to 0.
-        checkpoint_every: steps between checkpoints, from which a killed run goes on.
+        checkpoint_every: steps between checkpoints, from which a killed run resumes.
         seed: of the weights and of the order of texts.
     """
 

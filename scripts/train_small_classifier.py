@@ -124,7 +124,7 @@ def main(
     facts: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Trains a small BERT on true and false statements; the same command goes on where a killed run stopped.
+    """Trains a small BERT on true and false statements; the same command resumes a killed run.
 
     Args:
         out: folder of the model, its tokenizer, the edit records, checkpoints and training.json.

@@ -84,7 +84,7 @@ def main(
     facts: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Trains a small T5 on world_facts; the same command goes on where a killed run stopped.
+    """Trains a small T5 on world_facts; the same command resumes a killed run.
 
     Args:
         out: folder of the model, its tokenizer, checkpoints and training.json.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Italy is the country and Miami the city of the worked examples that prompts start with; the other places are disputed
+# Italy is the country and Miami the city of the few-shot examples that prompts start with; the other places are disputed
 # or no countries.
 SKIPPED_COUNTRIES = set("IT PS XK TW HK MO EH PR RE GP MQ GF NC PF CW YT GU AN CS".split())
 SKIPPED_CITIES = set(

@@ -113,7 +113,7 @@ class NoEffectWarning(UserWarning):
 
 
 class TrunkCacheWarning(UserWarning):
-    """A trunk cache is not used, is damaged in part, or grows no further; training goes on and is slower."""
+    """A trunk cache is not used, is damaged in part, or grows no further; training continues, and is slower."""
 
 
 class TruncationWarning(UserWarning):

@@ -68,7 +68,7 @@ class ReferenceEnn:
         return changes
 
     def losses(self, batch: EditBatch, resting: list[Tensor], rates: Tensor, fixed=None) -> dict[str, Tensor]:
-        """Each loss by task; `fixed`: weights of the resting model that locality is measured from."""
+        """Each loss by task; `fixed`: weights of the pre-edit model that locality is measured from."""
         found: dict[str, list[Tensor]] = {"edit": [], "locality": [], "drift": []}
         for task in range(batch.tasks):
             z_edit, x_out, x_in = (rows_of_task(rows, task) for rows in (batch.z_edit, batch.x_out, batch.x_in))
@@ -129,7 +129,7 @@ def test_meta_gradient_against_finite_differences(family, steps):
     editor = spread_editor(model, steps=steps)
     reference = ReferenceEnn(model, editor)
     here = reference.parameters(editor)
-    # KL(resting ‖ edited) passes no gradient to its first argument, so that one stays where it is.
+    # KL(pre-edit ‖ edited) passes no gradient to its first argument, so that one stays where it is.
     fixed = reference.weights([parameter.detach() for parameter in here[:-1]])
     gradients = package_gradients(model, editor, batch)
     for part in (slice(0, -1), slice(-1, None)):

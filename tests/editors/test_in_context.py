@@ -35,7 +35,7 @@ def asked(base_folder, edit_data):
         kind = KINDS[family]
         model, tokenizer = load_base(str(base_folder(family)), "float32")
         editor = InContext.for_model(model, **settings)
-        # A limit that only the rows as they are fit into: what stands in front must not be cut.
+        # A limit that only the rows as they are fit into: what comes before a question must not be cut.
         editor.encoder = encoder = Encoder.for_model(model, tokenizer, FORMATS[kind], 40)
         data = edit_data(kind, eval_rephrases=2)
         tasks = [data.sampler("validation").task(0, i) for i in range(4)]
@@ -46,7 +46,7 @@ def asked(base_folder, edit_data):
 
 
 def by_hand(made, name: str, edits_at_once: int) -> list[dict]:
-    """Every row of a set with the facts of its task in front, from ids that are put together here."""
+    """Every row of a set with the facts of its task before it, from ids that are put together here."""
     kind, tokenizer, found = made.encoder.kind, made.encoder.tokenizer, []
     rows = getattr(made.batch, name)
     for (prompt, target), task in zip(rows.texts, rows.task.tolist()):

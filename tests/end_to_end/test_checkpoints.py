@@ -1,4 +1,4 @@
-"""Checkpoints of every layout go on in every other; this file is also the script that two processes run."""
+"""Checkpoints of every layout are resumed in every other; this file is also the script that two processes run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def step_file(folder: Path, writer: str) -> Path:
 
 
 def work(folder: Path) -> None:
-    """What two processes do: write in every layout, go on from every other's, and fail to write."""
+    """What two processes do: write in every layout, resume from every other's, and fail to write."""
     for layout in ("ddp", "full", "sharded"):
         module = run(folder / "run.yaml", folder / layout, layout)
         states = [None, None]
@@ -107,7 +107,7 @@ def fail_to_write(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(base_folder, facts, tmp_path_factory) -> Path:
-    """With a run of each layout, and one that goes on from each for each of two processes."""
+    """With a run of each layout, and one that resumes from each for each of two processes."""
     folder = tmp_path_factory.mktemp("layouts")
     run_config(folder, base_folder("llama"), facts)
     run(folder / "run.yaml", folder / "one", "one")

@@ -39,7 +39,7 @@ def test_the_editor_so_far_is_kept_and_the_run_has_not_succeeded(sent, code, bas
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
     assert result.code == code
-    assert "Interrupted. To go on: the same command with --ckpt_path last" in result.out
+    assert "Interrupted. To resume: the same command with --ckpt_path last" in result.out
     last = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert 2 <= last["global_step"] < 9
     kept, expected = load_file(tmp_path / "editor" / "editor.safetensors"), editor_state(last)

@@ -1,4 +1,4 @@
-"""Distributed runs of the command line that lose a process, all of them, or a node: they end, and go on."""
+"""Distributed runs of the command line that lose a process, all of them, or a node: they end, and are resumed."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_one_process_killed_then_all(base_folder, facts, tmp_path, start, whole)
     # The first process alone: the other one must end by itself.
     kill(second.pid)
     assert second.wait(30) == -signal.SIGKILL and gone(other)
-    assert f"Going on from {last}, after step {stopped}" in " ".join(second.output.read_text().split())
+    assert f"Resuming from {last}, after step {stopped}" in " ".join(second.output.read_text().split())
 
     assert main(["fit", "--config", str(run), "--ckpt_path", "last"]) == 0
     assert_as_whole(read_checkpoint(last), whole)
@@ -182,5 +182,5 @@ def test_a_node_that_dies_and_comes_back(base_folder, facts, tmp_path, start, wh
     for process in (stays, back):
         assert process.wait(90) == 0, stays.output.read_text() + back.output.read_text()
     said = " ".join(stays.output.read_text().split()) + " ".join(back.output.read_text().split())
-    assert stopped < STEPS and f"Going on from {last}, after step " in said
+    assert stopped < STEPS and f"Resuming from {last}, after step " in said
     assert_as_whole(read_checkpoint(last), whole)

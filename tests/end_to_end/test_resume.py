@@ -105,13 +105,13 @@ def test_stopped_after_any_step(settings, mend, edit_data, trainer, tmp_path):
     expected = runs.fit("whole", keep=every_step(tmp_path / "steps"))
     stops = sorted((tmp_path / "steps").glob("*.ckpt"), key=lambda path: load(path)["global_step"])
     assert [load(path)["global_step"] for path in stops] == list(range(1, runs.settings["max_steps"] + 1))
-    assert expected["epoch"] > 0, "the run goes on beyond an epoch"
+    assert expected["epoch"] > 0, "the run continues beyond an epoch"
     for path in stops[:-1]:
         assert_same_run(runs.fit(f"from {path.stem}", path), expected)
 
 
 def test_validation_in_mid_epoch_changes_nothing(mend, edit_data, trainer, tmp_path):
-    """And a run resumed from the checkpoint that a validation made goes on behind it."""
+    """And a run resumed from the checkpoint that a validation made continues behind it."""
     validated = {"val_check_interval": 3, "check_val_every_n_epoch": None}
     plain = Runs(mend, edit_data, trainer, tmp_path / "plain").fit("whole")
     runs = Runs(mend, edit_data, trainer, tmp_path, **validated)
@@ -162,7 +162,7 @@ def test_killed(base_folder, facts, tmp_path):
 
 
 def test_interrupted(base_folder, facts, tmp_path):
-    """Ctrl-C: the exit code says so, the last checkpoint is whole, and the run goes on from it."""
+    """Ctrl-C: the exit code says so, the last checkpoint is whole, and the run resumes from it."""
     config = run_config(tmp_path / "run", base_folder("llama"), facts, max_steps=100_000)
     command = [sys.executable, "-m", "mend_lightning.cli", "fit", "--config", str(config)]
     # As from a terminal: a shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.

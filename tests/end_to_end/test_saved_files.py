@@ -232,7 +232,7 @@ def test_shards_are_resumed_by_one_process():
 
 
 def beside_a_host(max_epochs: int) -> MendCallback:
-    """The callback after the host's training went on from its checkpoint, which ends with the first epoch."""
+    """The callback after the host's training resumed from its checkpoint, which ends with the first epoch."""
     callback = MendCallback("model", edits=edit_data(), every_n_steps=2, confidence=None, warmup_steps=0, **LEARNING)
     host = Host()
     trainer = L.Trainer(**TRAINER, max_epochs=max_epochs, callbacks=[callback], num_sanity_val_steps=0)

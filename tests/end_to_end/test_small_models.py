@@ -1,4 +1,4 @@
-"""The scripts that train small base models: what they write, that a killed run goes on, and what the statements say."""
+"""The scripts that train small base models: what they write, that a killed run resumes, and what the statements say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Somebody else's LightningModules, for MendCallback to be a guest of; and everything that a run of one leaves behind."""
+"""Somebody else's LightningModules, for MendCallback to be attached to; and everything that a run of one leaves behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 4
 
 
 class Normed(nn.Module):
-    """A batch norm inside of the model: its statistics must not see what a guest runs."""
+    """A batch norm inside of the model: its statistics must not see what the editor runs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Normed(nn.Module):
 
 
 class Host(L.LightningModule):
-    """Fine-tunes a language model, with all that a guest could disturb: dropout, batch norm, random numbers, mixed modes."""
+    """Fine-tunes a language model, with all that a callback could disturb: dropout, batch norm, random numbers, mixed modes."""
 
     def __init__(self, family: str = "gpt2", lr: float = 1e-3) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def trainer_for(callbacks: list[L.Callback], **settings: Any) -> L.Trainer:
 
 
 def train_host(facts: Path, callbacks: list[L.Callback], host: type[Host] = Host, **settings: Any) -> dict[str, Any]:
-    """Trains a host; returns everything that a guest could have changed, but for the keys of its own."""
+    """Trains a host; returns everything that a callback could have changed, but for the keys of its own."""
     L.seed_everything(7, verbose=False)
     module = host()
     watch = Watch()

@@ -21,7 +21,7 @@ READING = ("tolist", "numpy", "cpu", "__array__", "item")
 
 
 class Waiting(TorchDispatchMode):
-    """Lists operators that ask the device.
+    """Lists operators that synchronize host and device.
 
     Tensors on the device are those given, and what is computed of any of them; others are the host's, which may be asked.
 

@@ -186,7 +186,7 @@ def test_the_loss_scale_never_reaches_delta(mend, edit_data, trainer, monkeypatc
 
 
 def test_an_overflow_is_skipped_and_counted(mend, edit_data, trainer):
-    """The step leaves the parameters as they are, clipping included; the scaler lowers its scale and goes on."""
+    """The step leaves the parameters as they are, clipping included; the scaler lowers its scale, and training continues."""
     module, watch = fitted(mend, edit_data, trainer, 10, plugins=[scaled(2.0**24)], gradient_clip_val=1.0)
     finite = [all(bool(g.isfinite().all()) for g in gradients.values()) for gradients in watch.gradients]
     assert not finite[0] and finite[-1], "the first step overflows, the last one does not"

@@ -17,7 +17,7 @@ from mend_lightning.files import check_writable
 CHECKPOINT_NAMES = ("last", "hpc")
 BEST_UNKNOWN = (
     "--ckpt_path best: which checkpoint is the best is known to the process that trained alone. Its editor is in the run's "
-    "folder: --model.editor RUN/editor. To go on training: --ckpt_path last, or a file."
+    "folder: --model.editor RUN/editor. To resume training: --ckpt_path last, or a file."
 )
 
 

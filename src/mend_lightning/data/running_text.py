@@ -29,7 +29,7 @@ def drop_prefix(draw: random.Random, prompt: str) -> str:
 
 
 def as_question(paragraph: str) -> tuple[str, str]:
-    """A paragraph's first word, and the rest with the blank in front: together they are the paragraph.
+    """A paragraph's first word, and the rest with the blank before it: together they are the paragraph.
 
     A causal model predicts everything but the first token, as in the original; blanks before the first word are lost.
 

@@ -1,4 +1,4 @@
-"""A cache of edits in front of the model (the MEND paper's table 11): near questions get the stored answer."""
+"""A cache of edits before the model (the MEND paper's table 11): near questions get the stored answer."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Editor(nn.Module):
     changes_weights = True
     # Parameters that are a few numbers a layer, and learn with a rate of their own (`MendModule.edit_rate_lr`).
     rate_names = ("edit_rates", "log_ridge")
-    # Weight of L_base, the drift of the resting model; see `base_deltas`.
+    # Weight of L_base, the drift of the pre-edit model; see `base_deltas`.
     c_base = 0.0
     # Name -> class: a saved editor names its class, and a file must not import code.
     _classes: ClassVar[dict[str, type[Editor]]] = {}

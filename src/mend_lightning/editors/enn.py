@@ -4,9 +4,9 @@ It follows the re-implementation by MEND's authors (`algs/enn.py`), "the origina
 SGD with a learned rate for every layer. Here the base's weights `W` are not touched: what training adds to them, ΔW⁰,
 is the editor's.
 
-    resting model   W + ΔW⁰                                    before any edit
+    pre-edit model  W + ΔW⁰                                    before any edit
     one edit        ΔW = ΔW⁰ − Σ_k α ∇_W L_e(W + ΔW⁰ − …)       k = 1 … steps
-    L = c_edit L_edit + KL(resting ‖ edited) + c_base KL(base ‖ resting)
+    L = c_edit L_edit + KL(pre-edit ‖ edited) + c_base KL(base ‖ pre-edit)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class EnnEditor(Editor):
 
     Edits hold ΔW⁰ and are dense: a saved edit is as large as the layers' weights, and two of them must not be added up.
     Metrics compare edited models with the base as it was given, so drawdown holds what training did to it as well; the
-    original measures against the trained model. `Made.inner` is the resting model's loss.
+    original measures against the trained model. `Made.inner` is the pre-edit model's loss.
 
     Memory: ΔW⁰, its gradient and Adam's moments take 16 bytes for each weight of the edited layers, once for all tasks.
     With `first_order=False` the graph of the inner steps is kept until the outer backward pass, attention matrices
@@ -47,7 +47,7 @@ class EnnEditor(Editor):
         steps: gradient steps of an edit (the original's 1); they share the rates.
         first_order: treat the edit's gradient as a constant in training (FOMAML); False, as in the original, lets the
             meta-gradient flow through it.
-        c_base: weight of KL(base ‖ resting) (the original's 1).
+        c_base: weight of KL(base ‖ pre-edit) (the original's 1).
 
     Example:
         >>> editor = EnnEditor({"fc": (2, 3)})

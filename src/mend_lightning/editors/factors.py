@@ -202,10 +202,10 @@ class Factors:
         task: `[tokens]` int64, the task of each token.
         tasks: number of tasks.
         row: `[tokens]` int64, the row of `z_edit` that each token is of; None where nobody asks.
-        kept: `[tokens]` bool, false for tokens that are here only because the device was not asked whether they count: their
+        kept: `[tokens]` bool, false for tokens that are here only because finding out would synchronize host and device: their
             `u` and `delta` are 0, and neither statistics nor edits may see them. None: all count.
         place: each token's position within its task `[tokens]`, and the largest task's token count; None where it is
-            not known without asking the device.
+            not known without a host-device synchronization.
     """
 
     u: Tensor

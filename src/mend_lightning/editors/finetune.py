@@ -212,5 +212,5 @@ def _deltas(weights: Mapping[str, Tensor]) -> dict[str, DenseDelta]:
 
 
 def _rows(x: Tensor, going: Tensor) -> Tensor:
-    """The tasks that go on, without a copy where all do."""
+    """The tasks that are still tuned, without a copy where all are."""
     return x.detach() if bool(going.all()) else x.detach()[going]

@@ -26,13 +26,13 @@ Place = Literal["before", "line", "question"]
 
 
 class InContext(Editor):
-    """Puts "New fact: …" in front of every question that is asked. No training, and no weight changes.
+    """Prefixes every question that is asked with "New fact: …". Nothing is trained, and no weight changes.
 
-    The facts of all edits of a task stand in front of each of its questions, the unrelated ones too: whether the model
+    The facts of all edits of a task come before each of its questions, the unrelated ones too: whether the model
     tells them apart is what is measured. Prompts get longer, so every answer costs more; nothing is cut (`max_length`
     does not hold for them), and a model with a limit of its own must have room.
 
-    Measured on SmolLM2-135M-Instruct (32 validation edits of world_facts, the quickstart's prompt with its worked
+    Measured on SmolLM2-135M-Instruct (32 validation edits of world_facts, the quickstart's prompt with its few-shot
     example, bfloat16), edit success and known facts retained by `place`: "before" 0.23 and 0.94, "line" 0.04 and 0.91,
     "question" 0.26 and 0.74; "line" with the template "Q: {prompt}\\nA: {target}\\n" 0.18 and 0.92. So small a model
     hardly reads what it is told.
@@ -64,7 +64,7 @@ class InContext(Editor):
         self.template, self.place = template, place
 
     def told(self, facts: Sequence[tuple[str, str]]) -> str:
-        """The text that stands in front of a question."""
+        """Returns the text that comes before a question."""
         return "".join(_filled(self.template, prompt, target) for prompt, target in facts)
 
     def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> PromptedModel:
@@ -81,7 +81,7 @@ class InContext(Editor):
 
 @dataclass(frozen=True)
 class PromptedModel:
-    """The base model with text put in front of what it is asked (an `Edited`).
+    """The base model whose prompts get a prefix (an `Edited`).
 
     Attributes:
         told: the text of each task.
@@ -107,14 +107,14 @@ class PromptedModel:
         longer = self.longer(model, rows)
         if not torch.equal(longer.label_positions.take(longer.labels), where.take(rows.labels)):
             raise TokenizerError(
-                "The tokenizer makes other ids of an answer when a fact stands in front of its question. End the template "
+                "The tokenizer makes other ids of an answer when a fact comes before its question. End the template "
                 "of InContext with a newline or a blank."
             )
         with replayed(run_trunk(model, longer, {}), slice(None)):
             return states_at(model, longer, longer.label_positions)
 
     def longer(self, model: nn.Module, rows: Rows) -> Rows:
-        """`rows` with the facts of each row's task in front."""
+        """Returns `rows` whose questions come after the facts of their tasks."""
         encoder = _unchanged(self.encoder)
         tasks = rows.task.tolist()
         pairs = [(self._asked(self.encoder, task, prompt), target) for task, (prompt, target) in zip(tasks, rows.texts)]
@@ -123,7 +123,7 @@ class PromptedModel:
         length = longer.inputs["input_ids"].shape[1]
         if limit is not None and length > limit:
             raise ConfigError(
-                f"With the facts in front, a prompt has {length} tokens; {type(model).__name__} reads {limit}. "
+                f"With the facts before the question, a prompt has {length} tokens; {type(model).__name__} reads {limit}. "
                 "Tell fewer facts at once."
             )
         return longer
@@ -149,11 +149,11 @@ def with_facts(template: str, told: str, prompt: str, place: Place) -> str:
     """The whole text that the model is asked to continue.
 
     Args:
-        template: of the question, `PromptFormat.prompt`; may hold worked examples.
+        template: of the question, `PromptFormat.prompt`; may hold few-shot examples.
         told: the facts.
         prompt: the question.
-        place: "before": in front of the template. "line": in front of the template's line that holds the question.
-            "question": in front of the question itself, inside the template.
+        place: "before": before the template. "line": before the template's line that holds the question.
+            "question": directly before the question, inside the template.
 
     Example:
         >>> with_facts("Q: 1?\\nA: 2\\nQ: {input}\\nA:", "New: 3? 4\\n", "3?", "line")

@@ -134,7 +134,7 @@ def stacked(
     Args:
         stack: of the earlier ones; empty before the first.
         made: of the new one, what it brings beside `base_deltas` included.
-        resting: what every edit of this editor brings (ENN's ΔW⁰); it is left out of the sum.
+        base_deltas: what every edit of this editor brings (ENN's ΔW⁰); it is left out of the sum.
 
     Example:
         >>> from mend_lightning.edits.deltas import LowRankDelta

@@ -95,7 +95,7 @@ def kind_of_config(config: Any) -> ModelKind:
 
 
 def pick_dtype(dtype: Dtype) -> torch.dtype:
-    """The torch dtype; "auto" asks the device that will compute, "stored" without files is what most are published in."""
+    """The torch dtype; "auto" depends on the device that will compute; "stored" without files is what most are published in."""
     if dtype == "stored":
         return torch.bfloat16
     if dtype != "auto":

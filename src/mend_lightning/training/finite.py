@@ -19,7 +19,7 @@ _UNTOUCHED, _SAVED = "its parameters are as they were", "the last checkpoint is 
 
 
 class Copied:
-    """A copy of `flags` on the CPU; on CUDA it is made while the device goes on, and `read` waits for it alone."""
+    """A copy of `flags` on the CPU; on CUDA it is made while the device works on, and `read` waits for it alone."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags, self._made = flags, None
@@ -135,7 +135,7 @@ def skips_step(norm: Tensor, scaler: torch.amp.GradScaler | None, step: int, che
     if scaler is None:
         checks.add(norm.isfinite(), partial(check_gradient, step, norm.device))
         return False
-    # A scaler asks the device itself.
+    # A scaler synchronizes host and device itself.
     if norm.isfinite():
         return False
     check_overflow(scaler, step)

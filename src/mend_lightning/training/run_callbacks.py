@@ -63,7 +63,7 @@ class StartReport(L.Callback):
             for line in self.lines(_mend_module(module)):
                 console().print(line, highlight=False)
             if trainer.ckpt_path:
-                console().print(f"Going on from {trainer.ckpt_path}, after step {trainer.global_step}", highlight=False)
+                console().print(f"Resuming from {trainer.ckpt_path}, after step {trainer.global_step}", highlight=False)
 
     def lines(self, module: MendModule) -> list[str]:
         """What is edited, with how many parameters, and how much memory that needs."""
@@ -131,7 +131,7 @@ class SaveEditor(L.Callback):
             state = None if is_sharded(mend.editor) else mend.editor.state_dict()
         if state is not None:
             self._save(trainer, mend, state)
-        console().print("Interrupted. To go on: the same command with --ckpt_path last", highlight=False)
+        console().print("Interrupted. To resume: the same command with --ckpt_path last", highlight=False)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if is_fast_dev_run(trainer):

@@ -35,10 +35,10 @@ class StepOutput:
 
     Attributes:
         edit: `[tasks]` L_edit, the NLL of `y_in` given `x_in` after the edit.
-        locality: `[tasks]` L_loc, KL(base ‖ edited) on `x_out`; of an editor with resting deltas KL(resting ‖ edited).
+        locality: `[tasks]` L_loc, KL(base ‖ edited) on `x_out`; of an editor with base deltas KL(pre-edit ‖ edited).
         inner: `[tasks]` the unedited model's NLL of the edit itself.
         skipped: share of the edit tokens that were dropped because u or delta is zero.
-        drift: `[tasks]` L_base, KL(base ‖ resting) on `x_out`; None of an editor without resting deltas.
+        drift: `[tasks]` L_base, KL(base ‖ pre-edit) on `x_out`; None of an editor without base deltas.
         c_base: weight of `drift`.
     """
 
@@ -50,7 +50,7 @@ class StepOutput:
     c_base: float = 0.0
 
     def total(self, c_edit: float) -> Tensor:
-        """`c_edit L_edit + L_loc`, and `c_base L_base` where the editor has resting deltas: the mean over tasks."""
+        """`c_edit L_edit + L_loc`, and `c_base L_base` where the editor has base deltas: the mean over tasks."""
         loss = (c_edit * self.edit + self.locality).mean()
         return loss if self.drift is None else loss + self.c_base * self.drift.mean()
 
@@ -170,7 +170,7 @@ def _pre_edit(
     deltas: Mapping[str, Delta],
     outer: _Outer,
 ) -> tuple[HeadStates, Tensor]:
-    """States of the resting model at the locality positions, for comparison only, and L_base per task."""
+    """States of the pre-edit model at the locality positions, for comparison only, and L_base per task."""
     # One task for all rows.
     x_out = replace(outer.rows.part(outer.x_out), grouped=True)
     pre_edit = states_above(model, x_out, outer.locality, outer.trunk.part(outer.x_out, {}), layers, deltas)

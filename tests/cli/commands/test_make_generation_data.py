@@ -1,4 +1,4 @@
-"""`mend-lightning make-generation-data`: what it makes, against a plain loop, and that a broken run goes on."""
+"""`mend-lightning make-generation-data`: what it makes, against a plain loop, and that a broken run resumes."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_every_way_of_breaking_off_goes_on_to_the_same_set(make, tmp_path, monke
 
     monkeypatch.setattr(make_generation_data, "sample_continuations", until_third)
     said = make("out")
-    assert said.code == 130 and "2 of 6 batches are kept; start again to go on." in said.out
+    assert said.code == 130 and "2 of 6 batches are kept; start again to resume." in said.out
     assert list(files(tmp_path / "out")) == ["unfinished.jsonl"]
     # As if it had been killed while it wrote the third batch.
     with (tmp_path / "out" / "unfinished.jsonl").open("a") as file:

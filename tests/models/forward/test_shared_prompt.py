@@ -33,13 +33,13 @@ TOKENS = 6
 
 @pytest.fixture(autouse=True)
 def _short_beginnings(monkeypatch):
-    """These prompts' worked examples are shorter than what pays."""
+    """These prompts' few-shot examples are shorter than what pays."""
     monkeypatch.setattr(shared_prompt, "SHORTEST_BEGINNING", 16)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """`tiny(architecture)`: a tiny model of it, with an encoder that puts worked examples in front."""
+    """`tiny(architecture)`: a tiny model of it, with an encoder that puts few-shot examples before a question."""
     folders = {}
 
     def model_and_encoder(name: str) -> tuple[nn.Module, Encoder]:

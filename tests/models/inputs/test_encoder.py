@@ -45,17 +45,17 @@ def with_template(tokenizer: PreTrainedTokenizerFast, single: str) -> PreTrained
 
 
 def with_bos() -> PreTrainedTokenizerFast:
-    """Llama 3's kind: a BOS in front of every text."""
+    """Llama 3's kind: a BOS before every text."""
     return with_template(byte_level(bos_token="<bos>"), "<bos> $A")
 
 
 def with_eos() -> PreTrainedTokenizerFast:
-    """BOS in front and EOS behind (BART; causal tokenizers with add_eos_token)."""
+    """BOS before every text and EOS after it (BART; causal tokenizers with add_eos_token)."""
     return with_template(byte_level(bos_token="<bos>"), "<bos> $A <eos>")
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """T5's kind: SentencePiece, a space in front of every text, EOS behind it."""
+    """T5's kind: SentencePiece, a space before every text, EOS after it."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

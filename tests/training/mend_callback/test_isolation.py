@@ -1,4 +1,4 @@
-"""The parts of being a guest, each alone; and what is said, before training starts, where it cannot work."""
+"""The parts of isolation and attachment, each alone; and what is said, before training starts, where it cannot work."""
 
 from __future__ import annotations
 

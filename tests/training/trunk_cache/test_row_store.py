@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, monkeypatch):
     assert put(store, 1, 2)
     with pytest.warns(TrunkCacheWarning, match=r"grows no further: .*No space left.*Make room on the disk"):
         assert not put(store, 3)
-    # Once: training goes on without another word.
+    # Once: training continues without another word.
     assert not put(store, 4)
     for found in (store, RowStore(tmp_path)):
         assert_holds(found, 1, 2)

@@ -57,7 +57,7 @@ def compare_command(
 ) -> None:
     """Trains (or loads) editors on one task and base, tests all on the same edits, writes one table and plots.
 
-    A run that was stopped goes on where it was: what is finished is not done again.
+    A comparison that was stopped resumes: what is finished is not done again.
 
     Args:
         name: a config as for fit, with a section `compare` that names the editors: a file or a shipped one (`--config NAME`).
@@ -221,7 +221,7 @@ def _call(command: str, config: Path, *arguments: str) -> None:
     if code:
         raise MendError(
             f"`mend-lightning {command} --config {config}` failed (exit code {code}); its error is above. What was finished before "
-            "is kept: the same comparison goes on there."
+            "is kept: the same comparison resumes there."
         )
 
 

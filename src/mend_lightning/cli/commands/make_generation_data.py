@@ -55,7 +55,7 @@ def make_generation_data_command(
 
     Writes train.jsonl, validation.jsonl and test.jsonl.
 
-    A run that was killed or interrupted goes on where it stopped when it is started again with the same settings.
+    A run that was killed or interrupted resumes when it is started again with the same settings.
 
     Args:
         text_file: any text in UTF-8; a paragraph ends at an empty line, or is a line.
@@ -93,7 +93,7 @@ def make_generation_data_command(
         raise ConfigError(f"{base} is no causal language model; continuations need one.")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts = paragraphs(text, min_words, ascii_only)[:limit]
-    # A token less: some tokenizers put one in front.
+    # A token less: some tokenizers put one before every text.
     found = passages(texts, tokenizer, prompt_tokens, new_tokens, max_tokens - 1)
     encoder = Encoder.for_model(model, tokenizer, RUNNING_TEXT, prompt_tokens + new_tokens + 2)
     batches = [found[start : start + batch_size] for start in range(0, len(found), batch_size)]
@@ -108,7 +108,7 @@ def make_generation_data_command(
                 done.append(records(batch, targets))
                 append(file, done[-1])
     except KeyboardInterrupt:
-        console().print(f"{len(done)} of {len(batches)} batches are kept; start again to go on.", highlight=False)
+        console().print(f"{len(done)} of {len(batches)} batches are kept; start again to resume.", highlight=False)
         raise
     _finish(out, [record for batch in done for record in batch], settings, len(found))
 

@@ -1,6 +1,6 @@
 """Classes that configs of version 0.1 name by the module they were in, and where they are now.
 
-A run writes the class paths of its settings into its config.yaml, and users write them by hand; both must go on being read.
+A run writes the class paths of its settings into its config.yaml, and users write them by hand; both must still be read.
 """
 
 from __future__ import annotations

@@ -53,5 +53,5 @@ def _text(encoder: Encoder, prompt: str, ids: list[int]) -> str | None:
 
 
 def batch_seed(seed: int, batch: int) -> int:
-    """The seed of one batch, so that a run that goes on after a break draws what it would have drawn."""
+    """The seed of one batch, so that a run that is resumed draws what it would have drawn."""
     return zlib.crc32(f"{seed}/{batch}".encode())

@@ -67,7 +67,7 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> str:
 def passages(
     texts: Sequence[str], tokenizer: Any, prompt_tokens: int, new_tokens: int, max_tokens: int
 ) -> list[Passage]:
-    """Prompts of `prompt_tokens` tokens (at whole words) from those paragraphs that go on for `new_tokens` at least.
+    """Prompts of `prompt_tokens` tokens (at whole words) from those paragraphs that have `new_tokens` more at least.
 
     Args:
         max_tokens: a paragraph is kept up to so many.

@@ -16,7 +16,7 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
     """`prompt`, `target`, `paragraph` (the whole text that the prompt begins), and optionally `rephrases`.
 
     `make-generation-data` writes this. Blanks are kept: a continuation that starts a new word starts with one.
-    Without `rephrases` a rephrase is the prompt with up to half of it dropped in front, drawn anew in every epoch (the
+    Without `rephrases` a rephrase is the prompt without up to the first half of it, drawn anew in every epoch (the
     original: `data_classes/wiki.py`). Unrelated inputs are other records' paragraphs.
     """
     require(data, REQUIRED_KEYS, where)

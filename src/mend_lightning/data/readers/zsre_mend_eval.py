@@ -15,8 +15,8 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
     """`src`, `alt`, `answers`, `rephrase`, `loc`, `loc_ans`, and optionally `pred`, `subject`; `cond` is not read.
 
     The edit's target is `alt`, as in MEND and EasyEdit (which leave out records whose `alt` is empty, as happens here);
-    ROME edits towards the true `answers[0]`. `loc` keeps its text, "nq question: " in front and no question mark
-    behind; ROME puts a "?" behind it, some of EasyEdit's scripts cut "nq question: " off.
+    ROME edits towards the true `answers[0]`. `loc` keeps its text, which begins with "nq question: " and ends without
+    a question mark; ROME puts a "?" behind it, some of EasyEdit's scripts cut "nq question: " off.
     """
     require(data, REQUIRED_KEYS, where)
     locality = Question(text(data["loc"], "loc", where), flat_texts(data["loc_ans"], "loc_ans", where), "loc")

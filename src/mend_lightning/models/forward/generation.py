@@ -34,8 +34,8 @@ def generate_answers(
     """Greedy answers to `prompts`, up to the stop text, the end-of-sequence token or `max_new_tokens`.
 
     Where the format has no stop (running text), nothing ends an answer, the end-of-sequence token neither: it has
-    `max_new_tokens` tokens, or as many as `lengths` says. What prompts begin with in common (the format's worked
-    examples) runs once where all rows are asked under the same edit and the model can go on from there.
+    `max_new_tokens` tokens, or as many as `lengths` says. What prompts begin with in common (the format's few-shot
+    examples) runs once where all rows are asked under the same edit and the model can continue from there.
 
     Args:
         model: a causal model or an encoder-decoder; a binary classifier answers with the name of a class.

@@ -33,7 +33,7 @@ _WHOLE = "_mend_lightning_whole_logits"
 
 @dataclass(frozen=True)
 class HeadStates:
-    """What the output head reads at some positions, and how the model goes on from there.
+    """What the output head reads at some positions, and what the model makes of it.
 
     Attributes:
         hidden: `[n, width]`; the logits themselves where the head cannot be run apart.

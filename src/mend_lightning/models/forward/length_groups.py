@@ -83,7 +83,7 @@ def _cheapest_cut(lengths: Sequence[int], pass_tokens: int, most: int) -> tuple[
 def trunk_groups(model: nn.Module, rows: Rows, skipped: int = 0) -> list[list[int]]:
     """The groups in which `rows` pass the trunk of `model`.
 
-    One where lengths are not known on the host (asking the device for them would wait for it), and where blocks are
+    One where lengths are not known on the host (to learn them would synchronize host and device), and where blocks are
     sharded: each pass would gather them again, and equally often on all processes.
 
     Args:

@@ -38,7 +38,7 @@ def sum_shares(weighted: Tensor, task: Tensor, tasks: int) -> Tensor:
 
 
 def _counts(task: Tensor, tasks: int) -> Tensor:
-    # Not bincount: it asks the device how many there are.
+    # Not bincount: it synchronizes host and device, to learn how many there are.
     return torch.zeros(tasks, device=task.device).index_add(0, task, torch.ones(task.shape[0], device=task.device))
 
 

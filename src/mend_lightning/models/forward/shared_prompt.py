@@ -1,6 +1,6 @@
-"""Prompts that begin alike: their common beginning (worked examples, say) runs once, on one row, and not in every row.
+"""Prompts that begin alike: their common beginning (few-shot examples, say) runs once, on one row, and not in every row.
 
-The rows go on from a copy each of its key-value cache: `[beginning][padding][rest]`. A row's tokens keep their
+The rows continue from a copy each of its key-value cache: `[beginning][padding][rest]`. A row's tokens keep their
 positions, for these are counted without the padding. The padding does stand between a row's tokens, however, so this is
 for models that tell tokens apart by their positions and a mask alone, and not by their places in the batch.
 """
@@ -73,7 +73,7 @@ def padded(rows: Sequence[Sequence[int]], left: bool = True, beginning: int = 0)
 
 
 def can_share(model: nn.Module, longest: int) -> bool:
-    """Whether rows of up to `longest` tokens can go on from a common beginning, by what the model says about itself.
+    """Whether rows of up to `longest` tokens can continue from a common beginning, by what the model says about itself.
 
     That is a causal model with an ordinary key-value cache, which is told positions; no model with code of its own, none
     that is sharded (all processes must run it equally often), none with a window or a rotation that changes

@@ -1,7 +1,7 @@
 """Trunk replay: blocks below the first edited layer give the same output before and after an edit.
 
 So they run once. Every later pass over the same inputs gets what they returned, row by row. Rows that begin
-alike (a worked example in front of every question) run their common beginning once as well.
+alike (a few-shot example before every question) run their common beginning once as well.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class Encoder:
         )
         if not causal:
             return [*ids[: length - 1], ids[-1]]
-        # A model that was trained with BOS in front answers badly without it.
+        # A model that was trained with BOS before every text answers badly without it.
         start = [ids[0]] if ids[0] == self.tokenizer.bos_token_id and length > 1 else []
         return [*start, *ids[len(ids) - length + len(start) :]]
 

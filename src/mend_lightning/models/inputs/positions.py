@@ -18,7 +18,7 @@ Reach = Literal["labels", "until", "inputs", "first"]
 class Positions:
     """Places in `[rows, length]`, row by row.
 
-    `x[mask]` asks the device how many places there are, and waits for it. These are counted where the rows are made.
+    `x[mask]` synchronizes host and device, to learn how many places there are. These are counted where the rows are made.
 
     Attributes:
         row, column: `[n]` int64.

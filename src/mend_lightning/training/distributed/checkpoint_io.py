@@ -25,7 +25,7 @@ class EditorCheckpointIO(CheckpointIO):
     left to Lightning's TorchCheckpointIO.
 
     Args:
-        asynchronous: copy the state and write it in a thread while training goes on. One file is written at a time: the next
+        asynchronous: copy the state and write it in a thread while training continues. One file is written at a time: the next
             save, load or removal waits, and so does the end of the run, also by Ctrl-C or an error. What goes wrong in
             the thread is raised there.
 

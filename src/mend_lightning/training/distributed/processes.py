@@ -70,7 +70,7 @@ def lost_processes_named() -> Iterator[None]:
         said = shorten(str(error).partition(" This is typically")[0], 200)
         raise ProcessLostError(
             f"Process {_rank()} cannot reach another process of this run: it was killed (out of memory?), stopped with an "
-            "error of its own (look above, or into its log), or the network failed. The last checkpoint is whole. To go on: "
+            "error of its own (look above, or into its log), or the network failed. The last checkpoint is whole. To resume: "
             f"the same command with --ckpt_path last. ({said})"
         ) from error
 

@@ -1,1 +1,1 @@
-"""Working inside a training that is somebody else's: find its model, borrow it, leave everything as it was."""
+"""An editor beside the training of a host: its model is found, used in isolation, and left as it was."""

@@ -1,4 +1,4 @@
-"""An editor at a model that is somebody else's: found, checked, borrowed, edited and given back."""
+"""An editor attached to the model of a host: the model is found, checked, and used in isolation."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class HostAttachment:
         return editor
 
     def calibrate(self, batches: int) -> None:
-        """Estimates the editor's preconditioning from so many batches of training edits; the model is borrowed."""
+        """Estimates the editor's preconditioning from so many batches of training edits; the model must be isolated."""
         given = (batch.to(self.device) for batch in islice(self.given_edits().train_dataloader(), batches))
         calibrate(self.found_model(), self.built_editor(), given)
 

@@ -123,7 +123,7 @@ class EditorTraining:
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Resumes from what `state_dict` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
 

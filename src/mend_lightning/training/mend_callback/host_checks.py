@@ -21,7 +21,7 @@ _WAYS_OUT = {
 
 
 def check_host_strategy(strategy: Any) -> None:
-    """Raises ConfigError where the Trainer's strategy leaves no model that a guest could run by itself."""
+    """Raises ConfigError where the Trainer's strategy leaves no model that an editor could run by itself."""
     for kind in type(strategy).__mro__:
         if kind.__name__ in _WAYS_OUT:
             raise ConfigError(

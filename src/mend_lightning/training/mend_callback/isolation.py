@@ -1,4 +1,4 @@
-"""What a guest leaves as it was: random numbers, modes, flags, buffers, precision and gradient modes of its host."""
+"""Isolates the host from the editor: its random numbers, modes, flags, buffers, precision and gradient modes stay as they were."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def isolated(model: nn.Module, seed: int, autocast: torch.dtype | None = None) -
 
 @contextmanager
 def own_random_numbers(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Random numbers that depend on `seed` alone; afterwards those of Python, numpy and torch go on where they were.
+    """Random numbers that depend on `seed` alone; afterwards those of Python, numpy and torch continue where they were.
 
     Args:
         seed: of all of them.

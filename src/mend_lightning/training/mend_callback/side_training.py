@@ -25,7 +25,7 @@ class SideTraining:
         clock: counts the cost.
         calibration_batches: see `MendCallback`.
         kept: what `state_dict` gave, of a checkpoint or of an earlier `fit`.
-        resumed: it is of a checkpoint of this training, which goes on; not of another one.
+        resumed: whether it is of a checkpoint of this training, which resumes, and not of another one.
 
     Attributes:
         losses: of the last step, name -> scalar.
@@ -97,7 +97,7 @@ class Feed:
 
     Args:
         loader: of the training edits.
-        place: where to go on, from `state_dict`.
+        place: where to resume, from `state_dict`.
     """
 
     def __init__(self, loader: ResumableLoader, place: dict[str, int] | None = None) -> None:

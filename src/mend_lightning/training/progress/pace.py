@@ -17,7 +17,7 @@ class Pace:
     """Recent speed of a loop whose every turn makes some edits, without the first turn: it pays for what comes once.
 
     Args:
-        clock: seconds that go on.
+        clock: gives seconds that never run backwards.
 
     Example:
         >>> times = iter([0.0, 9.0, 11.0, 13.0])

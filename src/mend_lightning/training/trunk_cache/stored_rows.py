@@ -23,8 +23,8 @@ class StoredRows:
     Args:
         store: where their bytes are.
         shape: of the trunk.
-        share_beginnings: the states of a token depend on those before it alone (a causal model), so that a worked example
-            in front of every question is kept once.
+        share_beginnings: the states of a token depend on those before it alone (a causal model), so that a few-shot
+            example before every question is kept once.
     """
 
     def __init__(self, store: RowStore, shape: TrunkShape, share_beginnings: bool) -> None:
@@ -76,7 +76,7 @@ class StoredRows:
         return {name: part.reshape(-1, each) for (name, _, each), part in zip(self._stacks, parts)}
 
     def add(self, keys: Sequence[bytes], texts: Sequence[Text], hidden: Mapping[str, Tensor]) -> None:
-        """Keeps rows that were computed: `hidden[stack]` is `[rows, length, width]`, the tokens of each row in front."""
+        """Keeps rows that were computed: `hidden[stack]` is `[rows, length, width]`, the tokens of each row before its padding."""
         if not self.store.growing:
             return
         raw = {name: states.detach().cpu().contiguous().view(torch.uint8).numpy() for name, states in hidden.items()}
