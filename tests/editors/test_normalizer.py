@@ -121,7 +121,7 @@ def test_update_does_not_ask_for_gradients():
     torch.testing.assert_close(rows.grad, (1 / (normalizer.std + EPSILON)).expand(4, -1))
 
 
-def test_resumed_statistics_go_on():
+def test_resumed_statistics_continue():
     batches = [some_rows(size) for size in (3, 4, 5)]
     uninterrupted, before, after = (RunningNormalizer(WIDTH) for _ in range(3))
     for batch in batches:

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.bases import REMARKS
-from helpers.hosts import Host, Watch, compare, guest, host_loader, train_host, trainer_for
+from helpers.hosts import Host, Watch, callback_for, compare, host_loader, train_host, trainer_for
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
@@ -48,7 +48,7 @@ class Moving(Sharded):
 def editor_of(facts: Path, host: type[Host], processes: int, **settings) -> tuple[dict, dict]:
     """The editor's state after a training, on every process, and what was measured."""
     # Two processes have half as many batches an epoch each.
-    callback = guest(facts, precondition=0.1, calibration_batches=2, every_n_steps=4 // processes)
+    callback = callback_for(facts, precondition=0.1, calibration_batches=2, every_n_steps=4 // processes)
     callback._attachment.edits.batch_size = 4 // processes
     L.seed_everything(7, verbose=False)
     module = host()
@@ -72,9 +72,9 @@ def sharded_run(facts: Path, callbacks: list[L.Callback]) -> dict:
 def main(facts: Path, folder: Path) -> None:
     """What each of the two processes does; it leaves its numbers in a file of its own."""
     spread = {"devices": 2, "strategy": "ddp"}
-    compare(train_host(facts, [], **spread), train_host(facts, [guest(facts)], **spread))
-    alone, visited = sharded_run(facts, []), sharded_run(facts, [guest(facts)])
-    compare(alone, visited)
+    compare(train_host(facts, [], **spread), train_host(facts, [callback_for(facts)], **spread))
+    alone, attached = sharded_run(facts, []), sharded_run(facts, [callback_for(facts)])
+    compare(alone, attached)
     sharded = {"devices": 2, "strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
     out = {"ddp": editor_of(facts, Still, 2, **spread), "fsdp2": editor_of(facts, Sharded, 2, **sharded)}
     torch.save(out, folder / f"{torch.distributed.get_rank()}.pt")

@@ -152,7 +152,7 @@ def flat(checkpoint: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("reader", READERS)
-def test_goes_on_in_any_layout(folder, reader, writer):
+def test_resumes_in_any_layout(folder, reader, writer):
     root = folder / f"{reader} from {writer}"
     if reader == "one":
         run(folder / "run.yaml", root, "one", step_file(folder, writer))

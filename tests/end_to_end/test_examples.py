@@ -43,11 +43,11 @@ def run(base_folder, facts, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("name", "family"), [("fine_tune_t5", "t5"), ("fine_tune_causal", "llama")])
 def test_the_loss_is_the_same_to_the_last_bit(name, family, run):
     # Both models are read from one file, and their weights lie alike.
-    plain, visited = (run(script, family) for script in (name, f"{name}_with_editor"))
-    assert torch.equal(plain.callback_metrics["loss"], visited.callback_metrics["loss"])
+    plain, with_editor = (run(script, family) for script in (name, f"{name}_with_editor"))
+    assert torch.equal(plain.callback_metrics["loss"], with_editor.callback_metrics["loss"])
     for name, value in plain.lightning_module.state_dict().items():
-        assert torch.equal(value, visited.lightning_module.state_dict()[name]), name
-    assert "mend/edit_success" in visited.callback_metrics and "mend/edit_success" not in plain.callback_metrics
+        assert torch.equal(value, with_editor.lightning_module.state_dict()[name]), name
+    assert "mend/edit_success" in with_editor.callback_metrics and "mend/edit_success" not in plain.callback_metrics
 
 
 @pytest.mark.parametrize("name", ["fine_tune_t5", "fine_tune_causal"])

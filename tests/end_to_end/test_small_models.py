@@ -79,7 +79,7 @@ def test_small_classifier(tmp_path, thoughts):
 
 
 @pytest.mark.parametrize("script", [train_small_t5, train_small_classifier])
-def test_a_killed_run_goes_on(script, tmp_path, monkeypatch):
+def test_a_killed_run_resumes(script, tmp_path, monkeypatch):
     script.main(tmp_path / "whole", steps=5, **TINY)
     step = small_models.SmallModel.training_step
 

@@ -54,13 +54,13 @@ def enn(model) -> EnnEditor:
 def slow(model, editor, encoder, tasks, probes):
     """Writes each edit into the weights. ENN's own ΔW⁰ is there from the start and added once."""
     layers = editor.modules_in(model)
-    resting = editor.base_deltas() or {}
-    for name, delta in resting.items():
+    base_deltas = editor.base_deltas() or {}
+    for name, delta in base_deltas.items():
         add(layers[name], delta.dense()[0])
     asked, immediate = [], []
     for task in tasks:
         pairs = [(prompt, task.target) for prompt in (task.prompt, *task.rephrases)]
-        for name, delta in resting.items():
+        for name, delta in base_deltas.items():
             add(layers[name], -delta.dense()[0])
         deltas = compute_deltas(model, editor, encoder.rows(pairs[:1], [0], 1))
         for name, delta in deltas.items():

@@ -108,7 +108,7 @@ def host_loader(host: Host, facts: Path, shuffle: bool = True) -> DataLoader:
     return DataLoader(pairs, batch_size=BATCH, shuffle=shuffle, collate_fn=partial(collate, encoder))
 
 
-def guest(facts: Path, kind: str = "causal", **settings: Any) -> MendCallback:
+def callback_for(facts: Path, kind: str = "causal", **settings: Any) -> MendCallback:
     """A MendCallback on the tiny facts, with a learning rate for tiny models."""
     data = {split: str(facts / f"{split}.jsonl") for split in SIZES}
     form = {"prompt": FORMATS[kind].prompt, "target": FORMATS[kind].target, "stop": FORMATS[kind].stop}

@@ -189,7 +189,7 @@ def test_what_is_wrong_is_said(served, tab, tmp_path):
     assert "Traceback" not in page.content()
 
 
-def test_a_bug_is_a_message_and_the_page_goes_on(served, tab, monkeypatch, caplog):
+def test_a_bug_is_a_message_and_the_page_still_works(served, tab, monkeypatch, caplog):
     page = tab()
     monkeypatch.setattr(served.session, "edit", lambda *fact: 1 / 0)
     edit(page)

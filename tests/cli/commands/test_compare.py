@@ -237,7 +237,7 @@ def test_other_edits_are_not_compared():
         check_same_edits([a, replace(outcome("B", 1), records=a.records[:-1])])
 
 
-def test_a_killed_training_goes_on_at_its_last_checkpoint(tmp_path, monkeypatch):
+def test_a_killed_training_resumes_from_its_last_checkpoint(tmp_path, monkeypatch):
     calls = []
 
     def killed_once(command, config, *arguments):

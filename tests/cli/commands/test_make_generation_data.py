@@ -163,7 +163,7 @@ def test_the_set(make, text, tmp_path):
     assert files(tmp_path / "out") == made
 
 
-def test_every_way_of_breaking_off_goes_on_to_the_same_set(make, tmp_path, monkeypatch):
+def test_every_way_of_breaking_off_resumes_to_the_same_set(make, tmp_path, monkeypatch):
     assert make("whole").code == 0
     expected = files(tmp_path / "whole")
     real, calls = sample_continuations, []

@@ -296,7 +296,7 @@ def test_grouped_rows(task, tasks, grouped):
     assert (rows.task_of_row is None) is grouped
 
 
-def test_a_worked_example_in_front_changes_no_label():
+def test_a_few_shot_example_before_it_changes_no_label():
     tokenizer = with_bos()
     plain = Encoder(tokenizer, LINES).pair(*PAIRS[0])["labels"]
     worked = Encoder(tokenizer, PromptFormat("Q: Where is Rome?\nA: Italy\nQ: {input}\nA:", stop="\n")).pair(*PAIRS[0])[

@@ -42,7 +42,7 @@ def test_a_process_ends_with_the_first():
     assert said == "error: the first process of this run has ended, so this one ends too.\n"
 
 
-def test_a_process_that_nobody_launched_goes_on():
+def test_a_process_that_nobody_launched_does_not_end():
     """Started by somebody's program, which may end before it."""
     process = first_and_its_child("0")
     try:

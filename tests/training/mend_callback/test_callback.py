@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from helpers.bases import REMARKS, assert_same_state, state_copy, tiny_base
-from helpers.hosts import Host, ManualHost, compare, guest, host_loader, train_host, trainer_for
+from helpers.hosts import Host, ManualHost, callback_for, compare, host_loader, train_host, trainer_for
 from helpers.models import ROUNDING, relative_error
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -40,13 +40,13 @@ pytestmark = pytest.mark.filterwarnings(
     ids=["automatic", "accumulating", "manual", "bf16-mixed"],
 )
 def test_the_host_does_not_notice(host, settings, facts):
-    callback = guest(facts)
+    callback = callback_for(facts)
     alone = train_host(facts, [], host, **settings)
-    visited = train_host(facts, [callback], host, **settings)
-    compare(alone, visited)
+    attached = train_host(facts, [callback], host, **settings)
+    compare(alone, attached)
     steps = len({state[1] for state in alone["states"]} - {0})
     assert callback._kept["training"]["steps"] == steps // 2 > 0
-    logged = {name for row in visited["trainer"].logger.rows for name in row if name.startswith("mend/")}
+    logged = {name for row in attached["trainer"].logger.rows for name in row if name.startswith("mend/")}
     assert {"mend/edit_loss", "mend/locality_loss", "mend/time_share", "mend/edit_success", "mend/drawdown"} <= logged
 
 
@@ -65,7 +65,7 @@ def trained(facts, tmp_path_factory):
     """A host trained for two epochs with the callback, and a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("trained")
     keep = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1, enable_version_counter=False)
-    callback = guest(facts)
+    callback = callback_for(facts)
     host, trainer = fit(facts, callback, callbacks=[keep])
     return callback, host, folder
 
@@ -91,7 +91,7 @@ def test_after_fit_there_is_an_editor_of_the_final_weights(trained, tmp_path):
 
 def test_a_step_is_the_step_of_the_method(facts):
     """The gradient by the editor, with plain Adam by hand, on a copy of the host's model as it was when the step came."""
-    callback, seen = guest(facts, every_n_steps=3, decay="none"), []
+    callback, seen = callback_for(facts, every_n_steps=3, decay="none"), []
 
     class Peek(L.Callback):
         def on_train_batch_end(self, trainer, module, *args) -> None:
@@ -105,7 +105,7 @@ def test_a_step_is_the_step_of_the_method(facts):
     trainer = trainer_for([Peek(), callback], max_steps=3, max_epochs=-1)
     trainer.fit(host, host_loader(host, facts))
     model, editor = seen
-    edits = guest(facts)._attachment.edits
+    edits = callback_for(facts)._attachment.edits
     edits.attach(HostModel(model, host.tokenizer))
     loss = edit_step(model, editor.train(), next(iter(edits.train_dataloader()))).total(0.3)
     loss.backward()
@@ -115,29 +115,29 @@ def test_a_step_is_the_step_of_the_method(facts):
 
 
 def test_it_learns_while_the_model_moves(facts):
-    callback = guest(facts, every_n_steps=1)
+    callback = callback_for(facts, every_n_steps=1)
     _, trainer = fit(facts, callback, max_epochs=12, limit_val_batches=0)
     losses = [float(row["mend/edit_loss"]) for row in trainer.logger.rows if "mend/edit_loss" in row]
     assert sum(losses[-4:]) < 0.93 * sum(losses[:4]), losses
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_been(facts, tmp_path):
+def test_a_resumed_run_is_as_if_nothing_had_been(facts, tmp_path):
     """In mid-epoch of host and edits. The host's model does not move: its own loader starts anew, in another order."""
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, enable_version_counter=False)
-    whole, again = guest(facts), guest(facts, edit_rate=1e-2)
+    whole, again = callback_for(facts), callback_for(facts, edit_rate=1e-2)
     fit(facts, whole, Host("llama", lr=0.0), callbacks=[keep], max_epochs=3)
     state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)["callbacks"]
     assert [key for key in state if key.startswith("MendCallback")] == [whole.state_key]
     fit(facts, again, Host("llama", lr=0.0), 3, max_epochs=3, fit={"ckpt_path": tmp_path / "step=5.ckpt"})
     assert_same_state(state_copy(again.editor), state_copy(whole.editor))
     assert again._kept["training"]["steps"] == whole._kept["training"]["steps"] == 6
-    other = guest(facts, rank=4)
+    other = callback_for(facts, rank=4)
     with pytest.raises(BaseModelMismatchError, match="its settings is"):
         fit(facts, other, Host("llama", lr=0.0), max_epochs=3, fit={"ckpt_path": tmp_path / "step=5.ckpt"})
 
 
 def test_fit_twice_trains_on(facts):
-    callback = guest(facts)
+    callback = callback_for(facts)
     host, _ = fit(facts, callback, max_epochs=1)
     editor, before = callback.editor, state_copy(callback.editor)
     fit(facts, callback, host, max_epochs=1)
@@ -147,7 +147,7 @@ def test_fit_twice_trains_on(facts):
 
 def test_one_trainer_for_everything(facts):
     """Fit, fit on, and test with a patch that the editor makes then."""
-    callback, host = guest(facts, patch=[("In which country is Osaka?", "Chile")]), Host()
+    callback, host = callback_for(facts, patch=[("In which country is Osaka?", "Chile")]), Host()
     trainer, loader = trainer_for([callback], max_epochs=1), host_loader(host, facts, shuffle=False)
     trainer.fit(host, host_loader(host, facts), loader)
     trainer.fit_loop.max_epochs = 2
@@ -164,7 +164,7 @@ def test_patch_in_every_stage_and_off_again(trained, facts, tmp_path):
     callback, host, _ = trained
     path = callback.edit("In which country is Lyon?", "Peru").save(tmp_path / "lyon.safetensors")
     fact = ("In which country is Osaka?", "Chile")
-    patched = guest(facts, patch=[str(path), fact], measure=False)
+    patched = callback_for(facts, patch=[str(path), fact], measure=False)
     patched.load_state_dict(callback.state_dict())
     loader = host_loader(host, facts, shuffle=False)
     trainer, plain = trainer_for([patched]), trainer_for([])
@@ -196,7 +196,7 @@ def test_an_exception_in_the_host_leaves_nothing_behind(stage, trained, facts):
         validation_step = predict_step = test_step
 
     host = Breaks()
-    callback = guest(facts, patch=[("In which country is Osaka?", "Chile")], measure=False)
+    callback = callback_for(facts, patch=[("In which country is Osaka?", "Chile")], measure=False)
     callback.load_state_dict(trained[0].state_dict())
     trainer = trainer_for([callback], num_sanity_val_steps=0)
     with pytest.raises(RuntimeError, match="the host's own"):
@@ -210,7 +210,7 @@ def test_an_exception_in_the_host_leaves_nothing_behind(stage, trained, facts):
 
 def test_measured_at_test_and_at_validate(trained, facts):
     callback, host, folder = trained
-    again = guest(facts)
+    again = callback_for(facts)
     trainer = trainer_for([again])
     checkpoint = {"ckpt_path": folder / "step=8.ckpt", "weights_only": True}
     loader = host_loader(host, facts, shuffle=False)
@@ -227,12 +227,12 @@ def test_measured_at_test_and_at_validate(trained, facts):
 
 
 def test_every_n_epochs_and_without_a_validation_of_the_host(facts, tmp_path):
-    callback, host = guest(facts, measure_every_n_epochs=2), Host()
+    callback, host = callback_for(facts, measure_every_n_epochs=2), Host()
     trainer = trainer_for([callback], max_epochs=4)
     trainer.fit(host, host_loader(host, facts), host_loader(host, facts, shuffle=False))
     assert [row["epoch"] for row in trainer.logger.rows if "mend/drawdown" in row] == [1, 3]
     best = ModelCheckpoint(tmp_path, "best", monitor="mend/locality_kl")
-    alone = trainer_for([guest(facts), best], max_epochs=2)
+    alone = trainer_for([callback_for(facts), best], max_epochs=2)
     alone.fit(host, host_loader(host, facts))
     measured = {row["epoch"]: row["mend/locality_kl"] for row in alone.logger.rows if "mend/locality_kl" in row}
     assert list(measured) == [0, 1] and float(best.best_model_score) == min(measured.values())
@@ -242,8 +242,11 @@ def test_several_at_once(facts, tmp_path):
     """Two models in one host, each with its editor, one data module; one checkpoint holds both."""
     host = Host()
     host.teacher = torch.nn.ModuleList([tiny_base("llama", host.tokenizer)])
-    edits = guest(facts)._attachment.edits
-    pair = [guest(facts, edits=edits), guest(facts, model="teacher.0", edits=edits, prefix="teacher", every_n_steps=3)]
+    edits = callback_for(facts)._attachment.edits
+    pair = [
+        callback_for(facts, edits=edits),
+        callback_for(facts, model="teacher.0", edits=edits, prefix="teacher", every_n_steps=3),
+    ]
     keep = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
     trainer = trainer_for([*pair, keep], max_epochs=1)
     trainer.fit(host, host_loader(host, facts), host_loader(host, facts, shuffle=False))
@@ -252,27 +255,27 @@ def test_several_at_once(facts, tmp_path):
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert {each.state_key for each in pair} <= saved.keys()
     with pytest.raises(ConfigError, match="log under the prefix 'mend'. Give each its own"):
-        trainer_for([pair[0], guest(facts, model="teacher.0")]).fit(host, host_loader(host, facts))
+        trainer_for([pair[0], callback_for(facts, model="teacher.0")]).fit(host, host_loader(host, facts))
 
 
 def test_weight_averaging(facts):
     """The averaged weights are the model at the end, and what the editor is for; the average is that without the callback."""
     averages = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
     weights = []
-    for guests in ([], [guest(facts)]):
+    for callbacks in ([], [callback_for(facts)]):
         L.seed_everything(7, verbose=False)
         host = Host()
         averaging = averages.WeightAveraging(avg_fn=lambda old, new, count: old + 0.5 * (new - old))
-        trainer = trainer_for([*guests, averaging], max_epochs=2)
+        trainer = trainer_for([*callbacks, averaging], max_epochs=2)
         trainer.fit(host, host_loader(host, facts), host_loader(host, facts, shuffle=False))
         weights.append(state_copy(host))
     assert_same_state(*weights)
-    assert guests[0].editor.base_fingerprint
-    guests[0].editor.check_base(host.model)
+    assert callbacks[0].editor.base_fingerprint
+    callbacks[0].editor.check_base(host.model)
 
 
 def test_a_gradient_that_is_not_finite_costs_a_step_and_not_the_run(facts):
-    callback = guest(facts, every_n_steps=1)
+    callback = callback_for(facts, every_n_steps=1)
 
     class Breaks(Host):
         def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
@@ -295,7 +298,7 @@ def test_adapters_on_the_edited_layers(facts):
     host = Host("llama")
     config = peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
     host.model = peft.get_peft_model(host.model, config).train()
-    callback = guest(facts)
+    callback = callback_for(facts)
     fit(facts, callback, host, max_epochs=1)
     layers = callback.editor.modules_in(callback.model)
     assert hasattr(layers["model.layers.3.mlp.down_proj"], "lora_A") and "model.layers.3.mlp.down_proj" in layers
@@ -306,7 +309,7 @@ def test_adapters_on_the_edited_layers(facts):
 
 def test_a_patch_alone_and_a_saved_editor_alone(facts, tmp_path):
     """Without facts: only saved edits, no editor is built; or a saved editor, which makes its edit with the host's tokenizer."""
-    callback = guest(facts)
+    callback = callback_for(facts)
     host, _ = fit(facts, callback, max_epochs=1)
     path = callback.edit("In which country is Lyon?", "Peru").save(tmp_path / "lyon.safetensors")
     callback.editor.save_pretrained(tmp_path / "editor")

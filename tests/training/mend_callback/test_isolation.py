@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers.bases import REMARKS, SIZES, tiny_base
-from helpers.hosts import Host, guest, host_loader, trainer_for
+from helpers.hosts import Host, callback_for, host_loader, trainer_for
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
@@ -58,7 +58,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_what_is_borrowed_comes_back(breaks):
+def test_what_is_isolated_is_as_it_was(breaks):
     model = Counting().train()
     model.dropout.eval()
     model.linear.weight.grad = torch.ones(2, 2)
@@ -178,7 +178,7 @@ def test_said_before_training_starts(case, facts):
 
     host = make()
     with pytest.raises(error, match=words):
-        trainer_for([guest(facts, **settings), Started()]).fit(host, host_loader(host, facts))
+        trainer_for([callback_for(facts, **settings), Started()]).fit(host, host_loader(host, facts))
     assert not started
 
 
@@ -188,7 +188,7 @@ def test_a_tokenizer_is_needed(facts, tmp_path):
     loader = host_loader(host, facts)
     tokenizer, host.tokenizer = host.tokenizer, None
     with pytest.raises(ConfigError, match="has no tokenizer. Pass tokenizer="):
-        trainer_for([guest(facts)]).fit(host, loader)
+        trainer_for([callback_for(facts)]).fit(host, loader)
     host.tokenizer = tokenizer
     tokenizer.save_pretrained(tmp_path)
     data = EditDataModule(facts / "train.jsonl", tokenizer=str(tmp_path))
@@ -204,7 +204,7 @@ def test_a_model_that_the_host_builds_later(facts):
     loader = host_loader(host, facts)
     host._kept = [host.model]
     del host.model
-    callback = guest(facts)
+    callback = callback_for(facts)
     trainer_for([callback], max_epochs=1).fit(host, loader)
     assert callback.model is host.model and callback._kept["training"]["steps"] == 2
 
@@ -258,14 +258,14 @@ def test_steps_by_a_budget(monkeypatch):
 def test_a_training_too_short_for_a_step_says_so(facts):
     host = Host()
     with pytest.warns(NoEffectWarning, match=r"took no step: the host's optimisers stepped 2 time.*waits for 50"):
-        trainer_for([guest(facts, every_n_steps=50, measure=False)], max_steps=2, max_epochs=-1).fit(
+        trainer_for([callback_for(facts, every_n_steps=50, measure=False)], max_steps=2, max_epochs=-1).fit(
             host, host_loader(host, facts)
         )
 
 
 def test_an_editor_that_learned_nothing_is_not_measured(facts):
     host = Host()
-    trainer = trainer_for([guest(facts)])
+    trainer = trainer_for([callback_for(facts)])
     with pytest.warns(NoEffectWarning, match="Nothing is measured: the editor has taken no step yet"):
         found = trainer.test(host, host_loader(host, facts, shuffle=False), verbose=False)[0]
     assert list(found) == ["test_loss"]
@@ -273,7 +273,7 @@ def test_an_editor_that_learned_nothing_is_not_measured(facts):
 
 def test_the_cost_is_told(facts, capsys):
     host = Host()
-    trainer_for([guest(facts)], max_epochs=1).fit(host, host_loader(host, facts))
+    trainer_for([callback_for(facts)], max_epochs=1).fit(host, host_loader(host, facts))
     told = capsys.readouterr().out
     assert "MendCallback('model'): 2 editor steps; " in told and "nothing was measured" not in told
 

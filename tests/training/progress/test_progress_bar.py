@@ -188,7 +188,7 @@ def test_speed_is_that_of_the_last_minute():
     assert pace.edits_per_second == pytest.approx(2) and pace.elapsed == 50 + 340 + 1000 + 4
 
 
-def test_a_resumed_training_goes_on_where_it_was(mend, edit_data, shown, clock, screen, tmp_path):
+def test_a_resumed_training_is_shown_from_where_it_was(mend, edit_data, shown, clock, screen, tmp_path):
     batches = given([first_batches(mend("llama"), edit_data(), 1)[0]] * 3)
     run = shown(clock, max_steps=3)
     run.fit(mend("llama"), batches)

@@ -64,7 +64,7 @@ def test_two_writers_and_a_reader_at_once(tmp_path):
     assert len(list(tmp_path.glob("*.rows"))) == len(list(tmp_path.glob("*.index"))) == 2
 
 
-def test_a_closed_store_goes_on_with_new_files(tmp_path):
+def test_a_closed_store_continues_with_new_files(tmp_path):
     store = RowStore(tmp_path)
     put(store, 1, 2)
     store.close()

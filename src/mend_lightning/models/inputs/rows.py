@@ -143,7 +143,7 @@ class Rows:
         return part._with_host(lambda: self.host.part(rows)) if self._knows_host and isinstance(rows, slice) else part
 
     def _numbers(self, rows: slice | Tensor) -> Sequence[int]:
-        # Of a slice this is known without asking the device.
+        # Of a slice this is known without a host-device synchronization.
         if isinstance(rows, slice):
             return range(len(self))[rows]
         return torch.arange(len(self), device=rows.device)[rows].tolist()
