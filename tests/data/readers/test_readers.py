@@ -42,7 +42,7 @@ def test_format_is_recognised(name):
 
 def test_the_examples_of_the_documentation():
     """Each is what its format's reader takes, and is recognised."""
-    text = (FOLDER.parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    text = (FOLDER.parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     block = re.search(r"```\n(kilt .*?)```", text, re.DOTALL).group(1)
     examples = dict(re.findall(r"^(\w+) +(\{.*?)(?=^\w|\Z)", block, re.DOTALL | re.MULTILINE))
     assert set(examples) == set(FORMATS)
