@@ -9,16 +9,15 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 from mend_lightning.errors import OutputPathError
 
@@ -63,13 +62,13 @@ def written(path: str | Path, suffix: str = "") -> Iterator[Path]:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as locked:
-            if suffix and fcntl is not None:
+            if suffix and sys.platform != "win32":
                 # Until the process ends, in whatever way. It waits, for who looks for unfinished files may hold it for a
                 # moment; in a file system without locks none of them is removed.
                 with suppress(OSError):
                     fcntl.flock(locked, fcntl.LOCK_EX)
             yield temporary
-            if fcntl is None:
+            if sys.platform == "win32":
                 # Windows renames no open file; elsewhere it stays locked until it has its name.
                 locked.close()
             _put(temporary, target, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class Scoreboard(nn.Module):
         super().__init__()
         shares = ("reliability", "generality", "base_accuracy", "kept", "kept_hard", "generated_exact_match")
         means = ("token_accuracy", "locality_agreement", "locality_kl", "generated_f1", "delta_norm", "edit_nll")
-        self.metrics = nn.ModuleDict(
+        # Any: a ModuleDict does not say what it holds.
+        self.metrics: Any = nn.ModuleDict(
             {
                 "edit_success": EditSuccess(),
                 "drawdown": Drawdown(),

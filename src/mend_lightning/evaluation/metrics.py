@@ -39,6 +39,8 @@ class RowShare(_RowSums):
 
     higher_is_better = True
     sums = ("hits", "rows")
+    hits: Tensor
+    rows: Tensor
 
     def update(self, correct: Tensor) -> None:
         """Takes in `correct` `[rows]` bool or 0/1."""
@@ -75,6 +77,9 @@ class Drawdown(_RowSums):
 
     higher_is_better = False
     sums = ("before_sum", "after_sum", "rows_sum")
+    before_sum: Tensor
+    after_sum: Tensor
+    rows_sum: Tensor
 
     def update(self, before: Tensor, after: Tensor) -> None:
         """Takes in whether each row `[rows]` was right before and after the edit."""
@@ -97,6 +102,9 @@ class PerplexityDrawdown(_RowSums):
 
     higher_is_better = False
     sums = ("before_sum", "after_sum", "tokens_sum")
+    before_sum: Tensor
+    after_sum: Tensor
+    tokens_sum: Tensor
 
     def update(self, before: Tensor, after: Tensor, tokens: Tensor) -> None:
         """Takes in each row's summed NLL `[rows]` before and after, and its number of label tokens `[rows]`."""
@@ -118,6 +126,8 @@ class WeightedMean(_RowSums):
     """
 
     sums = ("value_sum", "weight_sum")
+    value_sum: Tensor
+    weight_sum: Tensor
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Takes in `values` `[rows]` and their weights (1 by default)."""

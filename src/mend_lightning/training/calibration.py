@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.precondition import InputMoments
-from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.logits import attended_mask, label_mask, without_cache
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import ending_after_edits, replayed
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, concatenate_rows
 from mend_lightning.models.layers import find_stacks
-from mend_lightning.training.progress.progress_line import followed
 from mend_lightning.training.step import Trunk
-from mend_lightning.training.trainer_parts import data_of
 
 
 @torch.no_grad()
@@ -139,23 +134,3 @@ def _input_mask(rows: Rows, tokens: int) -> Tensor:
     if mask is None or mask.shape[1] != tokens:
         return torch.ones(len(rows), tokens, dtype=torch.bool, device=rows.task.device)
     return mask.bool()
-
-
-def first_batches(trainer: L.Trainer, count: int, device: torch.device) -> Iterator[EditBatch]:
-    """The first `count` batches of a Trainer's training data (fewer where an epoch is shorter), with their progress shown.
-
-    Raises:
-        ConfigError: there is no data module.
-    """
-    data = data_of(trainer)
-    if data is None:
-        raise ConfigError(
-            "precondition is estimated from the training data before the first step, and this fit has no data module. "
-            "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
-        )
-    loader = data.train_dataloader()
-    total = min(count, len(loader))
-    batches = (batch.to(device) for batch in islice(loader, total))
-    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
-        return batches
-    return followed(batches, "Estimating the preconditioning", total, trainer.world_size)

@@ -26,7 +26,7 @@ from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
-from mend_lightning.training.calibration import calibrate, first_batches
+from mend_lightning.training.calibration import calibrate
 from mend_lightning.training.checks import (
     check_inference_mode,
     check_loaded,
@@ -49,7 +49,7 @@ from mend_lightning.training.precision import check_trainer_precision, loss_scal
 from mend_lightning.training.random_states import set_own_random_states
 from mend_lightning.training.run_editor import new_editor, saved_editor
 from mend_lightning.training.step import LocalityPositions, StepOutput, step_loss
-from mend_lightning.training.trainer_parts import data_of
+from mend_lightning.training.trainer_parts import data_of, first_batches
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
 

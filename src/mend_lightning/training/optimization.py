@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.models.sharding.collectives import whole
+
+if TYPE_CHECKING:
+    # For its type alone: what is here runs without Lightning.
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 Decay = Literal["none", "linear"]
 

@@ -29,8 +29,13 @@ def random_states(devices: Iterable[torch.device] | None = None) -> dict[str, An
     """
     if devices is None:
         devices = [torch.device("cuda")] if torch.cuda.is_available() else []
-    name, keys, *rest = np.random.get_state()
-    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+    }
     for device in devices:
         states[str(device)] = torch.mps.get_rng_state() if device.type == "mps" else torch.cuda.get_rng_state(device)
     return states

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mend_lightning.data.batch import EditBatch
@@ -52,7 +53,7 @@ class StartReport(L.Callback):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         for keep in trainer.checkpoint_callbacks:
-            if stage == "fit" and getattr(keep, "dirpath", None):
+            if stage == "fit" and isinstance(keep, ModelCheckpoint) and keep.dirpath:
                 check_writable(keep.dirpath)
                 output_file(Path(keep.dirpath, f"{keep.CHECKPOINT_NAME_LAST}{keep.FILE_EXTENSION}"))
         for name in _OUTPUTS.get(stage, ()):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import lightning as L
+import torch
+
+from mend_lightning.data.batch import EditBatch
+from mend_lightning.errors import ConfigError
+from mend_lightning.training.progress.progress_line import followed
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
@@ -33,3 +40,23 @@ def is_fast_dev_run(trainer: L.Trainer) -> bool:
     """
     whole: Any = trainer
     return bool(whole.fast_dev_run)
+
+
+def first_batches(trainer: L.Trainer, count: int, device: torch.device) -> Iterator[EditBatch]:
+    """The first `count` batches of a Trainer's training data (fewer where an epoch is shorter), with their progress shown.
+
+    Raises:
+        ConfigError: there is no data module.
+    """
+    data = data_of(trainer)
+    if data is None:
+        raise ConfigError(
+            "precondition is estimated from the training data before the first step, and this fit has no data module. "
+            "Pass an EditDataModule to fit, or start from an editor that is calibrated already."
+        )
+    loader = data.train_dataloader()
+    total = min(count, len(loader))
+    batches = (batch.to(device) for batch in islice(loader, total))
+    if trainer.progress_bar_callback is None or not trainer.is_global_zero:
+        return batches
+    return followed(batches, "Estimating the preconditioning", total, trainer.world_size)

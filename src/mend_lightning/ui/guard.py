@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # What the page asks for, seen in a browser: itself, what it is made of, whether the server is still there, its events.
 EVENT, UPLOAD = "/gradio_api/queue/join", "/gradio_api/upload"
@@ -39,7 +40,6 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
 }
-_Scope, _Receive, _Send = dict[str, Any], Callable[[], Awaitable[dict]], Callable[[dict], Awaitable[None]]
 
 
 class Guard:
@@ -53,12 +53,12 @@ class Guard:
         uploads: folder of the files that were uploaded, and of nothing else.
     """
 
-    def __init__(self, app: Callable, names: Collection[str], any_address: bool, uploads: Path) -> None:
+    def __init__(self, app: ASGIApp, names: Collection[str], any_address: bool, uploads: Path) -> None:
         self.app, self.names, self.any_address = app, {name.lower() for name in names}, any_address
         self.uploads = Path(os.path.realpath(uploads))
         self._under_way = 0
 
-    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
@@ -67,7 +67,7 @@ class Guard:
             # The page uses no WebSocket.
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _answer(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check(scope, Headers(scope=scope))
             if scope["path"] == EVENT:
@@ -87,7 +87,7 @@ class Guard:
             return
         await self.app(scope, receive, send)
 
-    def _check(self, scope: _Scope, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_mine(hosts[0]):
             raise HTTPException(
@@ -132,7 +132,7 @@ class Guard:
         place = Path(os.path.realpath(path))
         return place.is_relative_to(self.uploads) and place.is_file()
 
-    async def _upload(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         length = _length(scope)
         if not self._under_way:
             _remove_unfinished(self.uploads)
@@ -147,7 +147,7 @@ class Guard:
             self._under_way -= length
 
 
-def _is_from_here(scope: _Scope, headers: Headers, host: str) -> bool:
+def _is_from_here(scope: Scope, headers: Headers, host: str) -> bool:
     """Whether the page asks, a program, or a person who typed or followed the page's address."""
     site, origin = headers.get("sec-fetch-site", "none"), headers.get("origin")
     opened = scope["path"] == "/" and (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == (
@@ -159,7 +159,7 @@ def _is_from_here(scope: _Scope, headers: Headers, host: str) -> bool:
     )
 
 
-def _length(scope: _Scope) -> int:
+def _length(scope: Scope) -> int:
     """How long a request's body is, which browsers say before they send it."""
     headers = Headers(scope=scope)
     lengths = headers.getlist("content-length")
@@ -168,7 +168,7 @@ def _length(scope: _Scope) -> int:
     return int(lengths[0])
 
 
-async def _body(scope: _Scope, receive: _Receive) -> bytes:
+async def _body(scope: Scope, receive: Receive) -> bytes:
     if _length(scope) > EVENT_BYTES:
         raise HTTPException(413, f"An event of the page has at most {EVENT_BYTES:,} bytes.")
     parts, more = [], True
@@ -179,20 +179,20 @@ async def _body(scope: _Scope, receive: _Receive) -> bytes:
     return b"".join(parts)
 
 
-def _again(body: bytes, receive: _Receive) -> _Receive:
+def _again(body: bytes, receive: Receive) -> Receive:
     """Gives a body that was read already, and then what comes after it."""
-    first = [{"type": "http.request", "body": body, "more_body": False}]
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def received() -> dict:
+    async def received() -> Message:
         return first.pop() if first else await receive()
 
     return received
 
 
-def _with_headers(send: _Send) -> _Send:
+def _with_headers(send: Send) -> Send:
     """Adds what keeps other sites from showing the page or reading its answers."""
 
-    async def sent(message: dict) -> None:
+    async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message.setdefault("headers", []))
             for name in [name for name in headers.keys() if name.startswith("access-control-")]:

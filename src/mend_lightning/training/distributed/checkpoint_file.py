@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,8 @@ from textwrap import shorten
 from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 import torch
 
@@ -64,7 +63,7 @@ def remove_unfinished(folder: str | Path) -> list[Path]:
 
 
 def _is_being_written(path: Path) -> bool:
-    if fcntl is None:
+    if sys.platform == "win32":
         return True
     try:
         with path.open("rb+") as file:

@@ -33,9 +33,10 @@ class TrunkReport(L.Callback):
     """Says at the end of `fit` how many rows a trunk cache held, and at its start where a cache has no effect."""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if module.trunk_cache is not None and not module.editor.trainable:
+        editor: Any = module.editor
+        if module.trunk_cache is not None and not editor.trainable:
             warnings.warn(
-                f"trunk_cache has no effect: {own_class(module.editor).__name__} needs no training. Leave it out.",
+                f"trunk_cache has no effect: {own_class(editor).__name__} needs no training. Leave it out.",
                 NoEffectWarning,
                 stacklevel=2,
             )
