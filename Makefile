@@ -1,11 +1,11 @@
-# The two commands of the README: `make quickstart` and `make test`; `make lint`, which checks style and types; and
-# `make notebooks`, which runs and saves the notebooks.
+# The two commands of the README: `make quickstart` and `make test`; `make lint`, which checks style and types;
+# `make test-everywhere`, the suite as on other processors; and `make notebooks`, which runs and saves the notebooks.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
-.PHONY: install quickstart lint test notebooks
+.PHONY: install quickstart lint test test-everywhere coverage notebooks
 
 install: $(VENV)/installed
 
@@ -35,6 +35,19 @@ lint: install
 test: install
 	$(BIN)/mend-lightning get-smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+# The suite as processors without AVX512 and without AVX2 run it, as oneDNN does without AMX, and with two threads.
+SETTINGS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MEND_TEST_THREADS=2 MEND_TEST_THREADS=1
+test-everywhere: install
+	@for setting in $(SETTINGS); do echo "== $$setting"; env $$setting $(MAKE) --no-print-directory test || exit 1; done
+
+# Lines and branches of the package that the suite runs, those that its own processes run included.
+coverage: install
+	$(BIN)/mend-lightning get-smollm2
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 # With the editor of the quickstart.
 notebooks: install

@@ -307,7 +307,7 @@ def test_the_process_ends_after_the_write(tmp_path):
     """A script that ends, or is interrupted, without a teardown."""
     script = (
         "import sys, time, torch\n"
-        "from mend_lightning.models.sharding import checkpoint_io as io\n"
+        "from mend_lightning.training.distributed import checkpoint_io as io\n"
         "write = io.write_checkpoint\n"
         "def slow(*arguments): time.sleep(0.3), write(*arguments)\n"
         "io.write_checkpoint = slow\n"
