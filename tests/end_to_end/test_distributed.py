@@ -18,7 +18,8 @@ import pytest
 import torch
 import yaml
 from helpers.bases import REMARKS, SIZES, run_config
-from helpers.models import tiny_model
+from helpers.models import ROUNDING, relative_error, tiny_model
+from helpers.training import assert_same_training
 from safetensors.torch import load_file
 
 from mend_lightning.data.datamodule import EditDataModule
@@ -31,7 +32,7 @@ from mend_lightning.training.run_callbacks import ResultsReport, StartReport
 
 pytest_plugins = ["helpers.bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
-GLOBAL_BATCH, STEPS = 4, 4
+GLOBAL_BATCH, STEPS, RATE = 4, 4, 1e-4
 
 
 class Losses(L.Callback):
@@ -91,7 +92,7 @@ def run(root: Path, layout: Layout) -> None:
     L.seed_everything(0, verbose=False)
     base = BaseModel(**config["model"].pop("base"), quantize=layout.quantize)
     # A small rate: Adam makes whole steps of gradients that are nothing but rounding.
-    rates = {"lr": 1e-4, "edit_rate_lr": 1e-4}
+    rates = {"lr": RATE, "edit_rate_lr": RATE}
     module = MendModule(base, **{**config["model"], **rates}, precondition=0.1, calibration_batches=2)
     batch_size = GLOBAL_BATCH // layout.processes // layout.accumulate
     data = EditDataModule(**{**config["data"], "batch_size": batch_size})
@@ -191,11 +192,9 @@ def test_weights_and_statistics(both):
     """Of all processes: the same bits on each, and those of one process up to rounding; the base is known again."""
     (spread, _), (alone, _) = both
     expected, states = alone["states"][0], spread["states"]
-    for name, value in expected.items():
+    for name in expected:
         assert all(torch.equal(state[name], states[0][name]) for state in states), name
-        torch.testing.assert_close(
-            states[0][name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    assert_same_training(states[0], expected, RATE, STEPS)
     assert spread["fingerprint"] == alone["fingerprint"]
     counts = [value for name, value in expected.items() if name.endswith("count")]
     assert counts and all(int(count) > 0 for count in counts)
@@ -241,9 +240,7 @@ def test_accumulation_sees_the_same_tokens(runs):
     whole, halves = (runs(Layout(1, accumulate=count))[0]["states"][0] for count in (1, 2))
     for name, value in whole.items():
         if name.endswith(("count", "mean", "m2")):
-            torch.testing.assert_close(
-                halves[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-            )
+            assert relative_error(halves[name], value) < ROUNDING, name
 
 
 def test_fewer_examples_than_processes(facts):

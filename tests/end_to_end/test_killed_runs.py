@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from helpers.bases import REMARKS, run_config
+from helpers.training import assert_same_moments, assert_same_training
 
 from mend_lightning.cli.main import main
 from mend_lightning.training.distributed.checkpoint_file import read_checkpoint
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings(*REMARKS, "ignore:Checkpoint directory .* exists and is not empty.*"),
     pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a run in /proc"),
 ]
-STEPS = 40
+STEPS, RATE = 40, 1e-4
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -38,7 +38,7 @@ def config(root: Path, base: Path, facts: Path) -> Path:
     path = run_config(root, base, facts, max_steps=STEPS, limit_val_batches=0)
     settings = yaml.safe_load(path.read_text())
     # A small rate: Adam makes whole steps of gradients that are nothing but rounding.
-    settings["model"] |= {"lr": 1e-4, "edit_rate_lr": 1e-4, "warmup_steps": 5, "decay": "linear"}
+    settings["model"] |= {"lr": RATE, "edit_rate_lr": RATE, "warmup_steps": 5, "decay": "linear"}
     path.write_text(yaml.safe_dump(settings))
     return path
 
@@ -119,8 +119,8 @@ def assert_as_whole(actual: dict, expected: dict) -> None:
     assert actual["loops"]["fit_loop"]["state_dict"] == expected["loops"]["fit_loop"]["state_dict"]
     (adam,), (expected_adam,) = actual["optimizer_states"], expected["optimizer_states"]
     assert adam["param_groups"] == expected_adam["param_groups"]
-    torch.testing.assert_close(adam["state"], expected_adam["state"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(actual["state_dict"], expected["state_dict"], rtol=1e-5, atol=1e-6)
+    assert_same_moments(adam["state"], expected_adam["state"])
+    assert_same_training(actual["state_dict"], expected["state_dict"], RATE, STEPS)
 
 
 def test_one_process_killed_then_all(base_folder, facts, tmp_path, start, whole):

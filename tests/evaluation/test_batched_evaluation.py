@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.bases import FORMATS, small_tokenizer, tiny_base
-from helpers.models import KINDS, spread_parameters
+from helpers.models import KINDS, rounds_alike, spread_parameters
 from helpers.slow_scores import FIELDS, slow_scores
 
 from mend_lightning import MendEditor, load_base
@@ -70,24 +71,36 @@ def fields(rows, task: int, names) -> dict[str, list[float]]:
     return {name: getattr(rows, name)[rows.task == task].tolist() for name in names}
 
 
-def close(values: list[float]):
-    return pytest.approx(values, rel=1e-5, abs=1e-5)
+def in_float64(model, editor, encoder, tasks) -> list[dict]:
+    """Scores of the edits one by one, and no answers."""
+    return list(examples(copy.deepcopy(model).double(), copy.deepcopy(editor).double(), encoder, tasks, 1, answered=0))
 
 
-def assert_same(actual: list[dict], expected: list[dict]) -> None:
-    for edit, (one, other) in enumerate(zip(actual, expected, strict=True)):
+def assert_same(actual: list[dict], alone: list[dict], exact: list[dict]) -> None:
+    """Answers and counts are equal; losses and divergences are as near to float64's as those of edits alone in float32."""
+    for one, other in zip(actual, alone, strict=True):
         assert one["answers"] == other["answers"] or not other["answers"]
-        for name in SETS:
-            for field in FIELDS[name]:
-                assert one[name][field] == close(other[name][field]), (edit, name, field)
+    for name in SETS:
+        for field in FIELDS[name]:
+            found, expected, truth = (
+                torch.tensor([value for each in edits for value in each[name][field]], dtype=torch.float64)
+                for edits in (actual, alone, exact)
+            )
+            if field.startswith(("nll", "kl")):
+                assert rounds_alike([found], [expected], [truth]), (name, field)
+            else:
+                assert found.tolist() == expected.tolist(), (name, field)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart", "bert"])
 def test_edits_in_batches_of_any_size_are_edits_one_by_one(family, drawn):
     model, editor, encoder, tasks = drawn(family, EDITS)
-    alone = list(examples(model, editor, encoder, tasks, 1, answered=6))
+    alone, exact = (
+        list(examples(model, editor, encoder, tasks, 1, answered=6)),
+        in_float64(model, editor, encoder, tasks),
+    )
     for size in (5, EDITS):
-        assert_same(list(examples(model, editor, encoder, tasks, size)), alone)
+        assert_same(list(examples(model, editor, encoder, tasks, size)), alone, exact)
     right = [hit for each in alone for name in ("z_edit", "x_in") for hit in each[name]["correct_after"]]
     assert (any(right) or family == "bart") and not all(right), "some answers are decoded, some need not be"
     assert len({answer for each in alone for answer in each["answers"]}) > 1
@@ -99,14 +112,13 @@ def test_the_scores_of_a_batch_are_those_of_dense_weights(family, drawn):
     """Each row alone through a model with W + ΔW, in float64, position by position."""
     model, editor, encoder, tasks = drawn(family, 4)
     batch = collate_tasks(tasks, encoder)
-    scores = evaluate_batch(model.double(), editor, batch)
+    scores = evaluate_batch(model.double(), editor.double(), batch)
     for name, of in SETS.items():
         expected = slow_scores(model, editor, batch, name)
         for field in FIELDS[name]:
-            assert getattr(getattr(scores, of), field).tolist() == close([row[field] for row in expected]), (
-                name,
-                field,
-            )
+            # Llama's and T5's norms compute in float32 all the same: of a logit of 40, 1e-4 is twenty times the last bit.
+            close = pytest.approx([row[field] for row in expected], rel=1e-4, abs=1e-4)
+            assert getattr(getattr(scores, of), field).tolist() == close, (name, field)
 
 
 def test_a_thousand_edits(drawn):
@@ -115,7 +127,8 @@ def test_a_thousand_edits(drawn):
     together = list(examples(model, editor, encoder, tasks, 100))
     assert len(together) == 1000
     sample = range(0, 1000, 125)
-    alone = list(examples(model, editor, encoder, [tasks[i] for i in sample], 1))
-    assert_same([together[i] for i in sample], alone)
+    chosen = [tasks[i] for i in sample]
+    alone = list(examples(model, editor, encoder, chosen, 1))
+    assert_same([together[i] for i in sample], alone, in_float64(model, editor, encoder, chosen))
     assert len({tuple(each["answers"]) for each in together}) > 10
     assert torch.tensor([each["z_edit"]["nll_after"] for each in together]).isfinite().all()

@@ -10,6 +10,7 @@ import torch
 from helpers.bases import REMARKS, assert_same_state, state_copy, tiny_base
 from helpers.hosts import Host, ManualHost, callback_for, compare, host_loader, train_host, trainer_for
 from helpers.models import ROUNDING, relative_error
+from helpers.training import assert_same_training
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mend_lightning.data.datamodule import HostModel
@@ -110,8 +111,7 @@ def test_a_step_is_the_step_of_the_method(facts):
     loss = edit_step(model, editor.train(), next(iter(edits.train_dataloader()))).total(0.3)
     loss.backward()
     torch.optim.Adam(editor.parameters(), lr=1e-2).step()
-    for name, value in editor.state_dict().items():
-        torch.testing.assert_close(callback.editor.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+    assert_same_training(callback.editor.state_dict(), editor.state_dict(), rate=1e-2, steps=1)
 
 
 def test_it_learns_while_the_model_moves(facts):

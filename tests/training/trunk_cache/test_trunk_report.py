@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.bases import REMARKS, run_config, state_copy
 from helpers.commandline import assert_says, call
+from helpers.training import assert_same_training
 
 from mend_lightning.editors import FineTuning
 from mend_lightning.errors import ConfigError, NoEffectWarning
@@ -35,9 +36,8 @@ def test_fit_learns_the_same(mend, edit_data, trainer, tmp_path, kind, family, s
         states.append(state_copy(module.editor))
         used.append(getattr(steps[0], "use", None))
         assert module.trunk_of is run_trunk
-    for name, value in states[0].items():
-        for state in states[1:]:
-            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+    for state in states[1:]:
+        assert_same_training(state, states[0], rate=1e-2, steps=5)
     assert used[0] is None
     assert 0 < used[1].found < used[1].rows == used[2].rows == used[2].found
 
