@@ -76,8 +76,8 @@ def test_each_task_is_separate(family):
         for name, (u, delta) in raw.items():
             factors = kept_factors(u, delta, rows.task, 3)
             of_task = factors.task == task
-            # kept_factors is float32.
-            assert relative_error(product(factors.u[of_task], factors.delta[of_task]), expected[name]) < 2e-6, name
+            # kept_factors is float32, and sums over the tokens of a task.
+            assert relative_error(product(factors.u[of_task], factors.delta[of_task]), expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("trainable", [False, True])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.bases import FORMATS, REMARKS, assert_same_state, state_copy
-from helpers.models import KINDS, make_rows, relative_error, tiny_model
+from helpers.models import KINDS, distance, make_rows, relative_error, tiny_model
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -123,7 +123,8 @@ def test_it_is_one_edit_at_a_time_with_torchs_rmsprop(family, edits):
     for name, delta in made.deltas.items():
         assert delta.weight.dtype == torch.float32 and not delta.weight.requires_grad
         for task, each in enumerate(slow):
-            assert relative_error(delta.weight[task], each.deltas[name]) < 2e-3, (name, task, each.steps)
+            # RMSprop divides a gradient by its own size: rounding moves a weight whose gradient is nearly 0.
+            assert distance(delta.weight[task], each.deltas[name]) < 2e-3, (name, task, each.steps)
 
 
 def test_a_gradient_that_is_too_large_is_cut():
@@ -135,7 +136,7 @@ def test_a_gradient_that_is_too_large_is_cut():
     for task in range(2):
         slow = slow_edit(model, list(made.deltas), of_task(rows, task), settings)
         for name, delta in made.deltas.items():
-            assert relative_error(delta.weight[task], slow.deltas[name]) < 2e-3
+            assert distance(delta.weight[task], slow.deltas[name]) < 2e-3
             assert relative_error(free.deltas[name].weight[task], slow.deltas[name]) > 0.1, "the cut matters"
 
 
@@ -162,7 +163,7 @@ def test_a_penalty_on_one_unrelated_fact_a_step(family, base_folder, facts):
         slow = slow_edit(model, list(editor.layers), of_task(rows, task), settings, locality)
         assert slow.steps > 1
         for name, delta in made.deltas.items():
-            assert relative_error(delta.weight[task], slow.deltas[name]) < 5e-3, (name, task, slow.steps)
+            assert distance(delta.weight[task], slow.deltas[name]) < 5e-3, (name, task, slow.steps)
             assert relative_error(plain.deltas[name].weight[task], slow.deltas[name]) > 0.05, "the penalty matters"
 
 
@@ -175,7 +176,7 @@ def test_an_edit_does_not_depend_on_its_batch(base_folder, facts):
     for task, pair in enumerate(pairs):
         alone = editor.make_deltas(model, editor.encoder.rows([pair], [0], 1))
         for name, delta in alone.deltas.items():
-            assert relative_error(together.deltas[name].weight[task], delta.weight[0]) < 1e-2
+            assert distance(together.deltas[name].weight[task], delta.weight[0]) < 1e-2
 
 
 def test_what_is_known_already_changes_nothing():

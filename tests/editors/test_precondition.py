@@ -45,8 +45,7 @@ def test_matrix_is_the_damped_inverse_second_moment():
     u = inputs(200, 6)
     expected = slow_matrix(u, DAMPING)
     # The products are summed from float32 batches.
-    atol = 1e-5 * expected.abs().max().item()
-    torch.testing.assert_close(calibrated(u).matrix.double(), expected, rtol=1e-4, atol=atol)
+    assert relative_error(calibrated(u).matrix, expected) < ROUNDING
 
 
 def test_other_inputs_are_answered_less_for_the_same_effect_on_the_edits_own():
@@ -92,9 +91,7 @@ def test_matrix_with_answers_and_rephrases():
     expected = (inverse(a, DAMPING) @ c @ inverse(b, ridge)).T
     effect = torch.stack([row @ expected @ row for row in u.double()]).mean()
     expected = u.double().std(0, unbiased=False).sum() / effect * expected
-    torch.testing.assert_close(
-        preconditioner.matrix.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
-    )
+    assert relative_error(preconditioner.matrix, expected) < ROUNDING
 
 
 def test_rephrases_are_answered_more_alike_with_the_regression():
@@ -134,7 +131,7 @@ def test_editor_at_its_start_is_the_formula():
     d = delta.double()
     normalized = (d - d.mean(0)) / (d.std(0) + 1e-7)
     expected = -0.01 * normalized.T @ (u.double() @ slow_matrix(u, DAMPING))
-    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    assert relative_error(dense, expected) < ROUNDING
 
 
 def test_uncalibrated_editor_says_what_to_do():

@@ -187,3 +187,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     expected = expected.detach().double()
     error = float((actual.detach().double() - expected).abs().max())
     return error / (float(expected.abs().max()) or 1.0)
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, in parts of the norm expected (absolute where that is 0): a few entries may be further away."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm()) / (float(expected.norm()) or 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.edits import changed, logits, random_edit
-from helpers.models import make_rows, relative_error, tiny_model
+from helpers.models import ROUNDING, make_rows, relative_error, tiny_model
 from torch import nn
 
 from mend_lightning import EditStack
@@ -40,15 +40,15 @@ def test_compiled_before_the_edit(family, how):
     before = logits(model, rows)
     assert relative_error(one, before) > 0.1
     with first.applied(model) as edited:
-        assert relative_error(logits(edited, rows), one) < 1e-6
+        assert relative_error(logits(edited, rows), one) < ROUNDING
     assert torch.equal(logits(model, rows), before)
     stack = EditStack(model)
     stack.add(first, "first")
-    assert relative_error(logits(model, rows), one) < 1e-6
+    assert relative_error(logits(model, rows), one) < ROUNDING
     stack.add(second, "second")
-    assert relative_error(logits(model, rows), both) < 1e-6
+    assert relative_error(logits(model, rows), both) < ROUNDING
     stack.disable("second")
-    assert relative_error(logits(model, rows), one) < 1e-6
+    assert relative_error(logits(model, rows), one) < ROUNDING
     stack.clear()
     assert torch.equal(logits(model, rows), before)
 
@@ -61,7 +61,7 @@ def test_the_model_inside_is_edited():
     assert unwrapped(wrapped) is model and was_compiled(model)
     with EditStack(model) as stack:
         stack.add(edit)
-        assert relative_error(logits(wrapped, rows), expected) < 1e-6
+        assert relative_error(logits(wrapped, rows), expected) < ROUNDING
     assert torch.equal(logits(wrapped, rows), before)
     assert EditStack(wrapped).names == EditStack(model).names == []
 
@@ -80,7 +80,7 @@ def test_more_changes_than_torch_compiles_again(monkeypatch):
                 relative_error(
                     logits(wrapped, rows), logits(changed(tiny_model("llama", blocks=2), *edits[:count]), rows)
                 )
-                < 1e-5
+                < ROUNDING
             )
     assert torch.equal(logits(wrapped, rows), before)
 

@@ -12,7 +12,7 @@ import transformers
 from helpers.bases import FORMATS, REMARKS
 from helpers.commandline import assert_says, call
 from helpers.edits import changed, dense_edit, logits
-from helpers.models import relative_error, spread_parameters
+from helpers.models import ROUNDING, relative_error, spread_parameters
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
 from mend_lightning.editors.making import editor_encoder
@@ -57,7 +57,7 @@ def test_merge(shipped):
     assert f"Model with 2 edits written to {out} (float32)" in result.out
     merged = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     expected = logits(changed(shipped.model, *shipped.edits), shipped.rows)
-    assert relative_error(logits(merged, shipped.rows), expected) < 1e-5
+    assert relative_error(logits(merged, shipped.rows), expected) < ROUNDING
     base = transformers.AutoTokenizer.from_pretrained(shipped.base)
     assert transformers.AutoTokenizer.from_pretrained(out)("Lima?").input_ids == base("Lima?").input_ids
     # Said before the base is looked for.
@@ -90,14 +90,14 @@ def test_export_and_back(shipped):
     assert f"LoRA adapter of 2 edits written to {out}." in result.out
     expected = logits(changed(shipped.model, *shipped.edits), shipped.rows)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(out).eval()
-    assert relative_error(logits(loaded, shipped.rows), expected) < 1e-5
+    assert relative_error(logits(loaded, shipped.rows), expected) < ROUNDING
     path = shipped.folder / "back.safetensors"
     result = call("import-peft", out, "--out", path)
     assert (result.code, result.err) == (0, "") and f"layers saved to {path}." in result.out
     back = Edit.load(path)
     assert back.facts == list(FACTS)
     with back.applied(shipped.model):
-        assert relative_error(logits(shipped.model, shipped.rows), expected) < 1e-5
+        assert relative_error(logits(shipped.model, shipped.rows), expected) < ROUNDING
 
 
 def test_export_each(shipped):
@@ -154,7 +154,7 @@ def test_export_of_a_dense_edit(options, shipped):
     assert f"‖ΔW − compressed‖/‖ΔW‖ = {max(errors.values()):.4f}" in result.out
     loaded = peft.PeftModel.from_pretrained(load_base(shipped.base, "float32")[0], out)
     expected = logits(changed(shipped.model, smaller), shipped.rows)
-    assert relative_error(logits(loaded, shipped.rows), expected) < 1e-5
+    assert relative_error(logits(loaded, shipped.rows), expected) < ROUNDING
 
 
 def test_brackets_in_paths(shipped):

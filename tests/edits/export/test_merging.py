@@ -12,7 +12,7 @@ import torch
 import transformers
 from helpers.bases import assert_same_state, small_tokenizer, state_copy
 from helpers.edits import changed, dense_edit, logits, ragged_edit
-from helpers.models import KINDS, make_rows, relative_error, tiny_model
+from helpers.models import KINDS, ROUNDING, make_rows, relative_error, tiny_model
 
 from mend_lightning import Edit, LowRankDelta
 from mend_lightning.edits.export.merging import EDITS_FILE, merge
@@ -58,7 +58,7 @@ def test_the_folder_holds_the_edited_model(family, kind, tmp_path):
     assert relative_error(before, expected) > 1e-2, "the edits do something"
     merged = load(family, tmp_path / "merged")
     assert type(merged) is type(model)
-    assert relative_error(logits(merged, rows), expected) < 1e-5
+    assert relative_error(logits(merged, rows), expected) < ROUNDING
     unedited = state_copy(model).keys() - {f"{name}.weight" for name in report.layers}
     assert_same_state({k: v for k, v in merged.state_dict().items() if k in unedited}, {k: base[k] for k in unedited})
     assert json.loads((tmp_path / "merged" / EDITS_FILE).read_text()) == [edit.about for edit in edits]
@@ -141,7 +141,7 @@ def test_a_module_that_runs_several_times(tmp_path):
     with edit.applied(model):
         expected = logits(model, rows)
     merge(edit, model, tmp_path / "merged")
-    assert relative_error(logits(load("bert", tmp_path / "merged"), rows), expected) < 1e-5
+    assert relative_error(logits(load("bert", tmp_path / "merged"), rows), expected) < ROUNDING
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -241,7 +241,7 @@ def test_what_is_not_merged(tmp_path):
     assert not folder.exists()
     merge(edit, other_weights, folder, force=True)
     rows = make_rows("llama", [0, 0], 1)
-    assert relative_error(logits(load("llama", folder), rows), logits(changed(other_weights, edit), rows)) < 1e-5
+    assert relative_error(logits(load("llama", folder), rows), logits(changed(other_weights, edit), rows)) < ROUNDING
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
