@@ -22,7 +22,7 @@ from mend_lightning.training.checks import unreached_parameters
 from mend_lightning.training.step import edit_step
 
 C_EDIT, C_BASE = 0.1, 0.7
-# The base is float64; factors, deltas and losses of the package are float32.
+# The base is float64; factors, deltas and losses of the package are float32. Of a KL's parts of about 5 the last bit is 5e-7.
 LOSS, GRADIENT = 2e-6, 5e-5
 
 
@@ -102,7 +102,7 @@ def test_losses_and_gradients(family, settings):
     expected = reference.losses(batch, parameters[:-1], parameters[-1])
     actual = edit_step(model, editor, batch)
     for name, values in expected.items():
-        assert getattr(actual, name).tolist() == pytest.approx(values.tolist(), rel=LOSS, abs=2e-7), name
+        assert getattr(actual, name).tolist() == pytest.approx(values.tolist(), rel=LOSS, abs=1e-6), name
     gradients = torch.autograd.grad(reference.total(batch, parameters[:-1], parameters[-1]), parameters)
     for found, wanted in zip(package_gradients(model, editor, batch), gradients):
         assert wanted.abs().max() > 0
