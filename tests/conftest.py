@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from getpass import getuser
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,9 @@ THIRD_PARTY_WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell that runs the suite in the background has it so; tests interrupt what they start, and themselves.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # The last line that matches counts.
     for line in ("error", *THIRD_PARTY_WARNINGS):
         config.addinivalue_line("filterwarnings", line)

@@ -94,7 +94,7 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").touch()
     edit = Edit({"fc": LowRankDelta(torch.ones(1, 1, 3), torch.ones(1, 1, 5))})
     with pytest.raises(
-        OutputPathError, match="Cannot write .*fact.safetensors.*Give a path in a folder you may write to"
+        OutputPathError, match="Cannot write to the folder .*file: it is a file. Give the path of a folder"
     ):
         edit.save(tmp_path / "file" / "fact.safetensors")
     with pytest.raises(OutputPathError, match="Cannot write"):
