@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,8 +110,8 @@ def test_edit(session):
     else:
         assert "changes no weight, so there is no edit to save" in result.out and not out.exists()
     if session.name in ("FineTuning", "Cache"):
-        # Of an edit that is saved the probabilities stand between.
-        assert re.search(rf"{re.escape(QUESTION)} │ Asia │ Oceania │( [\d.]+→[\d.]+ │)* changed as asked", result.out)
+        # The verdict goes on below, beside the probabilities.
+        assert f"{QUESTION} │ Asia │ Oceania │ changed as" in result.out
     result = call("edit", "--editor", session.root / "editor", *asked, "--confidence", 0.5)
     assert_says(result.err, "has no confidence: how far its edits go is decided in another way")
 
