@@ -17,6 +17,8 @@ from tempfile import gettempdir
 # Before torch is imported: two processes of several OpenMP threads spin against each other on a small machine.
 THREADS = int(os.environ.get("MEND_TEST_THREADS", "1"))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# A thread that waits must not keep a core from the process beside it: on two busy cores two threads take seven times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # torch finds its compiled code again by the graph, not by the instructions it is for: code for AVX512 does not build under
