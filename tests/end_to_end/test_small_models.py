@@ -120,7 +120,14 @@ def test_the_loss_and_the_accuracy_are_the_models_own(tmp_path):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rows = small_models.encode_pairs(encoder, pairs)
     module.log = lambda *args, **kwargs: None
+
+    def answered() -> list[bool]:
+        return [bool((model(input_ids=q, labels=a).logits.argmax(-1) == a).all()) for q, a in zip(asked, answers)]
+
     for step in range(60):
+        # Until some are learned and some not, or the comparison says little: when that is, rounding decides.
+        if step > 20 and step % 3 == 0 and 0 < sum(answered()) < len(pairs):
+            break
         loss = module.training_step(rows, step)
         if step == 0:
             ids = [tokenizer(text, return_tensors="pt")["input_ids"] for pair in pairs for text in pair]
@@ -131,8 +138,7 @@ def test_the_loss_and_the_accuracy_are_the_models_own(tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = [bool((model(input_ids=q, labels=a).logits.argmax(-1) == a).all()) for q, a in zip(asked, answers)]
-    # Some learned and some not, or the comparison says little.
+    right = answered()
     assert 0 < sum(right) < len(right)
     assert small_models.accuracy(model, encoder, pairs, batch_size=3) == sum(right) / len(right)
 
