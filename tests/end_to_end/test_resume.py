@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -152,7 +153,9 @@ def test_killed(base_folder, facts, tmp_path):
         for name in ("killed", "whole")
     )
     command = [sys.executable, "-m", "mend_lightning.cli", "fit", "--config", str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path)
+    # As many threads as the run that it is compared with: they split sums, and rounding with them.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, env=environment)
     last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     wait_for(last, process)
     process.kill()
