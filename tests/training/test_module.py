@@ -324,3 +324,9 @@ def test_compile_blocks_of_earlier_configurations(mend):
         module = mend("llama", compile_blocks=True)
     module.configure_model()
     assert all(part._compiled_call_impl is None and "forward" not in vars(part) for part in module.base_model.modules())
+
+
+@pytest.mark.parametrize("algorithm", [None, FineTuning])
+def test_a_setting_that_is_not_there_is_refused_with_any_editor(mend, algorithm):
+    with pytest.raises(TypeError, match="rankk"):
+        mend("llama", algorithm=algorithm, rankk=4)

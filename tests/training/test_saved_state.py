@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.bases import REMARKS, assert_same_state
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import FSDPModule
 
-from mend_lightning.editors import FineTuning, MendEditor
+from mend_lightning.editors import FineTuning, KnowledgeEditor, MendEditor
 from mend_lightning.errors import (
     BaseModelMismatchError,
     StateDictError,
@@ -155,3 +156,10 @@ def test_damaged_editor_folders(damage, text, tmp_path):
     damage(tmp_path)
     with pytest.raises(StateDictError, match=text):
         MendEditor.from_pretrained(tmp_path)
+
+
+def test_defaults_are_those_of_a_sharded_editors_class_as_well():
+    """FSDP2 makes a class of its own of a sharded editor's, which has `__new__` of FSDP's."""
+    sharded = type("FSDPKnowledgeEditor", (FSDPModule, KnowledgeEditor), {})
+    defaults = KnowledgeEditor.default_settings()
+    assert sharded.default_settings() == defaults and defaults["hidden"] > 0

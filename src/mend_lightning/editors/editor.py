@@ -82,7 +82,8 @@ class Editor(nn.Module):
     @classmethod
     def default_settings(cls) -> dict[str, Any]:
         """The constructor's settings where none are given: what older files, which lack later ones, were made with."""
-        parameters = signature(cls).parameters.items()
+        # Not the class's: FSDP2 gives a sharded editor a class with a `__new__` of its own, which has none of them.
+        parameters = signature(cls.__init__).parameters.items()
         return {name: each.default for name, each in parameters if each.default is not each.empty}
 
     @property

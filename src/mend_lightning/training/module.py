@@ -120,7 +120,8 @@ class MendModule(L.LightningModule):
         # The base is not in the checkpoints, so a checkpoint lacks its keys; `on_load_checkpoint` checks ours.
         self.strict_loading = False
         self.base = base
-        own = algorithm or partial(MendEditor, **asdict(MendSettings(**mend)))
+        settings = MendSettings(**mend)
+        own = algorithm or partial(MendEditor, **asdict(settings))
         self.new_editor = partial(new_editor, algorithm=own, layers=layers, last_blocks=last_blocks)
         self._build_editor: Callable[[nn.Module], Editor] = self.new_editor
         if editor is not None:
