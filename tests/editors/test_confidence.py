@@ -14,7 +14,7 @@ from helpers.reference import log_probabilities, rows_of_task
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.editors.confidence import SCALES, confident_scales, first_crossing
+from mend_lightning.editors.confidence import SCALES, STEPS, TargetScores, best_scale, confident_scales, first_crossing
 from mend_lightning.editors.making import editor_encoder, make_edit
 from mend_lightning.errors import ConfigError, LowConfidenceWarning
 from mend_lightning.models.forward.run_trunk import run_trunk
@@ -31,29 +31,46 @@ def make_editor(model, **settings) -> MendEditor:
     return spread_parameters(editor, 1e-3)
 
 
-def slow_nll(model, editor, deltas, rows, task: int, scale: float) -> float:
-    """−log p of the least probable target of a task, with `W + scale ΔW` in the model."""
+def slow_scores(model, editor, deltas, rows, task: int, scale: float) -> tuple[float, float]:
+    """−log p of the least probable target of a task, and of the least probable end of one, with `W + scale ΔW` in the model."""
     modules, weights = dict(model.named_modules()), {}
     for name in editor.layers:
         change = (scale * deltas[name].up[task].T @ deltas[name].down[task]).detach().double()
         weights[f"{name}.weight"] = modules[name].weight + (change.T if isinstance(modules[name], Conv1D) else change)
-    sums = []
+    sums, ends = [], []
     for row in rows_of_task(rows, task):
         log_p = log_probabilities(model, row, weights)
-        sums.append(-sum(float(log_p[position, target]) for position, target in row.labels))
-    return max(sums)
+        tokens = [-float(log_p[position, target]) for position, target in row.labels]
+        sums.append(sum(tokens))
+        ends.append(tokens[-1])
+    return max(sums), max(ends)
 
 
-def slow_scale(nll: list[float], confidence: float) -> float:
+def slow_nll(*args) -> float:
+    return slow_scores(*args)[0]
+
+
+def crossing(scales: list[float], nll: list[float], wanted: float) -> float:
     """The first crossing, on straight lines between points of a log-log plot."""
-    wanted = -math.log(confidence)
-    for index, value in enumerate(nll):
-        if value <= wanted:
-            if index == 0:
-                return SCALES[0]
-            (x0, y0), (x1, y1) = ((math.log(SCALES[i]), math.log(nll[i])) for i in (index - 1, index))
-            return math.exp(x0 + (x1 - x0) * (y0 - math.log(wanted)) / (y0 - y1))
-    return SCALES[nll.index(min(nll))]
+    index = next(i for i, value in enumerate(nll) if value <= wanted)
+    if index == 0:
+        return scales[0]
+    (x0, y0), (x1, y1) = ((math.log(scales[i]), math.log(nll[i])) for i in (index - 1, index))
+    return math.exp(x0 + (x1 - x0) * (y0 - math.log(wanted)) / (y0 - y1))
+
+
+def slow_scale(scores, confidence: float) -> float:
+    """What the search finds, one scale after another; `scores(scale)` as `slow_scores`."""
+    wanted, found = -math.log(confidence), [scores(scale) for scale in SCALES]
+    for index, (nll, _) in enumerate(found):
+        if nll <= wanted and index == 0:
+            return SCALES[0]
+        if nll <= wanted:
+            low, high = SCALES[index - 1 : index + 1]
+            tried = [low, *(low * step for step in STEPS), high]
+            return crossing(tried, [scores(scale)[0] for scale in tried], wanted)
+    ending = [i for i, (_, end) in enumerate(found) if end <= math.log(2)] or range(len(SCALES))
+    return SCALES[min(ending, key=lambda i: found[i][0])]
 
 
 @pytest.mark.parametrize("confidence", [0.02, 0.3, 0.9])
@@ -66,8 +83,43 @@ def test_scales_are_the_slow_ones(family, confidence, edits):
         deltas = compute_deltas(model, editor, rows)
     scales = confident_scales(model, layers, deltas, rows, run_trunk(model, rows, layers), confidence)
     for task in range(rows.tasks):
-        nll = [slow_nll(model, editor, deltas, rows, task, scale) for scale in SCALES]
-        assert float(scales[task]) == pytest.approx(slow_scale(nll, confidence), rel=1e-3)
+        slow = slow_scale(lambda scale, t=task: slow_scores(model, editor, deltas, rows, t, scale), confidence)
+        assert float(scales[task]) == pytest.approx(slow, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [2.0**-6, 2.0**6])
+def test_a_rate_far_too_small_or_too_large_is_made_up_for(factor):
+    """The edit has the size that its answer needs, whatever rate it started from."""
+    model, rows = tiny_model("llama"), make_rows("llama", [0], 1)
+    editor = make_editor(model).eval()
+    with torch.no_grad():
+        deltas = compute_deltas(model, editor, rows)
+        nll = [slow_nll(model, editor, deltas, rows, 0, scale) for scale in (SCALES[0], 1.0)]
+        assert nll[1] < 0.9 * nll[0], "the edit must help"
+        editor.set_confidence(math.exp(-sum(nll) / 2))
+        usual = compute_deltas(model, editor, rows)
+        editor.edit_rates.data.mul_(factor)
+        far = compute_deltas(model, editor, rows)
+    for name in editor.layers:
+        assert relative_error(far[name].dense(), usual[name].dense()) < 0.02
+
+
+def test_an_edit_that_overflows_reaches_nothing():
+    model, rows = tiny_model("llama"), make_rows("llama", [0], 1)
+    editor = make_editor(model).eval()
+    layers = editor.modules_in(model)
+    with torch.no_grad():
+        deltas = {name: each.scaled(1e30) for name, each in compute_deltas(model, editor, rows).items()}
+    scale = confident_scales(model, layers, deltas, rows, run_trunk(model, rows, layers), 0.9)
+    assert float(scale) in SCALES
+
+
+def test_where_no_size_is_enough_an_answer_that_ends_is_preferred():
+    scales = torch.tensor([1.0, 2.0, 4.0])[:, None]
+    nll = torch.tensor([5.0, 3.0, 2.0])[:, None]
+    never, late = torch.tensor([3.0, 2.0, 0.8])[:, None], torch.tensor([0.1, 0.9, 0.8])[:, None]
+    assert best_scale(scales, TargetScores(nll, never)).item() == 4, "none ends: the most probable"
+    assert best_scale(scales, TargetScores(nll, late)).item() == 1, "the only one that ends"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
@@ -115,10 +167,10 @@ def test_a_step_is_that_of_an_editor_with_the_scaled_rates(family):
 
 
 def test_first_crossing_never_leaves_the_scales():
-    nll = 10 * torch.rand(len(SCALES), 50)
-    scales = first_crossing(nll, 2.0)
-    assert bool(((scales >= SCALES[0] - 1e-6) & (scales <= SCALES[-1] + 1e-6)).all())
-    assert first_crossing(torch.zeros(len(SCALES), 1), 2.0).item() == pytest.approx(SCALES[0])
+    scales = torch.tensor(SCALES)[:, None].expand(-1, 50)
+    found = first_crossing(scales, 10 * torch.rand(scales.shape), 2.0)
+    assert bool(((found >= SCALES[0] * 0.999) & (found <= SCALES[-1] * 1.001)).all())
+    assert first_crossing(scales, torch.zeros(scales.shape), 2.0).tolist() == pytest.approx([SCALES[0]] * 50)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 1.5, -0.2])
