@@ -39,6 +39,9 @@ class Record:
         portability: questions whose answers follow from the edited fact.
         text: the running text it was cut from, of generation data; rephrases are then the prompt with its beginning
             dropped, and as an unrelated fact it is this text.
+        kind: what the subject is ("country", "person", "word", …), so that others of its kind can be put in its place;
+            "" where the file does not tell.
+        statements: the question as beginnings of sentences ("The capital of France is") that a true answer completes.
     """
 
     prompt: str
@@ -52,6 +55,8 @@ class Record:
     locality: tuple[Question, ...] = ()
     portability: tuple[Question, ...] = ()
     text: str = ""
+    kind: str = ""
+    statements: tuple[str, ...] = ()
 
     @property
     def can_be_asked(self) -> bool:

@@ -108,7 +108,7 @@ def parse_record(line: str, where: str = "record", number: int = 0) -> Record:
 
     Args:
         line: a JSON object with `input`, `alternatives`, `filtered_rephrases` (or `rephrases`), `output`
-            (`[{"answer": …}]`), and optionally `prediction`, `subject`, `relation`.
+            (`[{"answer": …}]`), and optionally `prediction`, `subject`, `relation`, `kind`, `statements`.
         where: how errors name the line.
 
     Example:

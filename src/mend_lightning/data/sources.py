@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from mend_lightning.data.tables import TABLES, read_table
 from mend_lightning.errors import DataFileError, RecordError
+
+# The end of a file's name where a shipped set is too large for one file.
+_PART = re.compile(r"-\d$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def read_rows(name: str | Path) -> Iterator[Row]:
         return (Row(row, number, f"{source}, record {number}") for number, row in rows)
     if config or split:
         raise DataFileError(f"{name}: a JSON file has no splits. Give {source} alone; a file is one split.")
-    return _read_json(find_data_file(source))
+    return _numbered(_shipped_files(source) or [find_data_file(source)])
 
 
 def check_source(name: str | Path) -> None:
@@ -97,15 +101,17 @@ def split_name(name: str | Path) -> tuple[str, str, str]:
 def find_data_file(name: str | Path) -> Path:
     """The path of a data file: a path as it is, or a shipped one by name (`world_facts/test`).
 
+    Of a shipped set in several files it is the first.
+
     Raises:
         DataFileError: neither exists.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    shipped = _shipped_folder() / f"{name}.jsonl"
-    if shipped.is_file():
-        return shipped
+    shipped = _shipped_files(name)
+    if shipped:
+        return shipped[0]
     raise DataFileError(
         f"Data file {str(name)!r} does not exist (looked in {Path.cwd()}). Give the path of a JSONL, JSON, CSV or "
         "Parquet file, a folder or hub id of the datasets library (owner/name, name:split), or one of the shipped "
@@ -116,7 +122,19 @@ def find_data_file(name: str | Path) -> Path:
 def shipped_names() -> list[str]:
     """Sets that travel with the package."""
     folder = _shipped_folder()
-    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/*.jsonl"))
+    names = (str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/*.jsonl"))
+    return sorted({_PART.sub("", name) for name in names})
+
+
+def _shipped_files(name: str | Path) -> list[Path]:
+    """The files of a shipped set, a large one's in order (`train-1.jsonl`, `train-2.jsonl`); none of what is no such set.
+
+    A file of one's own goes before a shipped one.
+    """
+    if Path(name).expanduser().is_file() or str(name) not in shipped_names():
+        return []
+    whole = _shipped_folder() / f"{name}.jsonl"
+    return [whole] if whole.is_file() else sorted(whole.parent.glob(f"{whole.stem}-[0-9].jsonl"))
 
 
 def _shipped_folder() -> Path:
@@ -131,6 +149,17 @@ def _is_hub_id(source: str, has_split: str) -> bool:
     owner, _, rest = source.partition("/")
     looks_shipped = any(name.startswith(f"{owner}/") for name in shipped_names())
     return bool(has_split) or (bool(rest) and "/" not in rest and not looks_shipped)
+
+
+def _numbered(paths: list[Path]) -> Iterator[Row]:
+    """The records of one set in one or more files; a record's line counts on through them, its `where` does not."""
+    before = 0
+    for path in paths:
+        number = 0
+        for row in _read_json(path):
+            number = row.line
+            yield replace(row, line=before + number) if before else row
+        before += number
 
 
 def _read_json(path: Path) -> Iterator[Row]:

@@ -14,7 +14,7 @@ REQUIRED_KEYS = ("input", "alternatives", "output", "filtered_rephrases|rephrase
 
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
     """`input`, `alternatives`, `filtered_rephrases` (or `rephrases`), `output` (`[{"answer": …}]`), and optionally
-    `prediction`, `subject`, `relation`."""
+    `prediction`, `subject`, `relation`, `kind` (of the subject) and `statements` (texts that an answer completes)."""
     require(data, REQUIRED_KEYS, where)
     prompt = text(data["input"], "input", where)
     rephrases = texts(data.get("filtered_rephrases", data.get("rephrases")), "filtered_rephrases", where)
@@ -28,6 +28,8 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
         subject=optional_text(data, "subject", where),
         relation=optional_text(data, "relation", where),
         line=line,
+        kind=optional_text(data, "kind", where),
+        statements=texts(data.get("statements") or [], "statements", where),
     )
 
 
