@@ -89,7 +89,7 @@ def processes(facts, tmp_path_factory) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
-        [*command, __file__, str(facts), str(folder)], env=environment, capture_output=True, text=True, timeout=200
+        [*command, __file__, str(facts), str(folder)], env=environment, capture_output=True, text=True, timeout=600
     )
     # Both hosts are compared there, with and without the callback.
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-6000:]

@@ -126,7 +126,7 @@ def folder(base_folder, facts, tmp_path_factory) -> Path:
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        said, _ = process.communicate(timeout=180)
+        said, _ = process.communicate(timeout=600)
     finally:
         # torchrun ends its processes when it is asked to, and leaves them behind when it is killed.
         process.terminate()

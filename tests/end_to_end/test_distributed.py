@@ -164,7 +164,7 @@ def launch(folder: Path, processes: int, layouts: list[Layout]) -> None:
     # Where this process found what it imported.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
-        [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=200
+        [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -61,7 +61,7 @@ def run(number: int, values: dict, asked: str) -> dict:
     notebook = runner.with_parameters(nbformat.read(path, 4), values)
     source = f"import json\nprint(json.dumps({asked}))"
     notebook.cells.append(nbformat.v4.new_code_cell(source, id="asked"))
-    done = runner.execute(notebook, path.parent, timeout=120)
+    done = runner.execute(notebook, path.parent, timeout=600)
     return json.loads(done.cells[-1].outputs[0].text)
 
 
@@ -136,7 +136,7 @@ def test_a_missing_editor_says_what_to_do(tmp_path):
     assert all(says in NOTEBOOKS[number - 1].read_text(encoding="utf-8") for number in (1, 3, 4))
     notebook = runner.with_parameters(nbformat.read(NOTEBOOKS[0], 4), {"EDITOR": str(tmp_path / "editor")})
     with pytest.raises(CellExecutionError, match=says):
-        runner.execute(notebook, NOTEBOOKS[0].parent, timeout=120)
+        runner.execute(notebook, NOTEBOOKS[0].parent, timeout=600)
 
 
 def test_there_are_four():
