@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from torch.utils.data import DataLoader
@@ -167,3 +168,33 @@ def test_several_edits_at_once_are_evaluated_on_the_first_records(facts, base_fo
                           tokenizer=tokenizer)  # fmt: skip
     edited = {text.prompt for batch in data.test_dataloader() for text in batch.texts}
     assert edited == {record.prompt for record in data.sampler("test").records[:4]}
+
+
+def test_neighbors_are_of_the_edit_s_wording_and_about_nothing_that_is_measured():
+    for task in all_tasks(locality=3, hard_locality=1, contrasts=2, names={"country": CITIES, "river": CITIES}):
+        relation = task.relation
+        assert len(task.keep) == 2
+        subjects = [prompt.removeprefix(f"{relation} of ").removesuffix("?") for prompt in task.keep]
+        assert set(subjects) < set(CITIES) - {task.subject}
+        assert not any(subject in prompt for subject in subjects for prompt, _ in task.locality)
+
+
+def test_a_record_s_own_questions_to_keep_come_first():
+    own = [record("Paris", "river", keep=("Is the Seine long?",)), *RECORDS]
+    assert TaskSampler(own).task(0, 0).keep == ("Is the Seine long?",)
+    with_neighbors = TaskSampler(own, contrasts=1, names={"river": CITIES}).task(0, 0).keep
+    assert with_neighbors[0] == "Is the Seine long?" and len(with_neighbors) == 2
+
+
+def test_without_contrasts_nothing_is_kept_and_nothing_else_drawn():
+    with_neighbors = all_tasks(locality=2, contrasts=2)
+    for plain, task in zip(all_tasks(locality=2), with_neighbors):
+        assert plain.keep == () and plain == replace(task, keep=())
+
+
+def test_edits_made_at_once_avoid_each_other_s_subjects():
+    sampler = TaskSampler(RECORDS, contrasts=3, names={"country": CITIES, "river": CITIES})
+    for index in range(3):
+        tasks = sampler.group(0, index, 2)
+        for task in tasks:
+            assert not any(other.subject in question for other in tasks for question in task.keep)

@@ -34,7 +34,12 @@ def collate_tasks(tasks: Sequence[EditTask], encoder: Encoder, edits_at_once: in
         x_out=_rows([[pair for edit in edits for pair in edit.locality] for edits in of_task], encoder),
         x_in=_rows([[(text, edit.target) for edit in edits for text in edit.rephrases] for edits in of_task], encoder),
         texts=tuple(tasks),
+        x_keep=_kept([[(text, edit.target) for edit in edits for text in edit.keep] for edits in of_task], encoder),
     )
+
+
+def _kept(pairs: list[list[tuple[str, str]]], encoder: Encoder) -> Rows | None:
+    return _rows(pairs, encoder) if any(pairs) else None
 
 
 def _rows(pairs: list[list[tuple[str, str]]], encoder: Encoder) -> Rows:
@@ -52,12 +57,14 @@ class EditBatch:
         x_out: unrelated inputs, with the labels that drawdown is measured on.
         x_in: rephrases of the edits (their `labels` are `y_in`).
         texts: the tasks as text (`EditTask`), for reports and error messages; may be empty.
+        x_keep: questions that constrain the edits (their labels are the edit's, and mean nothing); None where no task has any.
     """
 
     z_edit: Rows
     x_out: Rows
     x_in: Rows
     texts: tuple[Any, ...] = ()
+    x_keep: Rows | None = None
 
     @property
     def tasks(self) -> int:
@@ -74,4 +81,5 @@ class EditBatch:
 
     def map_rows(self, function: Callable[[Rows], Rows]) -> EditBatch:
         """A batch of what `function` makes of each set of rows, without texts."""
-        return EditBatch(function(self.z_edit), function(self.x_out), function(self.x_in))
+        x_keep = None if self.x_keep is None else function(self.x_keep)
+        return EditBatch(function(self.z_edit), function(self.x_out), function(self.x_in), x_keep=x_keep)

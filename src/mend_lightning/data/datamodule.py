@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from mend_lightning.data.batch import EditBatch, collate_groups
 from mend_lightning.data.buckets import TaskLengths
 from mend_lightning.data.columns import Columns
+from mend_lightning.data.host_model import HostModel
 from mend_lightning.data.locality import Locality, read_locality
+from mend_lightning.data.neighbors import Names, joined_names, shipped_names
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.records import read_records
 from mend_lightning.data.running_text import check_running_text
@@ -176,8 +176,26 @@ class EditDataModule(L.LightningDataModule):
             unrelated = read_locality(self.locality_data, split)
             check_running_text([*records, *(unrelated or [])], self.format)
             draws = self._draws["train" if split == "train" else "evaluation"]
-            self._samplers[split] = TaskSampler(records, *draws, unrelated)
+            self._samplers[split] = TaskSampler(records, *draws, unrelated, self._contrasts, self._names(split))
         return self._samplers[split]
+
+    @property
+    def _editor(self) -> Any:
+        """The editor that the tasks are for; None: they are for none yet."""
+        if self._host is not None:
+            return self._host.editor
+        return getattr(self.trainer.lightning_module, "editor", None) if self.trainer is not None else None
+
+    @property
+    def _contrasts(self) -> int:
+        """How many neighbors constrain an edit: the editor's setting."""
+        return 0 if self._editor is None else self._editor.settings.get("contrasts", 0)
+
+    def _names(self, split: str) -> Names | None:
+        """What neighbors are made with: never of the facts that are evaluated. None: the training facts' and the shipped."""
+        if split == "train" or not self._contrasts:
+            return None
+        return joined_names(self._editor.names, shipped_names()) if self._editor.names else self.sampler("train").names
 
     def train_dataloader(self) -> ResumableLoader:
         sampler = self.sampler("train")
@@ -273,21 +291,3 @@ class EditData:
 
     def __init__(self, **settings: Any) -> None:
         self.module = EditDataModule(**settings)
-
-
-@dataclass(frozen=True)
-class HostModel:
-    """Where the tasks of an `EditDataModule` are used that is not its Trainer's data module.
-
-    Attributes:
-        model: what is edited.
-        tokenizer: its tokenizer, where the data has none.
-        rank, world_size: this process among all.
-        even: every process evaluates equally many batches, for they share the model.
-    """
-
-    model: nn.Module
-    tokenizer: Any = None
-    rank: int = 0
-    world_size: int = 1
-    even: bool = False

@@ -37,11 +37,11 @@ class Record:
         line: line number in its file (of JSON lists and tables: the record's), from 1.
         locality: unrelated questions of its own, whose answers the edit must not change.
         portability: questions whose answers follow from the edited fact.
+        kind: what the subject is ("country", "person", …); "" where the file does not tell.
+        statements: texts that the answer completes ("The capital of France is"); empty where the file has none.
+        keep: questions whose answers the edit must not touch, and which constrain it (`locality` only measures).
         text: the running text it was cut from, of generation data; rephrases are then the prompt with its beginning
             dropped, and as an unrelated fact it is this text.
-        kind: what the subject is ("country", "person", "word", …), so that others of its kind can be put in its place;
-            "" where the file does not tell.
-        statements: the question as beginnings of sentences ("The capital of France is") that a true answer completes.
     """
 
     prompt: str
@@ -57,6 +57,7 @@ class Record:
     text: str = ""
     kind: str = ""
     statements: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
     @property
     def can_be_asked(self) -> bool:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mend_lightning.data.neighbors import Names, find_subject, joined_names, names_of, neighbors, shipped_names
 from mend_lightning.data.record import Question, Record
 from mend_lightning.data.running_text import as_question, drop_prefix
 from mend_lightning.errors import ConfigError
@@ -27,6 +28,7 @@ class EditTask:
         subject, relation: of the edited fact.
         prediction: what the base model said when the file was made; "" where it does not tell.
         portability: questions whose answers follow from the edit.
+        keep: questions that constrain the edit: the record's own, then neighbors (`data.neighbors`).
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class EditTask:
     relation: str = ""
     prediction: str = ""
     portability: tuple[Question, ...] = ()
+    keep: tuple[str, ...] = ()
 
 
 class TaskSampler:
@@ -56,6 +59,8 @@ class TaskSampler:
             name no relation, they are drawn like the others.
         seed: of every draw.
         unrelated: facts to draw the unrelated ones from instead of the records; hard ones are of the records still.
+        contrasts: neighbors of each edited question that constrain its edit; none is about a subject of its unrelated facts.
+        names: kind -> names that neighbors are made with; None: the records' subjects and the shipped list.
 
     Example:
         >>> records = [Record(f"Capital of {c}?", (c,), ("X",), ("…",), "", c, "capital") for c in "ABC"]
@@ -72,6 +77,8 @@ class TaskSampler:
         hard_locality: int = 0,
         seed: int = 0,
         unrelated: Sequence[Record] | None = None,
+        contrasts: int = 0,
+        names: Names | None = None,
     ) -> None:
         self.records = list(records)
         self.rephrases, self.locality, self.hard_locality, self.seed = rephrases, locality, hard_locality, seed
@@ -79,6 +86,8 @@ class TaskSampler:
         self._pool = known if unrelated is None else list(unrelated)
         if any(len(record.locality) < locality for record in records):
             _check_pool(self._pool, records, unrelated is not None)
+        self.contrasts = contrasts
+        self.names = joined_names(names_of(records), shipped_names()) if names is None and contrasts else names or {}
         self._order: tuple[tuple[int, int], list[int]] | None = None
         self._by_relation: dict[str, list[Record]] = defaultdict(list)
         for record in known:
@@ -139,8 +148,19 @@ class TaskSampler:
         locality = (*asked[:near], *hard_asked, *asked[near:], *easy_asked)
         return EditTask(
             record.prompt, target, rephrases, locality, near + len(hard), record.answers, record.subject,
-            record.relation, record.prediction, record.portability,
+            record.relation, record.prediction, record.portability, self._keep(record, edited, locality, key),
         )  # fmt: skip
+
+    def _keep(
+        self, record: Record, edited: Sequence[Record], locality: Sequence[tuple[str, str]], key: str
+    ) -> tuple[str, ...]:
+        """The record's own, and neighbors; no question that is measured may be among them."""
+        if not self.contrasts:
+            return record.keep
+        subject = record.subject or find_subject(record.prompt, self.names) or ""
+        avoided = [question for question, _ in locality] + [other.prompt for other in edited]
+        kind = record.kind or record.relation
+        return (*record.keep, *neighbors(record.prompt, subject, self.names, self.contrasts, avoided, kind, key))
 
     def _rephrases(self, draw: random.Random, record: Record, key: str) -> tuple[str, ...]:
         if record.rephrases:

@@ -70,7 +70,9 @@ class Cache(Editor):
             raise ConfigError(f"probability of Cache must lie between 0 and 1, not {probability}.")
         self.threshold, self.probability = threshold, probability
 
-    def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> CachedModel:
+    def edited(
+        self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None, x_keep: Rows | None = None
+    ) -> CachedModel:
         """The model with the edits of `z_edit` in its cache."""
         trunk = trunk or TrunkOutputs(len(z_edit))
         answers = [row[row != IGNORED_LABEL] for row in z_edit.labels]

@@ -7,9 +7,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from mend_lightning.editors.confidence import check_confidence, confident_scales
+from mend_lightning.editors.constraints import constrained, kept_inputs
 from mend_lightning.editors.edited_model import DeltaEdits, Edited, Made
 from mend_lightning.editors.factors import Factors, edit_factors
 from mend_lightning.editors.making import make_edit
@@ -25,7 +26,7 @@ from mend_lightning.models.forward.trunk import TrunkOutputs
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.layers import layer_shape, layers_of_shapes, select_layers
-from mend_lightning.models.sharding.collectives import own_class
+from mend_lightning.models.sharding.collectives import any_rank, own_class
 
 
 class Editor(nn.Module):
@@ -43,6 +44,8 @@ class Editor(nn.Module):
     changes_weights = True
     # Parameters that are a few numbers a layer, and learn with a rate of their own (`MendModule.edit_rate_lr`).
     rate_names = ("edit_rates", "log_ridge")
+    # Whether its edits can be kept off questions: `x_keep` of `make_deltas`.
+    constrains = False
     # Weight of L_base, the drift of the pre-edit model; see `base_deltas`.
     c_base = 0.0
     # Name -> class: a saved editor names its class, and a file must not import code.
@@ -64,6 +67,8 @@ class Editor(nn.Module):
         self.base_options: dict[str, str | bool | None] = {}
         self.base_fingerprint: str = ""
         self.prompt_format: dict[str, str] = {}
+        # Kind -> names that neighbors of a fact are made with, from the training facts; saved with the editor.
+        self.names: dict[str, tuple[str, ...]] = {}
         # Text to ids, for editors that read or write text; not saved.
         self.encoder: Encoder | None = None
 
@@ -105,19 +110,27 @@ class Editor(nn.Module):
         """Takes in moments of the layers' inputs (name -> InputMoments) where `calibrated` asked for them."""
         raise ConfigError(f"{type(self).__name__} needs no calibration.")
 
-    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Made:
+    def make_deltas(
+        self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None, x_keep: Rows | None = None
+    ) -> Made:
         """The weight deltas of the edits `z_edit`, each as large as the editor's `confidence` asks.
 
         Args:
             model: the base model, in eval mode.
             z_edit: the edits of several independent tasks.
             trunk: the trunk's outputs for `z_edit`, where they are there already.
+            x_keep: questions that each task's edit must not touch (`constrained`); an editor that cannot be constrained
+                (`constrains`) passes them over.
         """
         layers = self.modules_in(model)
         trunk = trunk or run_trunk(model, z_edit, layers)
         factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
         with phase(TRANSFORMS):
             deltas = self.from_factors(model, factors, z_edit, trunk)
+            # Processes that share the model run it equally often, whoever of them has questions to keep.
+            if self.constrains and any_rank(x_keep is not None, model):
+                kept = kept_inputs(model, layers, z_edit if x_keep is None else x_keep)
+                deltas = deltas if x_keep is None else constrained(deltas, kept, self.input_metrics())
         return Made(self.sized(model, deltas, z_edit, trunk), inner, skipped)
 
     def from_factors(
@@ -137,6 +150,10 @@ class Editor(nn.Module):
         scales = confident_scales(model, self.modules_in(model), deltas, z_edit, trunk, self.confidence)
         return {name: delta.scaled(scales) for name, delta in deltas.items()}
 
+    def input_metrics(self) -> Mapping[str, Tensor]:
+        """Layer name -> `A⁻¹` `[d_in, d_in]`, in whose metric constraints change an edit least; a layer without: identity."""
+        return {}
+
     def shard_units(self) -> list[nn.Module] | None:
         """The modules that FSDP2 gathers one by one; None: this editor cannot work on a sharded model.
 
@@ -152,9 +169,11 @@ class Editor(nn.Module):
         """
         return None
 
-    def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Edited:
+    def edited(
+        self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None, x_keep: Rows | None = None
+    ) -> Edited:
         """The model under the edits `z_edit`; arguments as in `make_deltas`."""
-        return DeltaEdits(self.modules_in(model), self.make_deltas(model, z_edit, trunk).deltas)
+        return DeltaEdits(self.modules_in(model), self.make_deltas(model, z_edit, trunk, x_keep).deltas)
 
     def bind(
         self,
@@ -223,11 +242,21 @@ class Editor(nn.Module):
             "prompt_format": self.prompt_format,
             "layers": [[name, list(shape)] for name, shape in self.layers.items()],
             "settings": self.settings,
+            **({"names": self.names} if self.names else {}),
         }
 
-    def edit(self, model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Edit:
-        """An `Edit` that makes `model` answer `prompt` with `target`; for several facts see `make_edit`."""
-        return make_edit(self, model, tokenizer, [(prompt, target)])
+    def edit(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prompt: str,
+        target: str,
+        keep: Sequence[str] = (),
+        contrasts: int | None = None,
+        subject: str | None = None,
+    ) -> Edit:
+        """An `Edit` that makes `model` answer `prompt` with `target`; arguments and several facts: see `make_edit`."""
+        return make_edit(self, model, tokenizer, [(prompt, target)], keep, contrasts, [subject] if subject else ())
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Saves the editor as `editor.safetensors` and `editor.json` in `folder`."""
@@ -247,6 +276,7 @@ class Editor(nn.Module):
         editor = class_named(description, Editor._classes, cls, folder)(layers, **description["settings"])
         editor.base_name, editor.base_fingerprint = description["base"], description["base_fingerprint"]
         editor.prompt_format, editor.base_options = description["prompt_format"], description["base_options"]
+        editor.names = {kind: tuple(names) for kind, names in description.get("names", {}).items()}
         try:
             editor.load_state_dict(state)
         except RuntimeError as error:

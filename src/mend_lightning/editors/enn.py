@@ -81,7 +81,9 @@ class EnnEditor(Editor):
         weights = self.resting if torch.is_grad_enabled() else [weight.detach() for weight in self.resting]
         return {name: DenseDelta(weight[None]) for name, weight in zip(self.layers, weights)}
 
-    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Made:
+    def make_deltas(
+        self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None, x_keep: Rows | None = None
+    ) -> Made:
         """ΔW⁰ and `steps` gradient steps of each task on its own edit; see `Editor.make_deltas`.
 
         Where gradients are enabled and `first_order` is off, the deltas hold the graph of the inner steps.

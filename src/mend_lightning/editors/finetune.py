@@ -89,7 +89,9 @@ class FineTuning(Editor):
         self.tasks_at_a_time, self.seed = tasks_at_a_time, seed
         self._records: Sequence[Record] = ()
 
-    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> Made:
+    def make_deltas(
+        self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None, x_keep: Rows | None = None
+    ) -> Made:
         """Tunes `ΔW` for every edit of `z_edit`; see `Editor.make_deltas`. `inner` is the NLL before the first step.
 
         Raises:

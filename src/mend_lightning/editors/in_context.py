@@ -67,7 +67,9 @@ class InContext(Editor):
         """Returns the text that comes before a question."""
         return "".join(_filled(self.template, prompt, target) for prompt, target in facts)
 
-    def edited(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None) -> PromptedModel:
+    def edited(
+        self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs | None = None, x_keep: Rows | None = None
+    ) -> PromptedModel:
         """The model that is told the facts of `z_edit` before each question.
 
         Raises:

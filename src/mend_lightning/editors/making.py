@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mend_lightning.data.neighbors import find_subject, joined_names, neighbors, shipped_names
 from mend_lightning.editors.confidence import least_probability
 from mend_lightning.editors.edited_model import Made
 from mend_lightning.edits.edit import Edit
 from mend_lightning.edits.provenance import provenance, warn_of_contradictions, warn_of_doubts
+from mend_lightning.edits.stack_state import question_key
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.inputs.encoder import Encoder
@@ -28,10 +30,13 @@ class WeightEditor(Protocol):
     prompt_format: dict[str, str]
     encoder: Encoder | None
     training: bool
+    constrains: bool
+    settings: dict[str, Any]
+    names: dict[str, tuple[str, ...]]
 
     def check_base(self, model: nn.Module) -> None: ...
     def description(self) -> dict[str, Any]: ...
-    def make_deltas(self, model: nn.Module, z_edit: Rows) -> Made: ...
+    def make_deltas(self, model: nn.Module, z_edit: Rows, *, x_keep: Rows | None = None) -> Made: ...
     def modules_in(self, model: nn.Module) -> dict[str, nn.Module]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def base_deltas(self) -> Mapping[str, Delta] | None: ...
@@ -45,7 +50,13 @@ def editor_encoder(editor: WeightEditor, model: nn.Module, tokenizer: Any, max_l
 
 
 def make_edit(
-    editor: WeightEditor, model: nn.Module, tokenizer: Any, facts: Sequence[tuple[str, str]] | tuple[str, str]
+    editor: WeightEditor,
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Sequence[tuple[str, str]] | tuple[str, str],
+    keep: Sequence[str] = (),
+    contrasts: int | None = None,
+    subjects: Sequence[str] = (),
 ) -> Edit:
     """Edits `model` so that it answers each prompt with its target; the model itself stays as it is.
 
@@ -54,10 +65,15 @@ def make_edit(
         model: the base model, in eval mode.
         tokenizer: its tokenizer.
         facts: (prompt, target) pairs that make one edit together; or a single pair.
+        keep: questions whose answers the edit must not touch; they constrain it (`constraints`).
+        contrasts: neighbors of each fact (`data.neighbors`) that constrain it as well; None: as many as the editor was
+            trained with.
+        subjects: what each fact is about, as it stands in its prompt; empty: found by the names that are known.
 
     Raises:
         BaseModelMismatchError: the editor is for another base.
-        ConfigError: there is no fact, the model is in training mode, or the editor changes no weight.
+        ConfigError: there is no fact, the model is in training mode, the editor changes no weight, or cannot be
+            constrained; a subject is not in its prompt.
 
     Warns:
         CollidingEditWarning: two of the facts give the same question different answers.
@@ -75,11 +91,14 @@ def make_edit(
             "`mend-lightning edit` shows what it does; in Python use editor.edited(model, rows)."
         )
     warn_of_contradictions(pairs)
+    near = neighbors_of(editor, pairs, keep, contrasts, subjects)
     with ready(editor, model, tokenizer) as encoder, torch.no_grad():
         layers = editor.modules_in(model)
         rows = encoder.rows(pairs, [0] * len(pairs), 1).to(next(model.parameters()).device)
         before = least_probability(model, rows)
-        made = editor.make_deltas(model, rows)
+        kept = [(question, pairs[0][1]) for question in (*keep, *near)]
+        x_keep = encoder.rows(kept, [0] * len(kept), 1).to(rows.task.device) if kept else None
+        made = editor.make_deltas(model, rows, x_keep=x_keep)
         with applied(layers, made.deltas):
             probability = least_probability(model, rows)
     deltas = {name: delta.of_task(0) for name, delta in made.deltas.items()}
@@ -87,7 +106,47 @@ def make_edit(
     warn_of_doubts(type(editor).__name__, editor.confidence, pairs, deltas, probability, reached)
     holds_resting = editor.base_deltas() is not None
     about = provenance(editor.description(), model, layers, pairs, deltas, (before, probability), holds_resting)
-    return Edit(deltas, about)
+    constraints = {"keep": list(keep), "contrasts": near}
+    return Edit(deltas, {**about, **{name: questions for name, questions in constraints.items() if questions}})
+
+
+def neighbors_of(
+    editor: WeightEditor,
+    facts: Sequence[tuple[str, str]],
+    keep: Sequence[str] = (),
+    contrasts: int | None = None,
+    subjects: Sequence[str] = (),
+) -> list[str]:
+    """The neighbors that constrain an edit of `facts`; arguments and errors as in `make_edit`."""
+    count = editor.settings.get("contrasts", 0) if contrasts is None else contrasts
+    if (keep or count) and not editor.constrains:
+        raise ConfigError(
+            f"{type(editor).__name__} cannot keep its edits off questions. Leave out keep and contrasts, or use MendEditor."
+        )
+    if count < 0:
+        raise ConfigError(f"contrasts is a number of questions; it must be 0 or more, not {count}.")
+    edited = {question_key(prompt) for prompt, _ in facts}
+    both = next((question for question in keep if question_key(question) in edited), None)
+    if both is not None:
+        raise ConfigError(f"The question {both!r} is to be edited and to be kept. Leave it out of one of the two.")
+    if subjects and not count:
+        raise ConfigError(
+            "A subject is what contrasts are made with, and this edit has none. Set contrasts, 8 for example."
+        )
+    if subjects and len(subjects) != len(facts):
+        raise ConfigError(f"{len(subjects)} subjects are given for {len(facts)} facts. Give one for each, or none.")
+    if not count:
+        return []
+    names, avoided = joined_names(editor.names, shipped_names()), [*keep, *(prompt for prompt, _ in facts)]
+    found: list[str] = []
+    for (prompt, _), given in zip(facts, subjects or [""] * len(facts)):
+        if given and given not in prompt:
+            raise ConfigError(
+                f"The subject {given!r} does not stand in the prompt {prompt!r}. Write it as it does there."
+            )
+        subject = given or find_subject(prompt, names) or ""
+        found += neighbors(prompt, subject, names, count, [*avoided, *found])
+    return found
 
 
 @contextmanager

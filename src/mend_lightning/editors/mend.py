@@ -39,6 +39,8 @@ class MendEditor(Editor):
         torch.Size([1, 3, 2])
     """
 
+    constrains = True
+
     def __init__(self, layers: Mapping[str, tuple[int, int]], **settings: Any) -> None:
         chosen = MendSettings(**settings)
         super().__init__(layers, **asdict(chosen))
@@ -57,7 +59,7 @@ class MendEditor(Editor):
         )  # fmt: skip
         self.preconditioners: Any = nn.ModuleList()
         if chosen.precondition is not None:
-            settings_of_each = chosen.precondition, chosen.rephrase_ridge
+            settings_of_each = chosen.precondition, chosen.rephrase_ridge, chosen.contrasts > 0
             self.preconditioners.extend(
                 InputPreconditioner(d_in, *settings_of_each) for d_in, _ in self.layers.values()
             )
@@ -101,6 +103,10 @@ class MendEditor(Editor):
         editor.load_state_dict(converted_state(given, shapes, editor.settings["shared"], editor.state_dict()))
         editor.bind(base_model, getattr(getattr(base_model, "config", None), "_name_or_path", ""))
         return editor
+
+    def input_metrics(self) -> dict[str, Tensor]:
+        named = zip(self.layers, self.preconditioners)
+        return {name: each.inverse for name, each in named if each.inverse is not None}
 
     @property
     def calibrated(self) -> bool:

@@ -29,10 +29,12 @@ class MendSettings:
             each layer; None: MEND's plain sum.
         confidence: probability of its new answer at which an edit stops growing (`confident_scales`), whatever its
             rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
+        contrasts: questions of the edit's own wording about other subjects that are made for each fact and that the edit must not
+            touch (`data.neighbors`, `constraints`); 0, as in the paper: none.
         constant_units: see `RunningNormalizer`.
 
     Raises:
-        ConfigError: `ridge` is not positive, or there is a `rephrase_ridge` without `precondition`.
+        ConfigError: `ridge` is not positive, `contrasts` is negative, or there is a `rephrase_ridge` without `precondition`.
 
     Example:
         >>> MendSettings(rank=256, precondition=1e-3).rephrase_ridge is None
@@ -51,10 +53,13 @@ class MendSettings:
     ridge: float | None = None
     confidence: float | None = None
     constant_units: str = "center"
+    contrasts: int = 0
 
     def __post_init__(self) -> None:
         if self.ridge is not None and self.ridge <= 0:
             raise ConfigError(f"ridge is the damping of a regression and must be positive, not {self.ridge}.")
+        if self.contrasts < 0:
+            raise ConfigError(f"contrasts is a number of questions; it must be 0 or more, not {self.contrasts}.")
         if self.rephrase_ridge is not None and self.precondition is None:
             raise ConfigError(
                 "rephrase_ridge is a part of the preconditioning: set precondition (its damping) as well."

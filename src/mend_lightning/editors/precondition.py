@@ -111,6 +111,7 @@ class InputPreconditioner(nn.Module):
     Args:
         width: d_in of the layer.
         damping: λ; larger is closer to no preconditioning.
+        keep_inverse: keep `(A + …)⁻¹` by itself as well, for constraints (`InputPreconditioner.inverse`): twice the memory.
         rephrase_ridge: ρ, the ridge of the regression `C B⁻¹` on rephrases; None leaves `C B⁻¹` out. It is left out as well
             where no token of a rephrase corresponds to one of the edit (encoders).
 
@@ -126,14 +127,18 @@ class InputPreconditioner(nn.Module):
 
     matrix: Tensor
     calibrated: Tensor
+    inverse: Tensor | None
 
-    def __init__(self, width: int, damping: float, rephrase_ridge: float | None = None) -> None:
+    def __init__(
+        self, width: int, damping: float, rephrase_ridge: float | None = None, keep_inverse: bool = False
+    ) -> None:
         super().__init__()
         _check_positive("precondition is the damping of an inverse", damping)
         if rephrase_ridge is not None:
             _check_positive("rephrase_ridge is the ridge of a regression", rephrase_ridge)
         self.damping, self.rephrase_ridge = damping, rephrase_ridge
         self.register_buffer("matrix", torch.eye(width))
+        self.register_buffer("inverse", torch.eye(width) if keep_inverse else None)
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         # Asked in every step, and of the device only until it is true.
         self._ready = False
@@ -154,6 +159,9 @@ class InputPreconditioner(nn.Module):
         if not bool(moments.all.count >= 1):
             raise ConfigError("No input to estimate the preconditioning from: the calibration batches hold no token.")
         matrix = _damped_inverse(moments.second(), self.damping)
+        if self.inverse is not None:
+            # Up to a factor; in float32 the entries of an inverse of tiny moments would be too large.
+            self.inverse.copy_(matrix / matrix.diagonal().mean())
         paired, pairs = moments.paired, moments.pairs
         if self.rephrase_ridge is not None and paired is not None and pairs is not None and bool(pairs.count):
             # Rows are multiplied from the left: the transpose of A⁻¹ C B⁻¹, whose three parts are symmetric.

@@ -95,7 +95,7 @@ def evaluate_batch(model: nn.Module, editor: Editor, batch: EditBatch) -> BatchS
     sets = [batch.z_edit, batch.x_in, batch.x_out]
     rows, edits = concatenate_rows(sets), len(batch.z_edit)
     trunk = run_trunk(model, rows, _edited_layers(model, editor))
-    edited = editor.edited(model, *own_part(rows, trunk, batch.z_edit, 0))
+    edited = editor.edited(model, *own_part(rows, trunk, batch.z_edit, 0), batch.x_keep)
     inside = edits + len(batch.x_in)
     with replayed(trunk, slice(inside, len(rows))):
         before = states_at(model, rows.part(slice(inside, len(rows))), batch.x_out.label_positions)

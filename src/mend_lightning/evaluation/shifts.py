@@ -24,7 +24,7 @@ class Shift:
 
     Attributes:
         question: as it stands in the data.
-        kind: what it is to the edit: "edited", "rephrase", "unrelated", "neighbour", "neutral", or "".
+        kind: what it is to the edit: "edited", "rephrase", "unrelated", "neighbour", "keep", "neutral", or "".
         old, new: greedy answers of the base and of the edited model.
         p_old_before, p_old_after: probability of the whole old answer, its stop included, under the base and under the
             edited model (teacher-forced).

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
+from mend_lightning.data.datamodule import EditDataModule
+from mend_lightning.data.neighbors import few_of_each, names_of
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.precondition import InputMoments
-from mend_lightning.models.forward.logits import attended_mask, label_mask, without_cache
+from mend_lightning.models.forward.layer_inputs import encoder_modules, record_inputs
+from mend_lightning.models.forward.logits import attended_mask, label_mask
 from mend_lightning.models.forward.run_trunk import run_trunk
-from mend_lightning.models.forward.trunk import ending_after_edits, replayed
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, concatenate_rows
-from mend_lightning.models.layers import find_stacks
 from mend_lightning.training.step import Trunk
+from mend_lightning.training.trainer_parts import data_of, first_batches
 
 
 @torch.no_grad()
@@ -41,8 +42,8 @@ def collect_moments(
     """
     rows = concatenate_rows([batch.z_edit, batch.x_in, batch.x_out])
     paired = _paired_rows(batch) if pairs else None
-    answers, attended, encoder = label_mask(rows), attended_mask(rows), _encoder_modules(model)
-    for name, calls in record_inputs(model, layers, rows, trunk_of).items():
+    answers, attended, encoder = label_mask(rows), attended_mask(rows), encoder_modules(model)
+    for name, calls in record_inputs(model, layers, rows, trunk_of(model, rows, layers)).items():
         for u in calls:
             u = u.reshape(len(rows), -1, u.shape[-1]).float()
             if name not in moments:
@@ -62,6 +63,26 @@ def calibrate(model: nn.Module, editor: Editor, batches: Iterable[EditBatch], tr
     editor.calibrate(moments)
 
 
+def take_in_facts(
+    trainer: L.Trainer, model: nn.Module, editor: Editor, count: int, trunk_of: Trunk = run_trunk
+) -> None:
+    """Gives an editor what it takes from the training facts before its first step, where it has not got it yet.
+
+    Args:
+        trainer: of the fit.
+        model: the base model.
+        editor: gets the names that neighbors are made with, if it makes any, and its preconditioning.
+        count: training batches that the preconditioning is estimated from.
+        trunk_of: see `collect_moments`.
+    """
+    data = data_of(trainer)
+    if editor.settings.get("contrasts") and not editor.names and isinstance(data, EditDataModule):
+        editor.names = few_of_each(names_of(data.sampler("train").records))
+    if not editor.calibrated:
+        device = next(model.parameters()).device
+        calibrate(model, editor, first_batches(trainer, count, device), trunk_of)
+
+
 def _add_answers(moments: InputMoments, u: Tensor, answers: Tensor, paired: tuple[Tensor, Tensor] | None) -> None:
     moments.answers.add(u[answers])
     if paired is not None:
@@ -73,30 +94,6 @@ def _paired_rows(batch: EditBatch) -> tuple[Tensor, Tensor]:
     """`rephrase_pairs` as indices into the rows of `z_edit` and then `x_in`."""
     edits, rephrases = rephrase_pairs(batch.z_edit, batch.x_in)
     return edits, rephrases + len(batch.z_edit)
-
-
-def record_inputs(
-    model: nn.Module, layers: Mapping[str, nn.Module], rows: Rows, trunk_of: Trunk = run_trunk
-) -> dict[str, list[Tensor]]:
-    """name -> the layer's inputs, one `[rows, tokens, d_in]` for every call of it, in one forward pass."""
-    trunk = trunk_of(model, rows, layers)
-    with replayed(trunk, slice(None)), _watched(layers) as seen, ending_after_edits(find_stacks(model), layers):
-        model(**rows.inputs, **without_cache(model))
-    return seen
-
-
-@contextmanager
-def _watched(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].detach()))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def rephrase_pairs(z_edit: Rows, x_in: Rows) -> tuple[Tensor, Tensor]:
@@ -119,13 +116,6 @@ def _answers(rows: Rows) -> list[tuple[int, ...]]:
     """The task and the label ids of every row."""
     labels = rows.labels.tolist()
     return [(task, *(i for i in row if i != IGNORED_LABEL)) for task, row in zip(rows.task.tolist(), labels)]
-
-
-def _encoder_modules(model: nn.Module) -> set[nn.Module]:
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return set()
-    whole: Any = model
-    return set(whole.get_encoder().modules())
 
 
 def _input_mask(rows: Rows, tokens: int) -> Tensor:

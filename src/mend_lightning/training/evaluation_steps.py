@@ -92,7 +92,7 @@ def predict_batch(
         raise ConfigError("predict asks the questions of an EditDataModule. Pass one to Trainer.predict.")
     prompts = [text.prompt for text in batch.texts]
     before = generate_answers(model, encoder, prompts)
-    edited = editor.edited(model, batch.z_edit)
+    edited = editor.edited(model, batch.z_edit, x_keep=batch.x_keep)
     after = edited.answers(model, encoder, prompts, batch.z_edit.task_of_row)
     if classifies:
         before, after = (

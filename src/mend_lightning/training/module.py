@@ -26,7 +26,7 @@ from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
-from mend_lightning.training.calibration import calibrate
+from mend_lightning.training.calibration import take_in_facts
 from mend_lightning.training.checks import (
     check_inference_mode,
     check_loaded,
@@ -49,7 +49,7 @@ from mend_lightning.training.precision import check_trainer_precision, loss_scal
 from mend_lightning.training.random_states import set_own_random_states
 from mend_lightning.training.run_editor import new_editor, saved_editor
 from mend_lightning.training.step import LocalityPositions, StepOutput, step_loss
-from mend_lightning.training.trainer_parts import data_of, first_batches
+from mend_lightning.training.trainer_parts import data_of
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
 
@@ -212,9 +212,7 @@ class MendModule(L.LightningModule):
         if not self.editor.trainable:
             # Nothing to do; `on_fit_end` puts it back.
             self._max_epochs, self.trainer.fit_loop.max_epochs = self.trainer.fit_loop.max_epochs, 0
-        if not self.editor.calibrated:
-            batches = first_batches(self.trainer, self.calibration_batches, self.device)
-            calibrate(self.base_model, self.editor, batches, self.trunk_of)
+        take_in_facts(self.trainer, self.base_model, self.editor, self.calibration_batches, self.trunk_of)
 
     def on_fit_end(self) -> None:
         if isinstance(self.trunk_of, CachedTrunk):

@@ -93,7 +93,7 @@ def edit_step(
     layers, pre_edit, drift = editor.modules_in(model), editor.base_deltas(), None
     with without_mask_inspection(batch.z_edit.task.device):
         z_edit, trunk, rows, rest = _shared_trunk(model, layers, batch, trunk_of)
-        made = editor.make_deltas(model, z_edit, trunk)
+        made = editor.make_deltas(model, z_edit, trunk, batch.x_keep)
         outer = _outer(model, batch, rows, rest, locality_positions)
         if pre_edit is not None:
             unedited, drift = _pre_edit(model, layers, pre_edit, outer)
@@ -230,7 +230,8 @@ def edit_step_in_chunks(
     """
     check_chunks(editor, tasks_at_once)
     layers = editor.modules_in(model)
-    made = editor.make_deltas(model, batch.z_edit, (trunk_of or run_trunk)(model, batch.z_edit, layers))
+    trunk = (trunk_of or run_trunk)(model, batch.z_edit, layers)
+    made = editor.make_deltas(model, batch.z_edit, trunk, batch.x_keep)
     tensors, shape = tree_flatten(dict(made.deltas))
     gradients = [torch.empty_like(tensor) for tensor in tensors]
     losses: list[StepOutput] = []

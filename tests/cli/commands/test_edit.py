@@ -160,3 +160,29 @@ def test_separate_edits_where_nothing_can_be_written(tiny, tmp_path):
     (tmp_path / "file").touch()
     result = edit(tiny, "--edits", tmp_path / "facts.jsonl", "--separate", "true", "--out", tmp_path / "file" / "edits")
     assert_says(result.err, "Cannot write to the folder")
+
+
+def test_an_edit_is_kept_off_questions(tiny, shipped, tmp_path):
+    out = tmp_path / "edit.safetensors"
+    asked = ["--prompt", QUESTION, "--target", TARGET, "--out", out]
+    result = edit(tiny, *asked, "--keep+", OTHER, "--contrasts", "2")
+    assert (result.code, result.err) == (0, "")
+    about = Edit.load(out).about
+    assert about["keep"] == [OTHER] and len(about["contrasts"]) == 2
+    assert "The edit is kept off 2 questions of the same wording" in result.out and OTHER in result.out
+    shown = call("show", out).out
+    assert OTHER in shown and about["contrasts"][1] in shown
+    edit(tiny, *asked, "--subject", "continent", "--contrasts", "1")
+    (contrast,) = Edit.load(out).about["contrasts"]
+    assert contrast.startswith("Which ") and contrast.endswith(" is North Korea in?")
+    result = edit(tiny, *asked, "--keep+", OTHER, "--check", "true")
+    assert Edit.load(out).about["check"]["questions"] == {"edited": 1, "neighbour": 1}
+
+
+def test_a_subject_must_be_of_the_fact(tiny, tmp_path):
+    asked = ["--prompt", QUESTION, "--target", TARGET, "--out", tmp_path / "edit.safetensors", "--contrasts", "1"]
+    assert_says(edit(tiny, *asked, "--subject", "Peru").err, "'Peru' does not stand in the prompt")
+    file = tmp_path / "facts.jsonl"
+    file.write_text(json.dumps({"prompt": QUESTION, "target": TARGET}))
+    result = edit(tiny, "--edits", file, "--subject", "Peru", "--out", tmp_path / "edit.safetensors")
+    assert_says(result.err, "--subject is of a single fact")

@@ -13,7 +13,7 @@ from helpers.models import ROUNDING, relative_error
 from helpers.training import assert_same_training
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mend_lightning.data.datamodule import HostModel
+from mend_lightning.data.host_model import HostModel
 from mend_lightning.editors import MendEditor
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, NoEffectWarning

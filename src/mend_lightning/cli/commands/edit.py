@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ def edit_command(
     rephrase: list[str] = [],
     unrelated: list[str] = [],
     neighbour: list[str] = [],
+    keep: list[str] = [],
+    subject: str | None = None,
+    contrasts: int | None = None,
     out: Path | None = None,
     separate: bool = False,
     check: bool = False,
@@ -69,6 +72,10 @@ def edit_command(
         rephrase: other phrasings of the question, to be asked before and after.
         unrelated: questions whose answers must not change.
         neighbour: questions near the edited fact whose answers must not change.
+        keep: questions whose answers the edit must not touch: it is made so that it does not (unrelated and neighbour only watch).
+        subject: what the fact is about, as it stands in the prompt; default: found by known names. Contrasts are made with it.
+        contrasts: questions of the same wording about other subjects that the edit must not touch either; default: as many as
+            the editor was trained with, 0: none.
         out: where the edit is saved (edit.safetensors); with separate the folder (edits).
         separate: each fact of the file becomes an edit and a file of its own, made on the base model.
         check: say whether the edit is safe to keep: the rephrases must get the new answer, and the answers to the unrelated
@@ -98,22 +105,48 @@ def edit_command(
         *(("rephrase", q) for q in rephrase),
         *(("unrelated", q) for q in unrelated),
         *(("neighbour", q) for q in neighbour),
+        *(("keep", q) for q in keep),
     ]
+    if subject is not None and edits is not None:
+        raise ConfigError("--subject is of a single fact. Leave it out beside --edits.")
+    constraints = _Constraints(keep, contrasts, [subject] if subject else [])
     if not trained.changes_weights:
-        if check or separate:
-            raise ConfigError(f"{type(trained).__name__} changes no weight: there is no edit to check or to save.")
+        if check or separate or keep or contrasts:
+            raise ConfigError(
+                f"{type(trained).__name__} changes no weight: there is no edit to check, to constrain or to save."
+            )
         _show_only(trained, model, tokenizer, facts, asked)
         return 0
     parts = [[fact] for fact in facts] if separate else [facts]
-    safe = [_edit_and_save(trained, model, tokenizer, part, asked, check, path) for part, path in zip(parts, paths)]
+    safe = [
+        _edit_and_save(trained, model, tokenizer, part, asked, constraints, check, path)
+        for part, path in zip(parts, paths)
+    ]
     return 0 if all(safe) else NOT_SAFE
 
 
+@dataclass(frozen=True)
+class _Constraints:
+    """What an edit must leave alone; see `make_edit`."""
+
+    keep: Sequence[str]
+    contrasts: int | None
+    subjects: Sequence[str]
+
+
 def _edit_and_save(
-    editor: Editor, model: nn.Module, tokenizer: Any, facts: _Asked, asked: _Asked, check: bool, path: Path
+    editor: Editor,
+    model: nn.Module,
+    tokenizer: Any,
+    facts: _Asked,
+    asked: _Asked,
+    constraints: _Constraints,
+    check: bool,
+    path: Path,
 ) -> bool:
     """Makes an edit, shows what it does, saves it; returns whether nothing speaks against keeping it."""
-    edit = make_edit(editor, model, tokenizer, facts)
+    edit = make_edit(editor, model, tokenizer, facts, constraints.keep, constraints.contrasts, constraints.subjects)
+    _print_contrasts(edit)
     encoder = editor_encoder(editor, model, tokenizer)
     found = _checked(model, encoder, edit, asked) if check else None
     shifts = found.shifts if found else _shifts(model, encoder, edit, asked)
@@ -135,10 +168,22 @@ def _checked(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> E
             "--unrelated or --neighbour is given, those are asked instead.",
             highlight=False,
         )
-    rephrases, unrelated, neighbours = (
-        [question for each, question in asked if each == kind] for kind in ("rephrase", "unrelated", "neighbour")
+    rephrases, unrelated, neighbours, kept = (
+        [question for each, question in asked if each == kind]
+        for kind in ("rephrase", "unrelated", "neighbour", "keep")
     )
-    return check_edit(model, encoder, edit, rephrases, unrelated, neighbours)
+    return check_edit(model, encoder, edit, rephrases, unrelated, [*neighbours, *kept])
+
+
+def _print_contrasts(edit: Edit) -> None:
+    contrasts = edit.about.get("contrasts", [])
+    if contrasts:
+        count = counted(len(contrasts), "question")
+        console().print(
+            f"The edit is kept off {count} of the same wording, such as {contrasts[0]!r}.",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _shifts(model: nn.Module, encoder: Encoder, edit: Edit, asked: _Asked) -> list[Shift]:

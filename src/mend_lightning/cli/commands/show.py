@@ -63,7 +63,7 @@ def description(path: str | Path, edit: Edit) -> dict[str, Any]:
         for name, delta in edit.deltas.items()
     ]  # fmt: skip
     said = ("id", "editor", "date", "base", "base_options", "base_fingerprint", "prompt_format", "probability_before",
-            "probability", "on_top_of", "compressed", "versions", "check")  # fmt: skip
+            "probability", "on_top_of", "compressed", "versions", "check", "keep", "contrasts")  # fmt: skip
     return {
         "file": str(path),
         "bytes": Path(path).stat().st_size,
@@ -100,6 +100,9 @@ def _pairs(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "probability of the new answer",
             f"{'' if before is None else f'{before:.3g} → '}{found['probability']:.3g}",
         )
+    for name, key in (("keeps", "keep"), ("contrasts", "contrasts")):
+        if found[key]:
+            yield name, "\n".join(found[key])
     if found["on_top_of"]:
         yield "made on top of", ", ".join(found["on_top_of"])
     if found["combined"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mend_lightning.data.readers.fields import Format, optional_text, require, text, texts
+from mend_lightning.data.readers.fields import Format, flat_texts, optional_text, require, text, texts
 from mend_lightning.data.record import Record
 from mend_lightning.errors import RecordError
 
@@ -14,7 +14,8 @@ REQUIRED_KEYS = ("input", "alternatives", "output", "filtered_rephrases|rephrase
 
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
     """`input`, `alternatives`, `filtered_rephrases` (or `rephrases`), `output` (`[{"answer": …}]`), and optionally
-    `prediction`, `subject`, `relation`, `kind` (of the subject) and `statements` (texts that an answer completes)."""
+    `prediction`, `subject`, `relation`, `kind` (of the subject), `statements` (texts that an answer
+    completes) and `keep` (questions that constrain the edit)."""
     require(data, REQUIRED_KEYS, where)
     prompt = text(data["input"], "input", where)
     rephrases = texts(data.get("filtered_rephrases", data.get("rephrases")), "filtered_rephrases", where)
@@ -30,6 +31,7 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
         line=line,
         kind=optional_text(data, "kind", where),
         statements=texts(data.get("statements") or [], "statements", where),
+        keep=flat_texts(data.get("keep"), "keep", where),
     )
 
 

@@ -12,7 +12,7 @@ from mend_lightning.errors import RecordError
 
 KEYS = (
     "prompt", "target", "targets", "rephrases", "answer", "answers", "locality", "portability", "prediction", "subject",
-    "relation", "id",
+    "relation", "id", "kind", "keep",
 )  # fmt: skip
 
 
@@ -22,7 +22,8 @@ ANSWER_KEYS = ("target", "targets", "answer", "answers")
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
     """`prompt`; `target` or `targets` (an edit takes one of them); and optionally `rephrases`, `answers` (or `answer`;
     the true ones), `locality` (`[{"prompt": …, "target": …, "hard": true}]`), `portability` (`[{"prompt": …,
-    "target": …, "kind": …}]`), `prediction`, `subject`, `relation`. Lists of texts may be a single text."""
+    "target": …, "kind": …}]`), `prediction`, `subject`, `relation`, `kind` (of the subject),
+    `keep` (questions that constrain the edit). Lists of texts may be a single text."""
     _check_spelling(data, where)
     require(data, ("prompt", "target|targets"), where)
     prompt = text(data["prompt"], "prompt", where)
@@ -39,6 +40,8 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
         line=line,
         locality=questions(data.get("locality"), "locality", where, ANSWER_KEYS),
         portability=questions(data.get("portability"), "portability", where, ANSWER_KEYS),
+        kind=optional_text(data, "kind", where),
+        keep=flat_texts(data.get("keep"), "keep", where),
     )
 
 
@@ -57,7 +60,7 @@ def _check_spelling(data: Mapping[str, Any], where: str) -> None:
 FORMAT = Format(
     "native",
     "files of your own, JSONL, CSV, Parquet, …",
-    "prompt, target or targets, rephrases, answers, locality, portability, subject, relation",
+    "prompt, target or targets, rephrases, answers, locality, portability, subject, relation, kind, keep",
     lambda data: "prompt" in data and ("target" in data or "targets" in data),
     parse,
 )

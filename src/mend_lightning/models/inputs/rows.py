@@ -86,6 +86,12 @@ class Rows:
         return self._placed(Positions.of(self.host.labels != IGNORED_LABEL))
 
     @cached_property
+    def answer_starts(self) -> Positions:
+        """The first label of every row that has any: the position that predicts the answer's first token."""
+        labelled = self.host.labels != IGNORED_LABEL
+        return self._placed(Positions.of(labelled & (labelled.cumsum(1) == 1)))
+
+    @cached_property
     def labels_of_task(self) -> tuple[int, ...]:
         """How many labels each task has."""
         labelled = (self.host.labels != IGNORED_LABEL).sum(1)

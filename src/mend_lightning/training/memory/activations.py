@@ -155,7 +155,7 @@ class _Descent:
     def base_deltas(self) -> None:
         return None
 
-    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs) -> Made:
+    def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs, x_keep: Rows | None = None) -> Made:
         """`Editor.make_deltas`."""
         factors, *measured = edit_factors(model, self.modules_in(model), z_edit, trunk)
         with phase(TRANSFORMS):

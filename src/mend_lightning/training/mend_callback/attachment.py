@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
-from mend_lightning.data.datamodule import EditDataModule, HostModel
+from mend_lightning.data.datamodule import EditDataModule
+from mend_lightning.data.host_model import HostModel
 from mend_lightning.data.order import repeated
 from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.making import make_edit
