@@ -42,6 +42,7 @@ _HOME = {
     "InContext": "editors",
     "KnowledgeEditor": "editors",
     "CollidingEditWarning": "errors",
+    "FailingRunWarning": "errors",
     "LowConfidenceWarning": "errors",
     "LowRankDelta": "edits.deltas",
     "MendCallback": "training.mend_callback.callback",

@@ -128,6 +128,10 @@ class LowConfidenceWarning(UserWarning):
     """An edit is as large as it may be, and the model is still less sure of the new answer than was asked for."""
 
 
+class FailingRunWarning(UserWarning):
+    """The first look at a run's edits says that it fails: the base knows nothing, or edits do not reach their answers."""
+
+
 class UnverifiedBaseWarning(UserWarning):
     """Whether a model is the base that an edit was made for cannot be told."""
 

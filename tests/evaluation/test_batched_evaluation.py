@@ -86,7 +86,7 @@ def assert_same(actual: list[dict], alone: list[dict], exact: list[dict]) -> Non
                 torch.tensor([value for each in edits for value in each[name][field]], dtype=torch.float64)
                 for edits in (actual, alone, exact)
             )
-            if field.startswith(("nll", "kl")):
+            if field.startswith(("nll", "kl", "end")):
                 assert rounds_alike([found], [expected], [truth]), (name, field)
             else:
                 assert found.tolist() == expected.tolist(), (name, field)

@@ -12,7 +12,14 @@ import torch
 from mend_lightning.editors.edited_model import DeltaEdits
 from mend_lightning.evaluation.evaluate import BatchScores, ComparedScores
 from mend_lightning.evaluation.metric_collection import PROTOCOL, Scoreboard
-from mend_lightning.evaluation.metrics import Drawdown, EditSuccess, PerplexityDrawdown, RowShare, WeightedMean
+from mend_lightning.evaluation.metrics import (
+    Drawdown,
+    EditSuccess,
+    MedianShare,
+    PerplexityDrawdown,
+    RowShare,
+    WeightedMean,
+)
 from mend_lightning.evaluation.statistics import bootstrap_interval, exact_match, token_f1
 from mend_lightning.models.forward.losses import rows_all_true, rows_sum
 
@@ -146,7 +153,8 @@ def random_rows(count: int, seed: int, task_size: int = 1) -> ComparedScores:
     hits = parts()
     before = torch.rand(count, generator=generator) < 0.6
     task = torch.arange(count) // task_size
-    return ComparedScores(task, tokens, hits == tokens, values(), hits, before, values(), parts(), values())
+    end = torch.rand(count, generator=generator)
+    return ComparedScores(task, tokens, hits == tokens, values(), hits, before, values(), parts(), values(), end)
 
 
 def test_scoreboard_against_loops_over_rows():
@@ -154,7 +162,7 @@ def test_scoreboard_against_loops_over_rows():
     for seed, tasks in enumerate((4, 1, 3)):
         scores = BatchScores(*(random_rows(tasks * n, 10 * seed + n, n) for n in (1, 2, 4)), edited=DeltaEdits({}, {}))
         hard = torch.rand(tasks * 4, generator=torch.Generator().manual_seed(seed)) < 0.5
-        board.update(scores, hard)
+        board.update(scores, hard, confidence=0.6, has_stop=True)
         all_rows.append(scores)
         all_hard += hard.tolist()
     board.update_generated([True, False, True, True], [1.0, 0.25, 1.0, 1.0])
@@ -167,6 +175,9 @@ def test_scoreboard_against_loops_over_rows():
         "edit_success": mean([row["correct_after"] for row in edit + rephrase]),
         "reliability": mean([row["correct_after"] for row in edit]),
         "generality": mean([row["correct_after"] for row in rephrase]),
+        "confident": mean([math.exp(-row["nll_after"]) >= 0.9 * 0.6 for row in edit]),
+        "probability": median_of_thousandths([math.exp(-row["nll_after"]) for row in edit]),
+        "stop_probability": mean([row["end_before"] for row in locality]),
         "token_accuracy": ratio(edit + rephrase, "hits"),
         "edit_nll": ratio(rephrase, "nll_after"),
         "base_accuracy": mean([row["correct_before"] for row in locality]),
@@ -180,9 +191,48 @@ def test_scoreboard_against_loops_over_rows():
         "generated_f1": 0.8125,
     }
     assert board.compute() == pytest.approx(expected, rel=1e-6)
+    assert 0 < expected["confident"] < 1
     assert set(expected) | {"delta_norm"} == set(PROTOCOL) | {"edit_nll"}
+    assert board.edits() == len(edit) == 8
     board.reset()
     assert board.compute() == {}, "what saw nothing is left out"
+
+
+def test_what_nobody_asked_for_is_left_out():
+    """How sure an edit is of an editor that does not look, and the stop of answers that have none."""
+    board = Scoreboard()
+    board.update(BatchScores(*(random_rows(2, n) for n in range(3)), DeltaEdits({}, {})), torch.tensor([True, False]))
+    assert not board.compute().keys() & {"confident", "stop_probability"} and "probability" in board.compute()
+
+
+def median_of_thousandths(values: list[float]) -> float:
+    return (int(sorted(values)[(len(values) - 1) // 2] * 1000) + 0.5) / 1000
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_a_median(count):
+    generator = random.Random(count)
+    values = [generator.random() ** 3 for _ in range(count)]
+    metric, other = MedianShare(), MedianShare()
+    metric.update(torch.tensor(values[: count // 2]))
+    other.update(torch.tensor(values[count // 2 :]))
+    # As processes are: each has seen some.
+    metric.counts += other.counts
+    assert float(metric.compute()) == pytest.approx(median_of_thousandths(values), abs=1e-6)
+    assert metric._defaults["counts"].dtype == torch.float64
+
+
+def test_a_median_of_extremes():
+    metric = MedianShare()
+    metric.update(torch.tensor([0.0, 1.0, 1.0, float("nan")]))
+    assert float(metric.compute()) == pytest.approx(0.0005), "two of four are 0"
+    metric.update(torch.tensor([1.0, 1.0]))
+    assert float(metric.compute()) == pytest.approx(0.9995)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before the ``update`` method.*")
+def test_a_median_of_nothing():
+    assert math.isnan(float(MedianShare().compute()))
 
 
 def as_dicts(rows: ComparedScores) -> list[dict]:

@@ -12,7 +12,8 @@ from mend_lightning.models.forward.generation import MAX_NEW_TOKENS
 from mend_lightning.models.inputs.rows import Rows
 
 AFTER = ("correct_after", "nll_after", "tokens", "hits")
-FIELDS = {"z_edit": AFTER, "x_in": AFTER, "x_out": (*AFTER, "correct_before", "nll_before", "agreement", "kl")}
+BEFORE = ("correct_before", "nll_before", "agreement", "kl", "end_before")
+FIELDS = {"z_edit": AFTER, "x_in": AFTER, "x_out": (*AFTER, *BEFORE)}
 
 
 def one_task(rows: Rows, task: int) -> Rows:
@@ -63,6 +64,8 @@ def position_scores(before: torch.Tensor, after: torch.Tensor, labels: list[int]
         scores["hits"] += int(q.argmax()) == label
         scores["agreement"] += int(p.argmax()) == int(q.argmax())
         scores["kl"] += float((p.exp() * (p - q)).sum())
+        # The last one stays.
+        scores["end_before"] = float(p[label].exp())
     return scores
 
 

@@ -19,6 +19,9 @@ from mend_lightning.errors import CollidingEditWarning, LowConfidenceWarning, No
 from mend_lightning.models.fingerprint import base_fingerprint, layer_fingerprints
 from mend_lightning.models.forward.hooks import Delta
 
+# An edit has missed its confidence where it reaches less than this share of it.
+ENOUGH = 0.9
+
 
 def warn_of_contradictions(facts: Sequence[tuple[str, str]]) -> None:
     """Warns (CollidingEditWarning) where two facts give the same question different answers."""
@@ -54,7 +57,7 @@ def warn_of_doubts(
     """
     if not any(bool(delta.norm() > 0) for delta in deltas.values()):
         warnings.warn(f"The edit {facts} changes nothing: every delta is zero.", NoEffectWarning, stacklevel=3)
-    if confidence is not None and probability < 0.9 * confidence:
+    if confidence is not None and probability < ENOUGH * confidence:
         warnings.warn(
             f"After the edit {facts} the model gives the new answer with probability {probability:.2f}; the editor aims at "
             f"{confidence}. Look at its answers before you keep it.",

@@ -43,6 +43,11 @@ class RowScores:
     nll_after: Tensor
     hits: Tensor
 
+    @property
+    def probability_after(self) -> Tensor:
+        """Of the row's whole answer under the edited model, `[rows]`."""
+        return self.nll_after.neg().exp()
+
     def part(self, rows: slice | Tensor) -> Self:
         return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
@@ -55,12 +60,15 @@ class ComparedScores(RowScores):
         correct_before, nll_before: of the base model.
         agreement: label positions whose most probable token the edit did not change.
         kl: KL(base ‖ edited) summed over the label positions, nats.
+        end_before: probability that the base gives to the row's last label token, behind the true ones before it: where
+            answers have a stop, that of the stop.
     """
 
     correct_before: Tensor
     nll_before: Tensor
     agreement: Tensor
     kl: Tensor
+    end_before: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,20 @@ def _compared(before: HeadStates, after: HeadStates, rows: Rows) -> ComparedScor
         nll_before=rows_sum(old.nll, *of_rows),
         agreement=rows_sum(old.best == new.best, *of_rows),
         kl=rows_sum(kl, *of_rows),
+        end_before=rows_sum(torch.where(last_of_rows(where.row), old.nll.neg().exp(), 0.0), *of_rows),
     )
+
+
+def last_of_rows(row: Tensor) -> Tensor:
+    """Which of n places, listed row by row, are their row's last one: `[n]` bool.
+
+    Example:
+        >>> last_of_rows(torch.tensor([0, 0, 2])).tolist()
+        [False, True, True]
+    """
+    last = torch.ones_like(row, dtype=torch.bool)
+    last[:-1] = row[1:] != row[:-1]
+    return last
 
 
 def _after(scores: PositionScores, rows: Rows, where: Positions) -> dict[str, Tensor]:

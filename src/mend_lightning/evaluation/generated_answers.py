@@ -10,6 +10,7 @@ from torch import nn
 
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.evaluation.evaluate import BatchScores
+from mend_lightning.evaluation.metric_collection import reaches
 from mend_lightning.evaluation.statistics import exact_match, token_f1
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.sharding.collectives import any_rank
@@ -59,13 +60,28 @@ def judge_answers(answers: Sequence[str], batch: EditBatch) -> tuple[list[bool],
     return matches, [token_f1(answer, target) for answer, target in zip(answers, targets)]
 
 
-def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] | None) -> list[dict[str, Any]]:
-    """One JSON-able record an edit: what was asked, what came out, and what else changed."""
+def task_records(
+    batch: EditBatch,
+    scores: BatchScores,
+    answers: Sequence[str] | None,
+    confidence: float | None = None,
+    has_stop: bool = False,
+) -> list[dict[str, Any]]:
+    """One JSON-able record an edit: what was asked, what came out, and what else changed.
+
+    Args:
+        batch: the edit tasks.
+        scores: from `evaluate_batch`.
+        answers: from `edited_answers`; None: nothing was generated.
+        confidence, has_stop: see `Scoreboard.update`.
+    """
     records, asked, unrelated = [], 0, 0
     # As lists, once: each look at a tensor waits for its device.
     reliable, general = scores.edit.correct_after.tolist(), scores.rephrase.correct_after.tolist()
     known = [getattr(scores.locality, name).tolist() for name in ("correct_before", "correct_after")]
     kl = (scores.locality.kl / scores.locality.tokens).tolist()
+    probability, end = scores.edit.probability_after.tolist(), scores.locality.end_before.tolist()
+    confident = None if confidence is None else reaches(scores.edit, confidence).tolist()
     for i, text in enumerate(batch.texts):
         of_rephrases = slice(asked, asked + len(text.rephrases))
         of_locality = slice(unrelated, unrelated + len(text.locality))
@@ -77,6 +93,7 @@ def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] |
             "subject": text.subject,
             "relation": text.relation,
             "reliable": reliable[i],
+            "probability": _rounded(probability[i]),
             "rephrases": list(text.rephrases),
             "general": general[of_rephrases],
             "locality": [list(pair) for pair in text.locality],
@@ -85,7 +102,16 @@ def task_records(batch: EditBatch, scores: BatchScores, answers: Sequence[str] |
             "known_after": known[1][of_locality],
             "kl": [round(value, 6) for value in kl[of_locality]],
         }
+        if confident is not None:
+            record["confident"] = confident[i]
+        if has_stop:
+            record["stop_probability"] = [_rounded(value) for value in end[of_locality]]
         if answers is not None:
             record["generated"] = [answers[i], *answers[len(batch.texts) :][of_rephrases]]
         records.append(record)
     return records
+
+
+def _rounded(probability: float) -> float:
+    """Four significant digits: a base gives an answer with probability 1e-7, not with 0."""
+    return float(f"{probability:.4g}")

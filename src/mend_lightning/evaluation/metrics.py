@@ -136,3 +136,37 @@ class WeightedMean(_RowSums):
 
     def compute(self) -> Tensor:
         return (self.value_sum / self.weight_sum).float()
+
+
+class MedianShare(Metric):
+    """Median of numbers between 0 and 1, to within 0.0005: how many there are in each thousandth is a sum state.
+
+    Of an even number of values it is the lower one of the two in the middle.
+
+    Example:
+        >>> metric = MedianShare()
+        >>> metric.update(torch.tensor([0.1, 0.9, 0.7]))
+        >>> round(float(metric.compute()), 3)
+        0.7
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    parts = 1000
+    counts: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros(self.parts, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Takes in `values` `[rows]`; one that is not a number counts as 0."""
+        part = (values.double().nan_to_num(0.0) * self.parts).long().clamp(0, self.parts - 1)
+        # Not bincount: CUDA has no deterministic one.
+        self.counts = self.counts + (part[:, None] == torch.arange(self.parts, device=part.device)).sum(0)
+
+    def compute(self) -> Tensor:
+        """Middle of the thousandth that the median is in, float32 scalar; NaN before any value was seen."""
+        below = self.counts.cumsum(0)
+        middle = ((below < below[-1] / 2).sum() + 0.5) / self.parts
+        return torch.where(below[-1] > 0, middle, torch.nan).float()

@@ -50,6 +50,8 @@ def shares(record: Mapping[str, Any]) -> dict[str, list[bool]]:
         "kept": known,
         "kept_hard": [after for before, after in hard if before],
     }
+    if "confident" in record:
+        values["confident"] = [record["confident"]]
     if "generated" in record:
         values["generated_exact_match"] = [exact_match(answer, record["target"]) for answer in record["generated"]]
     return values
