@@ -64,13 +64,22 @@ def test_what_fit_leaves(session, config):
     assert (width > 1000, height > 300) == (True, True)
     columns = (root / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/edit", "train/locality", "train/grad_norm", "val/loss", "val/edit_success"} <= set(columns)
+    rows = (root / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[1:]
+    first = dict(zip(columns, rows[0].split(",")))
+    assert first["step"] == "0" and first["val/loss"] and not first["train/edit"]
+    # Checkpoints are of every step, and validations of every other one.
+    line = rf"Training changed, on {SIZES['validation']} validation edits: success 0\.\d+ → 0\.\d+, .*, KL .* → .*\."
+    behind = r"\(That is the validation after step 2: the editor that was kept has none of its own\.\)$"
+    assert re.search(f"{line}.* {behind}", session["fit"].out), session["fit"].out[-400:]
     assert "First edit:" in session["fit"].out and f"Editor saved to {root / 'editor'}" in session["fit"].out
 
 
 def test_results_of_test(session, config):
     results = json.loads((config.parent / "results.json").read_text())
-    assert set(results["metrics"]) == set(PROTOCOL) | {"edit_nll"}
-    assert set(results["protocol"]) == set(PROTOCOL)
+    # This editor does not look how sure its edits are.
+    measured = set(PROTOCOL) - {"confident"}
+    assert set(results["metrics"]) == measured | {"edit_nll"}
+    assert set(results["protocol"]) == measured
     assert (results["edits"], results["seed"], results["edits_at_a_time"]) == (SIZES["test"], 0, 1)
     assert results["cost_of_an_edit"]["seconds"] > 0 and results["cost_of_an_edit"]["edits"] == SIZES["test"]
     assert results["versions"]["mend_lightning"] == __version__
@@ -104,10 +113,14 @@ def test_results_follow_from_the_examples(session, config, facts):
     assert metrics["base_accuracy"] == pytest.approx(sum(before for before, _ in known) / len(known), abs=1e-6)
     kept = [after for before, after in known if before]
     assert metrics["kept"] == pytest.approx(sum(kept) / len(kept), abs=1e-6)
+    ends = [value for line in lines for value in line["stop_probability"]]
+    assert metrics["stop_probability"] == pytest.approx(sum(ends) / len(ends), rel=1e-3)
+    probabilities = sorted(line["probability"] for line in lines)
+    assert metrics["probability"] == pytest.approx(probabilities[len(lines) // 2], abs=6e-4)
 
 
 def test_the_table_is_printed_once(session):
-    for label, protocol in PROTOCOL.values():
+    for label, protocol in (about for name, about in PROTOCOL.items() if name != "confident"):
         assert label in session["test"].out and protocol.split()[0] in session["test"].out
     assert session["test"].out.count("95 % interval") == 1
     assert "Test metric" not in session["test"].out

@@ -217,9 +217,10 @@ def test_blocks_are_given_back(both, layout):
 
 
 def test_validation_metrics(both):
-    """Five examples: one process has an uneven batch more than the other."""
+    """Five examples: one process has an uneven batch more than the other. The first validation is before the first step."""
     spread, alone = (out["validations"] for out, _ in both)
-    assert len(alone) == len(spread) == 2 and alone[0]["val/base_accuracy"] > 0
+    assert len(alone) == len(spread) == 3 and alone[0]["val/base_accuracy"] > 0
+    assert alone[0]["val/edit_nll"] != alone[1]["val/edit_nll"]
     for expected, actual in zip(alone, spread):
         assert actual == pytest.approx(expected, **NEAR)
 

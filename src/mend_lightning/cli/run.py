@@ -48,6 +48,7 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
     from mend_lightning.training.module import MendModule
     from mend_lightning.training.progress.progress_bar import EditProgressBar
     from mend_lightning.training.run_callbacks import CurvePlot, ResultsReport, SaveEditor, StartReport
+    from mend_lightning.training.training_change import TrainingChange
     from mend_lightning.training.trunk_cache.trunk_report import TrunkReport
 
     class MendCLI(LightningCLI):
@@ -109,7 +110,15 @@ def run_trainer(arguments: list[str], configs: Sequence[Path] = ()) -> Any:
                 # Edits need gradients in validation and test too.
                 "inference_mode": False,
                 "default_root_dir": DEFAULT_ROOT,
-                "callbacks": [StartReport(), TrunkReport(), SaveEditor(), CurvePlot(), ResultsReport()],
+                # The last line of `fit` is the last one's.
+                "callbacks": [
+                    StartReport(),
+                    TrunkReport(),
+                    SaveEditor(),
+                    CurvePlot(),
+                    ResultsReport(),
+                    TrainingChange(),
+                ],
             },
         )
 

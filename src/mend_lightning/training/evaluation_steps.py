@@ -10,33 +10,50 @@ from torch import Tensor, nn
 from mend_lightning.data.batch import EditBatch
 from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, NonFiniteError
-from mend_lightning.evaluation.evaluate import evaluate_batch, hard_rows
+from mend_lightning.evaluation.doubts import Asked
+from mend_lightning.evaluation.evaluate import BatchScores, evaluate_batch, hard_rows
 from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
 from mend_lightning.evaluation.metric_collection import Scoreboard
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.inputs.encoder import Encoder, in_words
 
 
-def validate_batch(model: nn.Module, editor: Editor, batch: EditBatch, metrics: Scoreboard | None) -> None:
-    """Scores a batch of edits; `metrics` takes the scores in, None where another process has counted the batch already."""
+def validate_batch(
+    model: nn.Module,
+    editor: Editor,
+    batch: EditBatch,
+    metrics: Scoreboard | None,
+    weight_norms: Mapping[str, Tensor],
+    asked: Asked,
+) -> None:
+    """Scores a batch of edits; arguments as in `measure_batch`."""
     scores = evaluate_batch(model, editor, batch)
     if metrics is not None:
-        metrics.update(scores, hard_rows(batch))
+        _take_in(metrics, scores, batch, weight_norms, asked)
 
 
-def validation_values(metrics: Scoreboard, c_edit: float, step: int) -> dict[str, float]:
-    """name -> value of a whole validation, with `loss = c_edit L_edit + L_loc`.
+def _take_in(
+    metrics: Scoreboard, scores: BatchScores, batch: EditBatch, weight_norms: Mapping[str, Tensor], asked: Asked
+) -> None:
+    metrics.update(scores, hard_rows(batch), asked.confidence, asked.has_stop)
+    metrics.update_norms(scores.edited.deltas, weight_norms)
 
-    Raises:
-        NonFiniteError: a loss is not finite.
-    """
+
+def validation_values(metrics: Scoreboard, c_edit: float) -> dict[str, float]:
+    """name -> value of a whole validation, with `loss = c_edit L_edit + L_loc` where both are finite."""
     values = metrics.compute()
     if "edit_nll" not in values or "locality_kl" not in values:
+        return values
+    return {**values, "loss": c_edit * values["edit_nll"] + values["locality_kl"]}
+
+
+def check_validation(values: Mapping[str, float], step: int) -> None:
+    """Raises NonFiniteError if a loss of a validation is not finite."""
+    if "loss" not in values:
         raise NonFiniteError(
             f"The validation losses are not finite after step {step}: training has diverged. Go back to an earlier "
             "checkpoint and lower the learning rates."
         )
-    return {**values, "loss": c_edit * values["edit_nll"] + values["locality_kl"]}
 
 
 def measure_batch(
@@ -46,6 +63,7 @@ def measure_batch(
     batch: EditBatch,
     metrics: Scoreboard | None,
     weight_norms: Mapping[str, Tensor],
+    asked: Asked,
 ) -> list[dict[str, Any]]:
     """Scores a batch of edits and asks the edited model.
 
@@ -56,6 +74,7 @@ def measure_batch(
         batch: the edit tasks.
         metrics: takes everything in; None where another process has counted the batch already.
         weight_norms: layer name -> ‖W‖.
+        asked: what the figures are judged by.
 
     Returns:
         One record a task for the report; none without `metrics`.
@@ -65,11 +84,10 @@ def measure_batch(
     answers = None if encoder is None else edited_answers(model, encoder, batch, scores)
     if metrics is None:
         return []
-    metrics.update(scores, hard_rows(batch))
-    metrics.update_norms(scores.edited.deltas, weight_norms)
+    _take_in(metrics, scores, batch, weight_norms, asked)
     if answers is not None:
         metrics.update_generated(*judge_answers(answers, batch))
-    return task_records(batch, scores, answers)
+    return task_records(batch, scores, answers, asked.confidence, asked.has_stop)
 
 
 def predict_batch(

@@ -22,7 +22,7 @@ from mend_lightning.editors.editor import Editor, EditorFactory
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.editors.mend_settings import MendSettings
 from mend_lightning.errors import NoEffectWarning
-from mend_lightning.evaluation.metric_collection import Scoreboard, weight_norms
+from mend_lightning.evaluation.metric_collection import Scoreboard
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
@@ -36,15 +36,10 @@ from mend_lightning.training.checks import (
 )
 from mend_lightning.training.distributed.placement import SHARDING, ddp_leaves_out, load_for
 from mend_lightning.training.editor_checkpoint import check_checkpoint, keep_editor_only
-from mend_lightning.training.evaluation_steps import measure_batch, predict_batch, validate_batch, validation_values
+from mend_lightning.training.evaluation_steps import predict_batch
 from mend_lightning.training.finite import FiniteChecks, check_finite, skips_step
-from mend_lightning.training.optimization import (
-    Decay,
-    adam,
-    edit_rate_range,
-    gradient_norm,
-    lr_factor,
-)
+from mend_lightning.training.looks import Looks
+from mend_lightning.training.optimization import Decay, adam, edit_rate_range, gradient_norm, lr_factor
 from mend_lightning.training.precision import check_trainer_precision, loss_scaler
 from mend_lightning.training.random_states import set_own_random_states
 from mend_lightning.training.run_editor import new_editor, saved_editor
@@ -52,6 +47,7 @@ from mend_lightning.training.step import LocalityPositions, StepOutput, step_los
 from mend_lightning.training.trainer_parts import data_of
 from mend_lightning.training.trunk_cache import CachedTrunk
 from mend_lightning.training.trunk_cache.trunk_report import check_trunk_cache
+from mend_lightning.training.validations import Validations
 
 
 class MendModule(L.LightningModule):
@@ -81,10 +77,12 @@ class MendModule(L.LightningModule):
         trunk_cache: folder in which `fit` keeps, for this run and later ones, what the blocks below the edited layers return
             for the training rows (docs/speed.md says where that pays). It may grow large. None: they run every time.
         compile_blocks: has no effect, and is accepted so that earlier configurations load.
+        validate_first: whether `fit` validates before its first step, so that one sees what training adds (`FirstLook`).
         mend: `rank`, `edit_rate`, `precondition`, `confidence` and the others of `MendSettings`.
 
     Warns:
         NoEffectWarning: `compile_blocks` is set.
+        FailingRunWarning: the first look at the edits says that the run fails (`evaluation/doubts.py`).
 
     Example:
         >>> module = MendModule(rank=256, lr=1e-5)
@@ -114,6 +112,7 @@ class MendModule(L.LightningModule):
         tasks_at_once: int | None = None,
         trunk_cache: str | Path | None = None,
         compile_blocks: bool = False,
+        validate_first: bool = True,
         **mend: Any,
     ) -> None:
         super().__init__()
@@ -139,7 +138,8 @@ class MendModule(L.LightningModule):
         self.results: dict[str, float] = {}
         # Steps that a loss scaler left out because the gradient overflowed.
         self.skipped_steps = 0
-        self._trained, self._finite = editor is not None, FiniteChecks()
+        self._trained, self.looks = editor is not None, Looks(validate_first, trained=editor is not None)
+        self._finite = FiniteChecks()
         self._random_states: list[dict[str, Any]] | None = None
 
     def configure_model(self) -> None:
@@ -196,10 +196,11 @@ class MendModule(L.LightningModule):
         self.check_last_step()
         if self.trainer.state.fn == "validate":
             check_trained(self._trained, self.editor, "validate")
+        self.looks.begin(self)
 
     def on_test_start(self) -> None:
         check_trained(self._trained, self.editor, "test")
-        self._weight_norms = weight_norms(self.editor.modules_in(self.base_model))
+        self.looks.begin(self)
 
     def on_predict_start(self) -> None:
         check_trained(self._trained, self.editor, "predict")
@@ -213,6 +214,7 @@ class MendModule(L.LightningModule):
             # Nothing to do; `on_fit_end` puts it back.
             self._max_epochs, self.trainer.fit_loop.max_epochs = self.trainer.fit_loop.max_epochs, 0
         take_in_facts(self.trainer, self.base_model, self.editor, self.calibration_batches, self.trunk_of)
+        self.looks.begin_fit(self)
 
     def on_fit_end(self) -> None:
         if isinstance(self.trunk_of, CachedTrunk):
@@ -220,6 +222,7 @@ class MendModule(L.LightningModule):
         self.trunk_of = run_trunk
         if not self.editor.trainable:
             self.trainer.fit_loop.max_epochs = self._max_epochs
+        self.looks.end_fit(self)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         self._finite.flush()
@@ -236,8 +239,7 @@ class MendModule(L.LightningModule):
             self.log(f"train/{name}", mean, prog_bar=name in out.losses(), batch_size=edits)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = gradient_norm(self.editor)
-        scaler = loss_scaler(self.trainer.precision_plugin)
+        norm, scaler = gradient_norm(self.editor), loss_scaler(self.trainer.precision_plugin)
         self.skipped_steps += skips_step(norm, scaler, self.global_step, self._finite)
         if scaler is not None:
             self.log("train/skipped_steps", float(self.skipped_steps), prog_bar=True)
@@ -246,30 +248,25 @@ class MendModule(L.LightningModule):
 
     def validation_step(self, batch: EditBatch, batch_idx: int) -> None:
         metrics = None if repeated(self.trainer.val_dataloaders, batch_idx) else self.scoreboard
-        validate_batch(self.base_model, self.editor, batch, metrics)
+        self.looks.validate(self, batch, metrics)
 
     def on_validation_epoch_end(self) -> None:
-        values = validation_values(self.scoreboard, self.c_edit, self.global_step)
         # Metrics are reduced over processes already, and the same on each; without sync_dist Lightning would warn of each.
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
-        self.scoreboard.reset()
+        self.log_dict({f"val/{name}": value for name, value in self.looks.end_validation(self).items()}, sync_dist=True)
 
     # A list of records, which Lightning hands on to callbacks as it is.
     def test_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:  # type: ignore[override]
         """Scores a batch and asks the edited model; returns one record a task for the report."""
-        encoder = None if self.base_kind == "classifier" else self._encoder()
         metrics = None if repeated(self.trainer.test_dataloaders, batch_idx) else self.scoreboard
-        return measure_batch(self.base_model, self.editor, encoder, batch, metrics, self._weight_norms)
+        return self.looks.measure(self, self._encoder(), batch, metrics)
 
     def on_test_epoch_end(self) -> None:
-        self.results = self.scoreboard.compute()
+        self.results = self.looks.end_test(self)
         self.log_dict({f"test/{name}": value for name, value in self.results.items()}, sync_dist=True)
-        self.scoreboard.reset()
 
     def predict_step(self, batch: EditBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record a task: the question, the target, and the answers before and after the edit."""
-        classifies = self.base_kind == "classifier"
-        records = predict_batch(self.base_model, self.editor, self._encoder(), batch, classifies)
+        records = predict_batch(self.base_model, self.editor, self._encoder(), batch, self.base_kind == "classifier")
         return [] if repeated(self.trainer.predict_dataloaders, batch_idx) else records
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig | None:
@@ -284,15 +281,18 @@ class MendModule(L.LightningModule):
         # What is not finite must not be saved.
         self.check_last_step()
         keep_editor_only(checkpoint, self.editor)
+        checkpoint["validations"] = self.looks.validations.saved()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self.editor)
         self._trained = True
-        # Checkpoints of earlier versions have none.
+        # Checkpoints of earlier versions have neither.
         self._random_states = checkpoint.get("random_states")
+        self.looks.validations = Validations.of(checkpoint.get("validations"))
 
     def on_train_start(self) -> None:
         """Goes on with a resumed run's random numbers; what was drawn until here (a new editor's start) is not part of it."""
+        self.looks.begin_training(self)
         if self._random_states is not None:
             set_own_random_states(self._random_states, self.global_rank)
             self._random_states = None

@@ -31,6 +31,7 @@ from mend_lightning.training.distributed.checkpoint_file import editor_state
 from mend_lightning.training.module import MendModule
 from mend_lightning.training.progress.console import console
 from mend_lightning.training.trainer_parts import data_of, is_fast_dev_run
+from mend_lightning.training.validations import validation_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class SaveEditor(L.Callback):
         # By one process, with what it has: the others may be anywhere, and never answer.
         if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
-        state = best_editor_state(trainer)
+        best = best_checkpoint(trainer)
+        state = None if best is None else editor_state(best)
         if state is None:
             mend.check_last_step()
             state = None if is_sharded(mend.editor) else mend.editor.state_dict()
@@ -140,8 +142,11 @@ class SaveEditor(L.Callback):
         editor = _mend_module(module).editor
         # Read by one process, for the others may be on machines that do not have the folder; a test that follows in
         # this process must find the same editor on all of them.
-        state = trainer.strategy.broadcast(best_editor_state(trainer) if trainer.is_global_zero else None)
-        if state is not None:
+        best = best_checkpoint(trainer) if trainer.is_global_zero else None
+        found = None if best is None else (editor_state(best), validation_of(best))
+        found = trainer.strategy.broadcast(found)
+        if found is not None:
+            state, _mend_module(module).looks.validations.kept = found
             load_whole_state(editor, state)
         else:
             state = whole_state(editor)
@@ -156,13 +161,11 @@ class SaveEditor(L.Callback):
         console().print(f"Editor saved to {folder} ({source})", highlight=False)
 
 
-def best_editor_state(trainer: L.Trainer) -> dict[str, torch.Tensor] | None:
-    """The editor of the best checkpoint that was kept, on the CPU; None if there is none."""
+def best_checkpoint(trainer: L.Trainer) -> dict[str, Any] | None:
+    """The best checkpoint that was kept, on the CPU; None if there is none."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not best:
-        return None
     # Through the plugin: the file may still be on its way to the disk, and may be one of shards.
-    return editor_state(trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu"))
+    return trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu") if best else None
 
 
 class CurvePlot(L.Callback):

@@ -141,6 +141,16 @@ def test_a_log_gets_a_line_for_each_thing_done(mend, edit_data, shown, clock, ca
     assert re.search(r"loss [\d.]+, edit success [\d.]+, retained [\d.]+$", lines[1]) and "\r" not in out
 
 
+def test_a_log_gets_a_line_for_the_validation_before_the_first_step(mend, edit_data, shown, clock, capsys):
+    """The first row of what a log says of its validations, with the same columns."""
+    shown(clock, max_steps=2, val_check_interval=2, check_val_every_n_epoch=None).fit(mend("llama"), edit_data())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Validation")]
+    number = r"[\d.e+-]+"
+    for line, name in zip(lines, ("before the first step", "after step 2"), strict=True):
+        said = rf"Validation {name}: 3/3 batches, 0.3 edits/s, took 0:15, loss {number}, edit success {number}, retained {number}"
+        assert re.fullmatch(said, line), line
+
+
 def test_a_log_stays_short(clock, capsys):
     """Ten hours of half-second steps: every half minute, then ever less often, never less than every ten minutes."""
     line, times = ProgressLine("Training", 72_000, "steps"), []

@@ -88,7 +88,9 @@ class EditProgressBar(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._training is not None:
             self._training.pace.leave()
-        if trainer.sanity_checking:
+        if is_first_look(trainer, module):
+            self._open("Validation before the first step", trainer.num_val_batches, keep=False)
+        elif trainer.sanity_checking:
             self._open("Sanity check", trainer.num_sanity_val_batches, keep=False)
         elif trainer.state.fn == "fit":
             self._open(f"Validation after step {trainer.global_step:,}", trainer.num_val_batches, keep=False)
@@ -117,7 +119,8 @@ class EditProgressBar(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         line = self._evaluation
-        self._close_evaluation(None if trainer.sanity_checking else validated(trainer))
+        checks = trainer.sanity_checking and not is_first_look(trainer, module)
+        self._close_evaluation(None if checks else validated(trainer))
         if self._training is not None and line is not None:
             self._validation_seconds, self._validated_after = line.pace.elapsed, batches_done(trainer)
             self._training.pace.come_back()
@@ -147,6 +150,11 @@ class EditProgressBar(ProgressBar):
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
         """Writes above the bars what `module.print` is given."""
         tqdm.write(sep.join(map(str, args)), **kwargs)
+
+
+def is_first_look(trainer: L.Trainer, module: Any) -> bool:
+    """Whether the validation that runs is that of a MendModule before its first step."""
+    return hasattr(module, "looks") and module.looks.first.under_way(trainer)
 
 
 def edits_of(batch: Any) -> int:
