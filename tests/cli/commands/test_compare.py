@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.bases import REMARKS, SIZES, run_config
 from helpers.commandline import assert_says, call
@@ -16,6 +17,7 @@ from matplotlib.image import imread
 from mend_lightning.cli.commands import compare
 from mend_lightning.cli.commands.compare import plan
 from mend_lightning.cli.commands.comparison import Outcome, check_same_edits, difference, per_task, rows_of
+from mend_lightning.editors import Editor
 from mend_lightning.errors import ConfigError, MendError, StateDictError
 from mend_lightning.evaluation.statistics import paired_interval
 
@@ -50,17 +52,18 @@ def test_every_editor_at_every_number_of_edits(compared):
     assert result.code == 0, result.err
     written = json.loads((root / "comparison.json").read_text())
     assert [(row["editor"], row["edits_at_once"], row["edits"]) for row in written["rows"]] == [
-        ("MEND", 1, SIZES["test"]), ("MEND", 2, 6), ("Own steps", 1, SIZES["test"]), ("Own steps", 2, 6)
+        ("MEND", 1, SIZES["test"]), ("MEND", 2, 6), ("MEND, not trained", 1, SIZES["test"]), ("MEND, not trained", 2, 6),
+        ("Own steps", 1, SIZES["test"]), ("Own steps", 2, 6),
     ]  # fmt: skip
     for row in written["rows"]:
-        folder = root / row["editor"].replace(" ", "-").lower() / f"k{row['edits_at_once']}"
+        folder = root / row["editor"].replace(",", "").replace(" ", "-").lower() / f"k{row['edits_at_once']}"
         metrics = json.loads((folder / "results.json").read_text())["metrics"]
         assert row["metrics"]["edit_success"] == metrics["edit_success"]
         # The editor trained on single edits is the one that is tested on two.
         assert (folder / "editor").is_dir() is (row["edits_at_once"] == 1)
         assert (row["fit_seconds"] > 0) is (row["edits_at_once"] == 1)
         assert row["cost_of_an_edit"]["seconds"] > 0
-    assert "minus_MEND" in written["rows"][2] and "minus_MEND" not in written["rows"][0]
+    assert "minus_MEND" in written["rows"][4] and "minus_MEND" not in written["rows"][0]
 
 
 def test_the_table_is_on_the_screen_and_in_the_page(compared):
@@ -69,7 +72,7 @@ def test_the_table_is_on_the_screen_and_in_the_page(compared):
     for text in ("MEND", "Own steps", "success − MEND", "generated", "MB/edit"):
         assert text in result.out and text in page
     # Two tables, at two numbers of edits.
-    assert page.count("\n| MEND |") == 4 and page.count("\n| Own steps |") == 4
+    assert page.count("\n| MEND |") == page.count("\n| MEND, not trained |") == 4 and page.count("\n| Own steps |") == 4
     metrics = json.loads((root / "own-steps" / "k1" / "results.json").read_text())["metrics"]
     assert f"| Own steps | 1 | {metrics['edit_success']:.3f} | {metrics['generality']:.3f} |" in page
 
@@ -90,7 +93,7 @@ def test_what_is_finished_is_not_done_again(compared):
     assert call("compare", "--config", config).code == 0
     after = {path: path.stat().st_mtime_ns for path in files}
     changed = [path for path in files if before[path] != after[path]]
-    assert len(files) == 6 and changed == [root / "own-steps" / "k2" / "results.json"]
+    assert len(files) == 9 and changed == [root / "own-steps" / "k2" / "results.json"]
 
 
 def test_another_config_in_the_same_folder(compared, tmp_path):
@@ -159,9 +162,11 @@ def test_what_is_planned(base_folder, facts, tmp_path):
     assert only.folder == tmp_path / "x" / "b" / "k2"
     plain, _ = plan("quickstart", counts=[1, 5, 25])
     assert [(run.editor, run.folder.as_posix(), run.trained) for run in plain] == [
-        ("MEND", f"runs/quickstart-several/mend/k{count}", None) for count in (1, 5, 25)
+        (name, f"runs/quickstart-several/{folder}/k{count}", None)
+        for name, folder in (("MEND", "mend"), ("MEND, not trained", "mend-not-trained"))
+        for count in (1, 5, 25)
     ]
-    assert [run.config["data"]["batch_size"] for run in plain] == [8, 1, 1]
+    assert [run.config["data"]["batch_size"] for run in plain] == [8, 1, 1] * 2
     misspelt = write_config(tmp_path, base_folder("llama"), facts, reference="MNED")
     with pytest.raises(ConfigError, match="compare.reference is 'MNED'; it must be one of MEND, Own steps"):
         plan(str(misspelt))
@@ -177,6 +182,39 @@ def test_what_is_planned(base_folder, facts, tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match="compares A, B; there is no C"):
         plan(str(config), editors=["C"])
+
+
+def test_mend_is_compared_untrained_as_well(base_folder, facts, tmp_path):
+    """The same settings but for the learning rates, and steps enough for the statistics where the config counts in steps."""
+    config = write_config(tmp_path, base_folder("llama"), facts, edits_at_once=[1, 2], train_at_each=False)
+    runs, _ = plan(str(config))
+    assert [run.editor for run in runs] == [name for name in ("MEND", "MEND, not trained", "Own steps") for _ in (1, 2)]
+    mend, still = runs[0], runs[2]
+    changed = {"lr": 0.0, "edit_rate_lr": 0.0, "validate_first": False}
+    assert still.config["model"] == {**mend.config["model"], **changed} and mend.config["model"]["lr"] > 0
+    assert still.config["data"] == mend.config["data"]
+    assert still.config["trainer"] == {**mend.config["trainer"], "default_root_dir": str(still.folder)}
+    assert runs[3].trained == still.folder / "editor" and runs[1].trained == mend.folder / "editor"
+    for off in ({"untrained": False}, {"editors": {"MEND": {"model": {"editor": "some/folder"}}}}):
+        config = write_config(tmp_path, base_folder("llama"), facts, **off)
+        assert "MEND, not trained" not in {run.editor for run in plan(str(config))[0]}
+    long, _ = plan("compare/smollm2", editors=["KE", "MEND"], counts=[1, 4])
+    assert [(run.editor, run.config["trainer"]["max_steps"]) for run in long] == [
+        ("KE", 60), ("KE", 60), ("MEND", 60), ("MEND", 60), ("MEND, not trained", 16), ("MEND, not trained", 16)
+    ]  # fmt: skip
+
+
+def test_an_untrained_editor_is_the_one_that_training_begins_with(compared):
+    """Its weights are those of a new editor; what it has seen of the data is the statistics."""
+    _, root, _ = compared
+    editor = Editor.from_pretrained(root / "mend-not-trained" / "k1" / "editor")
+    trained = Editor.from_pretrained(root / "mend" / "k1" / "editor")
+    for name, value in editor.named_parameters():
+        if name.endswith((".u", ".bias")):
+            assert not value.any(), name
+    assert not torch.equal(trained.edit_rates, editor.edit_rates)
+    assert torch.equal(editor.edit_rates, torch.full_like(editor.edit_rates, editor.settings["edit_rate"]))
+    assert torch.equal(editor.transforms[0].u_stats.count, trained.transforms[0].u_stats.count)
 
 
 def outcome(name: str, seed: int, edits_at_once: int = 1) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from mend_lightning.files import check_writable_file, write_json, written
 from mend_lightning.training.progress.console import console
 
 SECTION = "compare"
+# The editor that is compared untrained as well, and what it is called then.
+TRAINED, UNTRAINED = "MEND", "MEND, not trained"
+# Edits whose statistics it has: as many as `fit`'s look before its first step.
+STATISTICS_EDITS = 128
 # What `write_comparison` leaves.
 RESULTS = ("comparison.json", "comparison.md", "success-drawdown.png", "cost.png", "success-edits.png")
 
@@ -62,7 +67,8 @@ def compare_command(
     Args:
         name: a config as for fit, with a section `compare` that names the editors: a file or a shipped one (`--config NAME`).
         out: folder of the results; default: the config's `compare.out`.
-        editors: names of those to compare; default: all of the config.
+        editors: names of those to compare; default: all of the config. Where MEND is among them, it is compared untrained as well,
+            unless the config's `compare.untrained` is false.
         edits_at_once: numbers of edits made together, such as [1,5,25]; default: the config's `compare.edits_at_once`. With
             a config without the section `compare`: its editor, trained and tested at each of these numbers.
     """
@@ -90,7 +96,8 @@ def plan(
     section = tree.pop(SECTION, None)
     if section is None and counts:
         # One editor at several numbers of edits: the paper's table 5.
-        section = {"editors": {_editor_name(tree): {}}, "out": _leaf(Path("runs") / f"{Path(config).stem}-several")}
+        name = _editor_name(plain(tree.get("model", {}).get("algorithm", {})))
+        section = {"editors": {name: {}}, "out": _leaf(Path("runs") / f"{Path(config).stem}-several")}
     if not isinstance(section, dict) or not isinstance(section.get("editors"), dict):
         raise ConfigError(
             f"{config} has no section `{SECTION}` with `editors`. Expected, beside what fit needs: "
@@ -111,6 +118,8 @@ def plan(
         for name in names
         for count in counts
     ]
+    if settings.get("untrained", True) and UNTRAINED not in section["editors"]:
+        runs = with_untrained(runs)
     _check_folders(runs)
     reference = settings.get("reference", names[0])
     if reference not in section["editors"]:
@@ -134,14 +143,13 @@ def _leaf(value: Any) -> Leaf:
     return Leaf(str(value), Path("--edits_at_once"), 0)
 
 
-def _editor_name(tree: Mapping[str, Any]) -> str:
-    algorithm = plain(tree.get("model", {}).get("algorithm", {}))
+def _editor_name(algorithm: Any) -> str:
     path = algorithm.get("class_path", "MEND") if isinstance(algorithm, dict) else str(algorithm or "MEND")
     return path.rpartition(".")[2]
 
 
 def _check_settings(settings: Mapping[str, Any], config: str) -> None:
-    known = {"out": str, "reference": str, "edits_at_once": list, "train_at_each": bool}
+    known = {"out": str, "reference": str, "edits_at_once": list, "train_at_each": bool, "untrained": bool}
     for key, value in settings.items():
         if key not in known or not isinstance(value, known[key]):
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
@@ -157,7 +165,7 @@ def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, A
     broken = next((key for key in ("model", "data", "trainer") if not isinstance(merged.get(key, {}), dict)), None)
     if broken:
         raise ConfigError(f"compare.editors.{name}: {broken} must hold settings, and it is {merged[broken]!r}.")
-    folder = root / re.sub(r"[^a-z0-9+.]+", "-", name.lower()) / f"k{count}"
+    folder = root / _folder_name(name) / f"k{count}"
     data = dict(merged.get("data", {}))
     # About as many edits a step whatever their grouping, but never less than one task.
     data |= {"edits_at_once": count, "batch_size": max(1, data.get("batch_size", 8) // count)}
@@ -165,6 +173,46 @@ def _run(name: str, count: int, trained_at: int, root: Path, shared: dict[str, A
     given = merged.get("model", {}).pop("editor", None)
     elsewhere = folder.parent / f"k{trained_at}" / "editor" if trained_at != count else None
     return Run(name, count, folder, merged, Path(given) if given else elsewhere)
+
+
+def _folder_name(editor: str) -> str:
+    return re.sub(r"[^a-z0-9+.]+", "-", editor.lower())
+
+
+def with_untrained(runs: Sequence[Run]) -> list[Run]:
+    """The runs, and behind those of MEND the same of an editor that learns nothing: what training adds is their difference.
+
+    A saved editor has no such companion, for what it began with is not known.
+    """
+    mends = [run for run in runs if run.editor == TRAINED and _is_mend(run.config) and _is_own(run)]
+    behind = max((index for index, run in enumerate(runs) if run in mends), default=-1) + 1
+    return [*runs[:behind], *map(_untrained, mends), *runs[behind:]]
+
+
+def _is_mend(config: Mapping[str, Any]) -> bool:
+    return _editor_name(config.get("model", {}).get("algorithm")) in (TRAINED, "MendEditor")
+
+
+def _is_own(run: Run) -> bool:
+    """Whether the comparison trains its editor itself, if with another number of edits at once."""
+    return run.trained is None or run.folder.parent in run.trained.parents
+
+
+def _untrained(run: Run) -> Run:
+    """`run` with learning rates of 0: its steps gather the running statistics, and nothing else.
+
+    Where the config counts in steps there are as many of them as that takes.
+    """
+    folder = run.folder.parents[1] / _folder_name(UNTRAINED)
+    model, data, trainer = (dict(run.config.get(key, {})) for key in ("model", "data", "trainer"))
+    model |= {"lr": 0.0, "edit_rate_lr": 0.0, "validate_first": False}
+    trainer["default_root_dir"] = str(folder / run.folder.name)
+    enough = math.ceil(STATISTICS_EDITS / (data["batch_size"] * run.edits_at_once))
+    if trainer.get("max_steps", -1) > enough and trainer.get("check_val_every_n_epoch", 1) is None:
+        trainer["max_steps"] = enough
+    trained = folder / run.trained.relative_to(run.folder.parent) if run.trained else None
+    config = {**run.config, "model": model, "trainer": trainer}
+    return Run(UNTRAINED, run.edits_at_once, folder / run.folder.name, config, trained)
 
 
 def run(planned: Run) -> Outcome:
