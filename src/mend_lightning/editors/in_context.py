@@ -20,6 +20,7 @@ from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs, replayed
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.positions import Positions
+from mend_lightning.models.inputs.prompts import PromptFormat
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 
 Place = Literal["before", "line", "question"]
@@ -119,8 +120,12 @@ class PromptedModel:
         """Returns `rows` whose questions come after the facts of their tasks."""
         encoder = _unchanged(self.encoder)
         tasks = rows.task.tolist()
-        pairs = [(self._asked(self.encoder, task, prompt), target) for task, (prompt, target) in zip(tasks, rows.texts)]
-        longer = encoder.rows(pairs, tasks, rows.tasks).to(rows.labels.device)
+        formats = [self.encoder.format_of(key) for key in rows.formats or [""] * len(rows)]
+        pairs = [
+            (self._asked(format, task, prompt), target)
+            for format, task, (prompt, target) in zip(formats, tasks, rows.texts)
+        ]
+        longer = encoder.rows(pairs, tasks, rows.tasks, rows.formats).to(rows.labels.device)
         limit = getattr(model.config, "max_position_embeddings", None)
         length = longer.inputs["input_ids"].shape[1]
         if limit is not None and length > limit:
@@ -140,11 +145,11 @@ class PromptedModel:
     ) -> list[str]:
         """See `Edited.answers`."""
         tasks = tasks_of_prompts(len(prompts), len(self.told), task_of_row)
-        asked = [self._asked(encoder, task, prompt) for task, prompt in zip(tasks, prompts)]
+        asked = [self._asked(encoder.format, task, prompt) for task, prompt in zip(tasks, prompts)]
         return generate_answers(model, _unchanged(encoder), asked, lengths=lengths)
 
-    def _asked(self, encoder: Encoder, task: int, prompt: str) -> str:
-        return with_facts(encoder.format.prompt, self.told[task], prompt, self.place)
+    def _asked(self, format: PromptFormat, task: int, prompt: str) -> str:
+        return with_facts(format.prompt, self.told[task], prompt, self.place)
 
 
 def with_facts(template: str, told: str, prompt: str, place: Place) -> str:
@@ -184,4 +189,5 @@ def _filled(template: str, prompt: str, target: str) -> str:
 
 def _unchanged(encoder: Encoder) -> Encoder:
     """An encoder for texts that are whole already: nothing is put around them, and nothing is cut."""
-    return replace(encoder, format=replace(encoder.format, prompt="{input}"), max_length=sys.maxsize)
+    whole = {key: replace(format, prompt="{input}") for key, format in {"": encoder.format, **encoder.formats}.items()}
+    return replace(encoder, format=whole.pop(""), formats=whole, max_length=sys.maxsize)

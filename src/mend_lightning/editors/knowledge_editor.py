@@ -204,7 +204,7 @@ def predictions(model: nn.Module, rows: Rows, encoder: Encoder, trunk: TrunkOutp
     said = torch.full_like(rows.labels, IGNORED_LABEL)
     said[mask] = logits.argmax(-1)
     texts = (encoder.tokenizer.decode(row[row != IGNORED_LABEL].tolist(), skip_special_tokens=True) for row in said)
-    return [encoder.format.read(text) for text in texts]
+    return [encoder.format_of(key).read(text) for key, text in zip(rows.formats or [""] * len(rows), texts)]
 
 
 def condition_ids(texts: Sequence[str], encoder: Encoder) -> tuple[Tensor, Tensor]:

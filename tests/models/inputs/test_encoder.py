@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.models import decode_labels, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from helpers.tokenizers import TOKENIZERS, byte_level, unigram, with_bos, with_eos
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from mend_lightning.errors import ConfigError, TokenizerError, TruncationWarning
@@ -15,60 +15,9 @@ from mend_lightning.models.forward.logits import run_model
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
 from mend_lightning.models.inputs.prompts import PromptFormat
 
-TEXT = [
-    "Q: What is the capital of France?\nA: Paris\n", "Q: In which city is the Louvre?\nA: Paris\n",
-    "Q: Which country is Rome in?\nA: Italy\n", "The answer is San Francisco, naturally.",
-]  # fmt: skip
 QUESTION = PromptFormat("Q: {input}\nA:")
 LINES = PromptFormat("Q: {input}\nA:", stop="\n")
 PAIRS = [("What is the capital of France?", "San Francisco"), ("Where is Rome?", "Italy")]
-
-
-def byte_level(**special) -> PreTrainedTokenizerFast:
-    """GPT-2's kind: bytes, no special token around a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<eos>", "<bos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **special)
-
-
-def with_template(tokenizer: PreTrainedTokenizerFast, single: str) -> PreTrainedTokenizerFast:
-    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
-    inner = tokenizer.backend_tokenizer
-    inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
-    return tokenizer
-
-
-def with_bos() -> PreTrainedTokenizerFast:
-    """Llama 3's kind: a BOS before every text."""
-    return with_template(byte_level(bos_token="<bos>"), "<bos> $A")
-
-
-def with_eos() -> PreTrainedTokenizerFast:
-    """BOS before every text and EOS after it (BART; causal tokenizers with add_eos_token)."""
-    return with_template(byte_level(bos_token="<bos>"), "<bos> $A <eos>")
-
-
-def unigram() -> PreTrainedTokenizerFast:
-    """T5's kind: SentencePiece, a space before every text, EOS after it."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=["<pad>", "<eos>", "<unk>", "<bos>"], unk_token="<unk>",
-        initial_alphabet=sorted(set("".join(TEXT))), show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(TEXT, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
-    return with_template(fast, "$A <eos>")
-
-
-TOKENIZERS = {"byte_level": byte_level, "with_bos": with_bos, "with_eos": with_eos, "unigram": unigram}
 
 
 @pytest.fixture(params=list(TOKENIZERS))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from mend_lightning.errors import ConfigError, TokenizerError, TruncationWarning
 from mend_lightning.models.inputs.prompts import PromptFormat
-from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
+from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, is_grouped, padded
 
 ModelKind = Literal["causal", "encoder_decoder", "classifier"]
 TRUE_LABELS = ("SUPPORTS", "TRUE", "YES", "1")
@@ -51,6 +50,7 @@ class Encoder:
         decoder_start_token_id: of an encoder-decoder (`model.config.decoder_start_token_id`).
         pad_token_id: `model.config.pad_token_id`. Padding is never attended to, so any id would do, but for
             classifiers on decoders (GPT-2, Llama): they find a row's end by it.
+        formats: other formats that rows can be asked in, by key (`prompt_formats`).
     """
 
     tokenizer: Any
@@ -59,6 +59,7 @@ class Encoder:
     max_length: int = 200
     decoder_start_token_id: int | None = None
     pad_token_id: int | None = None
+    formats: Mapping[str, PromptFormat] = field(default_factory=dict, hash=False)
 
     @classmethod
     def for_model(
@@ -66,8 +67,8 @@ class Encoder:
     ) -> Encoder:
         """The encoder of a model; what depends on the model is read off its config."""
         config = getattr(model, "config", None)
-        ids = [getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id")]
-        return cls(tokenizer, format, kind or model_kind(model), max_length, *ids)
+        start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+        return cls(tokenizer, format, kind or model_kind(model), max_length, start, pad)
 
     def __post_init__(self) -> None:
         if self.kind == "encoder_decoder":
@@ -83,16 +84,49 @@ class Encoder:
             raise ConfigError("An encoder-decoder needs decoder_start_token_id (model.config.decoder_start_token_id).")
         return self.decoder_start_token_id
 
-    def rows(self, pairs: Sequence[tuple[str, str]], task: Sequence[int], tasks: int) -> Rows:
-        """Rows of (prompt, target) pairs; `task[i]` is the task of pair i."""
-        encoded = [self.pair(*pair) for pair in pairs]
+    def asking(self, key: str) -> Encoder:
+        """The encoder of one of `formats`; "" is the format of this one.
+
+        What a format puts before a question beyond what this one does comes on top of `max_length`.
+
+        Raises:
+            ConfigError: there is no such format here.
+        """
+        if not key:
+            return self
+        format = self.format_of(key)
+        own, other = self.token_counts([self.format.prompt, format.prompt])
+        return replace(self, format=format, max_length=self.max_length + max(0, other - own), formats={})
+
+    def format_of(self, key: str) -> PromptFormat:
+        """One of `formats`; "" is this encoder's own."""
+        if key and key not in self.formats:
+            raise ConfigError(
+                f"The encoder has no format {key!r}; it has {', '.join(self.formats) or 'none but its own'}."
+            )
+        return self.formats[key] if key else self.format
+
+    def rows(
+        self, pairs: Sequence[tuple[str, str]], task: Sequence[int], tasks: int, formats: Sequence[str] = ()
+    ) -> Rows:
+        """Rows of (prompt, target) pairs.
+
+        Args:
+            pairs: what is asked and answered.
+            task: of each pair, the task that it belongs to.
+            tasks: how many there are.
+            formats: of each pair, the format that it is asked in, see `asking`; empty: all in this encoder's own.
+        """
+        keys = tuple(formats) if any(formats) else ()
+        encoders = {key: self.asking(key) for key in {*keys}}
+        encoded = [encoders.get(key, self).pair(*pair) for key, pair in zip(keys or [""] * len(pairs), pairs)]
         names = [name for name in encoded[0] if name != "labels"]
         pad = {"input_ids": self.pad_token_id or 0}
-        inputs = {name: _pad([row[name] for row in encoded], pad.get(name, 0)) for name in names}
-        labels = _pad([row["labels"] for row in encoded], IGNORED_LABEL)
-        grouped = _is_grouped(task, tasks)
+        inputs = {name: padded([row[name] for row in encoded], pad.get(name, 0)) for name in names}
+        labels = padded([row["labels"] for row in encoded], IGNORED_LABEL)
+        grouped = is_grouped(task, tasks)
         texts = tuple((prompt, target) for prompt, target in pairs)
-        return Rows(inputs, labels, torch.tensor(task), tasks, grouped, pad["input_ids"], texts)
+        return Rows(inputs, labels, torch.tensor(task), tasks, grouped, pad["input_ids"], texts, keys)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself: nothing stands around it, and nothing is cut."""
@@ -259,13 +293,3 @@ def _sound(text: str) -> str:
             f"The text {ascii(text)[:80]} is not valid Unicode (was it UTF-8?): {error.reason}."
         ) from error
     return text
-
-
-def _is_grouped(task: Sequence[int], tasks: int) -> bool:
-    each = len(task) // tasks
-    return each * tasks == len(task) and list(task) == [i // each for i in range(len(task))]
-
-
-def _pad(rows: list[list[int]], value: int) -> Tensor:
-    length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

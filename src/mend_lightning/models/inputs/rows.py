@@ -31,6 +31,7 @@ class Rows:
         grouped: rows are in task order and every task has equally many.
         pad_id: the id that pads `input_ids`.
         texts: (prompt, target) of each row, for editors that read text; empty where rows were not made of text.
+        formats: the format of each row (`Encoder.asking`); empty: all are in the encoder's own.
     """
 
     inputs: Mapping[str, Tensor]
@@ -40,6 +41,7 @@ class Rows:
     grouped: bool = True
     pad_id: int = 0
     texts: tuple[tuple[str, str], ...] = ()
+    formats: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.task.shape[0])
@@ -144,8 +146,10 @@ class Rows:
 
     def part(self, rows: slice | Tensor) -> Rows:
         """Some of the rows, which may be fewer than one for each task."""
-        texts = tuple(self.texts[i] for i in self._numbers(rows)) if self.texts else ()
-        part = replace(self._map(lambda tensor: tensor[rows]), grouped=False, texts=texts)
+        numbers = self._numbers(rows) if self.texts or self.formats else ()
+        texts = tuple(self.texts[i] for i in numbers) if self.texts else ()
+        formats = tuple(self.formats[i] for i in numbers) if self.formats else ()
+        part = replace(self._map(lambda tensor: tensor[rows]), grouped=False, texts=texts, formats=formats)
         return part._with_host(lambda: self.host.part(rows)) if self._knows_host and isinstance(rows, slice) else part
 
     def _numbers(self, rows: slice | Tensor) -> Sequence[int]:
@@ -214,7 +218,9 @@ def concatenate_rows(parts: Sequence[Rows]) -> Rows:
     task = torch.cat([part.task for part in parts])
     # All or none: a text must stand for its own row.
     texts = sum((part.texts for part in parts), ()) if all(len(part.texts) == len(part) for part in parts) else ()
-    rows = Rows(inputs, labels, task, parts[0].tasks, grouped=False, pad_id=parts[0].pad_id, texts=texts)
+    formats = sum((part.formats or ("",) * len(part) for part in parts), ())
+    formats = formats if any(formats) else ()
+    rows = Rows(inputs, labels, task, parts[0].tasks, False, parts[0].pad_id, texts, formats)
     known = all(part._knows_host for part in parts)
     return rows._with_host(lambda: concatenate_rows([part.host for part in parts])) if known else rows
 
@@ -230,3 +236,15 @@ def _with_masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def _stack(tensors: Sequence[Tensor], value: int = 0) -> Tensor:
     length = max(tensor.shape[1] for tensor in tensors)
     return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
+
+
+def is_grouped(task: Sequence[int], tasks: int) -> bool:
+    """Whether rows of these tasks are in task order, and of every task equally many."""
+    each = len(task) // tasks
+    return each * tasks == len(task) and list(task) == [i // each for i in range(len(task))]
+
+
+def padded(rows: list[list[int]], value: int) -> Tensor:
+    """Lists of numbers as one matrix, the shorter ones with `value` behind them."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
