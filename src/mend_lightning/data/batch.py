@@ -29,23 +29,28 @@ def collate_tasks(tasks: Sequence[EditTask], encoder: Encoder, edits_at_once: in
         (its labels are the true answer), all in the order of the edits.
     """
     of_task = [tasks[start : start + edits_at_once] for start in range(0, len(tasks), edits_at_once)]
+    formats = [edit.format for edit in tasks]
+    of_locality = [key for edit in tasks for key in edit.locality_formats]
+    of_rephrases = [key for edit in tasks for key in edit.rephrase_formats]
+    x_in = [[(text, edit.target) for edit in edits for text in edit.rephrases] for edits in of_task]
+    x_keep = [[(text, edit.target) for edit in edits for text in edit.keep] for edits in of_task]
     return EditBatch(
-        z_edit=_rows([[(edit.prompt, edit.target) for edit in edits] for edits in of_task], encoder),
-        x_out=_rows([[pair for edit in edits for pair in edit.locality] for edits in of_task], encoder),
-        x_in=_rows([[(text, edit.target) for edit in edits for text in edit.rephrases] for edits in of_task], encoder),
+        z_edit=_rows([[(edit.prompt, edit.target) for edit in edits] for edits in of_task], encoder, formats),
+        x_out=_rows([[pair for edit in edits for pair in edit.locality] for edits in of_task], encoder, of_locality),
+        x_in=_rows(x_in, encoder, of_rephrases),
         texts=tuple(tasks),
-        x_keep=_kept([[(text, edit.target) for edit in edits for text in edit.keep] for edits in of_task], encoder),
+        x_keep=_kept(x_keep, encoder, [edit.format for edit in tasks for _ in edit.keep]),
     )
 
 
-def _kept(pairs: list[list[tuple[str, str]]], encoder: Encoder) -> Rows | None:
-    return _rows(pairs, encoder) if any(pairs) else None
+def _kept(pairs: list[list[tuple[str, str]]], encoder: Encoder, formats: Sequence[str]) -> Rows | None:
+    return _rows(pairs, encoder, formats) if any(pairs) else None
 
 
-def _rows(pairs: list[list[tuple[str, str]]], encoder: Encoder) -> Rows:
+def _rows(pairs: list[list[tuple[str, str]]], encoder: Encoder, formats: Sequence[str] = ()) -> Rows:
     flat = [pair for of_task in pairs for pair in of_task]
     task = [index for index, of_task in enumerate(pairs) for _ in of_task]
-    return encoder.rows(flat, task, len(pairs))
+    return encoder.rows(flat, task, len(pairs), formats)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ MOST_COUNTED = 1_000_000
 class TaskLengths:
     """How long the rows of tasks are, in tokens: (the longest of all, the longest `z_edit`) of each (epoch, index).
 
-    Counted by question and answer, which is enough to compare rows by: what stands around them is the same in all.
+    Counted by question and answer, which is enough to compare rows by: what stands around them is the same in all, or is
+    counted as well where rows are asked in several formats.
     Each text is tokenized once and its length remembered.
 
     Args:
@@ -42,9 +43,11 @@ class TaskLengths:
         self._count({text for group in rows for edit in group for texts in edit for text in texts})
         return [self._lengths(group) for group in rows]
 
-    def _texts(self, prompt: str, target: str) -> tuple[str, ...]:
+    def _texts(self, prompt: str, target: str, key: str = "") -> tuple[str, ...]:
         """What a row's input is made of; elsewhere the target is none of it, but a decoder's, or a class."""
-        return (prompt, self._encoder.format.answer(target)) if self._encoder.kind == "causal" else (prompt,)
+        format = self._encoder.format_of(key)
+        texts = (prompt, format.answer(target)) if self._encoder.kind == "causal" else (prompt,)
+        return (*texts, format.prompt) if key else texts
 
     def _count(self, texts: set[str]) -> None:
         if len(self._counts) > MOST_COUNTED:
@@ -58,9 +61,12 @@ class TaskLengths:
         return max(map(max, lengths)), max(rows[0] for rows in lengths)
 
 
-def _rows(edit: EditTask) -> list[tuple[str, str]]:
-    """(question, answer) of all rows of an edit, its z_edit first."""
-    return [(edit.prompt, edit.target), *((text, edit.target) for text in edit.rephrases), *edit.locality]
+def _rows(edit: EditTask) -> list[tuple[str, ...]]:
+    """(question, answer) of all rows of an edit, its z_edit first; with formats, (question, answer, format)."""
+    rows = [(edit.prompt, edit.target), *((text, edit.target) for text in edit.rephrases), *edit.locality]
+    if not edit.format:
+        return [*rows]
+    return [(*row, key) for row, key in zip(rows, (edit.format, *edit.rephrase_formats, *edit.locality_formats))]
 
 
 def length_batches(

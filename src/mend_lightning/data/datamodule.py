@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,13 +15,14 @@ from transformers import AutoTokenizer
 from mend_lightning.data.batch import EditBatch, collate_groups
 from mend_lightning.data.buckets import TaskLengths
 from mend_lightning.data.columns import Columns
-from mend_lightning.data.host_model import HostModel
+from mend_lightning.data.host_model import HostModel, contrasts_of, editor_of
 from mend_lightning.data.locality import Locality, read_locality
-from mend_lightning.data.neighbors import Names, joined_names, shipped_names
+from mend_lightning.data.neighbors import Names
 from mend_lightning.data.order import ResumableLoader, TaskDataset, TaskOrder
 from mend_lightning.data.records import read_records
 from mend_lightning.data.running_text import check_running_text
 from mend_lightning.data.sources import check_source
+from mend_lightning.data.task_formats import DataFormats
 from mend_lightning.data.tasks import TaskSampler
 from mend_lightning.errors import ConfigError, EmptyDatasetError
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
@@ -62,6 +64,11 @@ class EditDataModule(L.LightningDataModule):
         bucket_by_length: training batches are of edits whose rows are about equally long, so that less of a step is
             padding; which ones are together, and in which order, is drawn anew each epoch. A batch is then not a sample of
             the whole set: short questions come with short ones. False: any edits with any.
+        formats: training asks in these (docs/data.md, "Formats to ask in"), an edit in one and each of its rephrases and
+            unrelated facts in one of its own: names, or mappings of one's own; None: in `prompt`, `target` and `stop` alone.
+        eval_formats: the same for evaluation; None: as in training. `test` measures in the first of them, and in each an edit
+            that was made in each.
+        format_edits: so many of the test's edits are measured in all formats.
         seed: of all draws; evaluation draws use `seed + 1`, so they are the same in every run with this seed.
 
     Example:
@@ -99,12 +106,16 @@ class EditDataModule(L.LightningDataModule):
         require_rephrases: bool = True,
         edits_at_once: int = 1,
         bucket_by_length: bool = True,
+        formats: list[str | dict[str, Any]] | None = None,
+        eval_formats: list[str | dict[str, Any]] | None = None,
+        format_edits: int = 32,
     ) -> None:
         super().__init__()
         counts = {
             "batch_size": batch_size, "rephrases": rephrases, "locality": locality,
             "eval_batch_size": eval_batch_size, "eval_rephrases": eval_rephrases, "eval_locality": eval_locality,
             "validation_edits": validation_edits, "test_edits": test_edits, "edits_at_once": edits_at_once,
+            "format_edits": format_edits,
         }  # fmt: skip
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -117,6 +128,7 @@ class EditDataModule(L.LightningDataModule):
         # Not save_hyperparameters: its entry in the checkpoint would hold the tokenizer.
         self.files = {"train": train, "validation": validation, "test": test}
         self.format = PromptFormat(prompt, target, stop)
+        self.formats, self.format_edits = DataFormats.of(self.format, formats, eval_formats), format_edits
         self._reading: tuple[str, Columns | None, bool] = (format, columns, require_rephrases)
         self.locality_data = locality_data
         if isinstance(locality_data, dict) and set(locality_data) - set(self.files):
@@ -165,37 +177,28 @@ class EditDataModule(L.LightningDataModule):
         tokenizer = self.tokenizer if self.tokenizer is not None else found
         if tokenizer is None:
             raise ConfigError("EditDataModule has no tokenizer. Pass tokenizer=..., or use it with a MendModule.")
-        if base is None:
-            return Encoder(tokenizer, self.format, self.kind or "causal", self.max_length)
-        return Encoder.for_model(base, tokenizer, self.format, self.max_length, self.kind)
+        encoder = (
+            Encoder(tokenizer, self.format, self.kind or "causal", self.max_length)
+            if base is None
+            else Encoder.for_model(base, tokenizer, self.format, self.max_length, self.kind)
+        )
+        return replace(encoder, formats=self.formats.prompt_formats(tokenizer, encoder.kind))
 
     def sampler(self, split: str) -> TaskSampler:
         """The tasks of a split: "train", "validation" or "test"."""
         if split not in self._samplers:
             records = read_records(self._source(split), *self._reading)
             unrelated = read_locality(self.locality_data, split)
-            check_running_text([*records, *(unrelated or [])], self.format)
+            check_running_text([*records, *(unrelated or [])], self.format, self.formats.draw(split) is not None)
             draws = self._draws["train" if split == "train" else "evaluation"]
-            self._samplers[split] = TaskSampler(records, *draws, unrelated, self._contrasts, self._names(split))
+            formats, neighbors = self.formats.draw(split), self._neighbors(split)
+            self._samplers[split] = TaskSampler(records, *draws, unrelated, formats, *neighbors)
         return self._samplers[split]
 
-    @property
-    def _editor(self) -> Any:
-        """The editor that the tasks are for; None: they are for none yet."""
-        if self._host is not None:
-            return self._host.editor
-        return getattr(self.trainer.lightning_module, "editor", None) if self.trainer is not None else None
-
-    @property
-    def _contrasts(self) -> int:
-        """How many neighbors constrain an edit: the editor's setting."""
-        return 0 if self._editor is None else self._editor.settings.get("contrasts", 0)
-
-    def _names(self, split: str) -> Names | None:
-        """What neighbors are made with: never of the facts that are evaluated. None: the training facts' and the shipped."""
-        if split == "train" or not self._contrasts:
-            return None
-        return joined_names(self._editor.names, shipped_names()) if self._editor.names else self.sampler("train").names
+    def _neighbors(self, split: str) -> tuple[int, Names | None]:
+        """How many neighbors constrain an edit, and what they are made with: never names of the facts that are evaluated."""
+        count, names = contrasts_of(editor_of(self._host, self.trainer))
+        return count, None if split == "train" or not count else names or self.sampler("train").names
 
     def train_dataloader(self) -> ResumableLoader:
         sampler = self.sampler("train")

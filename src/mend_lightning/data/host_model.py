@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from mend_lightning.data.neighbors import Names, joined_names, shipped_names
+
 
 @dataclass(frozen=True)
 class HostModel:
@@ -26,3 +28,16 @@ class HostModel:
     world_size: int = 1
     even: bool = False
     editor: Any = None
+
+
+def editor_of(host: HostModel | None, trainer: Any) -> Any:
+    """The editor that tasks are for: the host's, or the Trainer's module's; None: they are for none yet."""
+    if host is not None:
+        return host.editor
+    return getattr(trainer.lightning_module, "editor", None) if trainer is not None else None
+
+
+def contrasts_of(editor: Any) -> tuple[int, Names | None]:
+    """How many neighbors constrain an edit of this editor, and the names that it makes them with; None: it has none yet."""
+    count = 0 if editor is None else editor.settings.get("contrasts", 0)
+    return count, joined_names(editor.names, shipped_names()) if count and editor.names else None

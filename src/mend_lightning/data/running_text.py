@@ -41,8 +41,10 @@ def as_question(paragraph: str) -> tuple[str, str]:
     return first, paragraph.lstrip()[len(first) :]
 
 
-def check_running_text(records: Sequence[Record], format: PromptFormat) -> None:
+def check_running_text(records: Sequence[Record], format: PromptFormat, several: bool = False) -> None:
     """Raises ConfigError where generation data meets a format that puts blanks or a stop around its targets.
+
+    Generation data has no question that could be asked in `several` formats.
 
     Warns where answers of other data have nothing that ends them.
     """
@@ -53,6 +55,8 @@ def check_running_text(records: Sequence[Record], format: PromptFormat) -> None:
             NoStopWarning,
             stacklevel=2,
         )
+    if several and any(record.text for record in records):
+        raise ConfigError("Generation data is running text, which is asked in no other format. Leave data.formats out.")
     if any(record.text for record in records) and (format.target, format.stop) != _RUNNING:
         raise ConfigError(
             "Generation data is running text: its targets bring their own blanks, and nothing ends them. Set "

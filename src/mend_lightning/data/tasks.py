@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from mend_lightning.data.neighbors import Names, find_subject, joined_names, names_of, neighbors, shipped_names
 from mend_lightning.data.record import Question, Record
@@ -28,6 +29,8 @@ class EditTask:
         subject, relation: of the edited fact.
         prediction: what the base model said when the file was made; "" where it does not tell.
         portability: questions whose answers follow from the edit.
+        format: the format that the question is asked in (`Encoder.asking`); "" is the data's own.
+        rephrase_formats, locality_formats: likewise of each rephrase and each unrelated fact; empty: all in the data's own.
         keep: questions that constrain the edit: the record's own, then neighbors (`data.neighbors`).
     """
 
@@ -41,7 +44,18 @@ class EditTask:
     relation: str = ""
     prediction: str = ""
     portability: tuple[Question, ...] = ()
+    format: str = ""
+    rephrase_formats: tuple[str, ...] = ()
+    locality_formats: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+
+
+class Formats(Protocol):
+    """Says in which format each row of a task is asked (`FormatDraw`)."""
+
+    def drawn(
+        self, task: EditTask, others: Sequence[Sequence[str]], draw: random.Random, statements: Sequence[str] = ()
+    ) -> EditTask: ...
 
 
 class TaskSampler:
@@ -59,6 +73,7 @@ class TaskSampler:
             name no relation, they are drawn like the others.
         seed: of every draw.
         unrelated: facts to draw the unrelated ones from instead of the records; hard ones are of the records still.
+        formats: draws the format of every row; None: all are asked in the data's own.
         contrasts: neighbors of each edited question that constrain its edit; none is about a subject of its unrelated facts.
         names: kind -> names that neighbors are made with; None: the records' subjects and the shipped list.
 
@@ -77,10 +92,11 @@ class TaskSampler:
         hard_locality: int = 0,
         seed: int = 0,
         unrelated: Sequence[Record] | None = None,
+        formats: Formats | None = None,
         contrasts: int = 0,
         names: Names | None = None,
     ) -> None:
-        self.records = list(records)
+        self.records, self.formats = list(records), formats
         self.rephrases, self.locality, self.hard_locality, self.seed = rephrases, locality, hard_locality, seed
         known = [record for record in records if record.can_be_asked]
         self._pool = known if unrelated is None else list(unrelated)
@@ -129,8 +145,14 @@ class TaskSampler:
             )
         return tasks
 
-    def task(self, epoch: int, index: int, edited: Sequence[Record] = ()) -> EditTask:
-        """The task made of record `index` in `epoch`; `edited`: other records that its unrelated facts must avoid."""
+    def task(self, epoch: int, index: int, edited: Sequence[Record] = (), formats: Formats | None = None) -> EditTask:
+        """The task made of record `index` in `epoch`.
+
+        Args:
+            epoch, index: of the task.
+            edited: other records that its unrelated facts must avoid.
+            formats: in place of the sampler's.
+        """
         record = self.records[index]
         edited = edited or (record,)
         # Generators of its own for every task: no order of calls, and no number of workers, matters.
@@ -146,21 +168,31 @@ class TaskSampler:
         asked = [(question.prompt, question.answers[0]) for question in own]
         hard_asked, easy_asked = ([as_unrelated(draw, other) for other in others] for others in (hard, easy))
         locality = (*asked[:near], *hard_asked, *asked[near:], *easy_asked)
-        return EditTask(
+        task = EditTask(
             record.prompt, target, rephrases, locality, near + len(hard), record.answers, record.subject,
-            record.relation, record.prediction, record.portability, self._keep(record, edited, locality, key),
+            record.relation, record.prediction, record.portability,
         )  # fmt: skip
+        formats = formats or self.formats
+        if formats is None:
+            return self._constrained(task, record, edited, key)
+        none: list[tuple[str, ...]] = [()]
+        others = [
+            *none * near, *(each.statements for each in hard), *none * (len(own) - near),
+            *(each.statements for each in easy),
+        ]  # fmt: skip
+        # A generator of their own: without formats the same task is drawn.
+        drawn = formats.drawn(task, others, random.Random(f"{key}/formats"), record.statements)
+        return self._constrained(drawn, record, edited, key)
 
-    def _keep(
-        self, record: Record, edited: Sequence[Record], locality: Sequence[tuple[str, str]], key: str
-    ) -> tuple[str, ...]:
-        """The record's own, and neighbors; no question that is measured may be among them."""
+    def _constrained(self, task: EditTask, record: Record, edited: Sequence[Record], key: str) -> EditTask:
+        """The task with what its edit must not touch: the record's own, and neighbors, about nothing that is measured."""
         if not self.contrasts:
-            return record.keep
-        subject = record.subject or find_subject(record.prompt, self.names) or ""
-        avoided = [question for question, _ in locality] + [other.prompt for other in edited]
+            return replace(task, keep=record.keep)
+        subject = record.subject or find_subject(task.prompt, self.names) or ""
+        avoided = [question for question, _ in task.locality] + [other.prompt for other in edited]
         kind = record.kind or record.relation
-        return (*record.keep, *neighbors(record.prompt, subject, self.names, self.contrasts, avoided, kind, key))
+        near = neighbors(task.prompt, subject, self.names, self.contrasts, avoided, kind, key)
+        return replace(task, keep=(*record.keep, *near))
 
     def _rephrases(self, draw: random.Random, record: Record, key: str) -> tuple[str, ...]:
         if record.rephrases:

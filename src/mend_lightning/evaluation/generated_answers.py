@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,41 @@ def questions(batch: EditBatch) -> tuple[list[str], list[str], torch.Tensor]:
     return prompts, targets, torch.tensor(tasks)
 
 
+def question_formats(batch: EditBatch) -> list[str]:
+    """The formats in which `questions` are asked, in their order."""
+    own = [("",) * len(text.rephrases) for text in batch.texts]
+    rephrases = (text.rephrase_formats or none for text, none in zip(batch.texts, own))
+    return [*(text.format for text in batch.texts), *(key for keys in rephrases for key in keys)]
+
+
+def asked_by_format(
+    model: nn.Module,
+    encoder: Encoder,
+    formats: Sequence[str],
+    chosen: Sequence[int],
+    ask: Callable[[Encoder, Sequence[int]], list[str]],
+) -> dict[int, str]:
+    """Answers to some of several questions, those of one format together.
+
+    Args:
+        model: that is asked.
+        encoder: with the formats.
+        formats: of each question.
+        chosen: which questions are asked.
+        ask: an encoder, and which questions -> their answers.
+
+    Returns:
+        Number of a question -> its answer.
+    """
+    answers: dict[int, str] = {}
+    for key in ("", *encoder.formats):
+        some = [i for i in chosen if formats[i] == key]
+        # Other processes may have answers to generate, and share the model: then this one must run with them.
+        if any_rank(bool(some), model):
+            answers |= zip(some, ask(encoder.asking(key), some or [0]))
+    return answers
+
+
 def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores: BatchScores) -> list[str]:
     """Greedy answers of each task's edited model to its question and rephrases, ended by the natural stop.
 
@@ -40,16 +75,15 @@ def edited_answers(model: nn.Module, encoder: Encoder, batch: EditBatch, scores:
     right = torch.cat([scores.edit.correct_after, scores.rephrase.correct_after]).tolist()
     answers = list(targets)
     open_rows = [i for i, known in enumerate(right) if not known]
-    if not open_rows and any_rank(bool(open_rows), model):
-        # Other processes have answers to generate, and the model is sharded: this one must run with them.
-        scores.edited.answers(model, encoder, prompts[:1], tasks[:1].to(scores.edit.task.device), [1])
-    if open_rows:
-        running = encoder.format.stop is None
-        lengths = [len(encoder.target_ids(prompts[i], targets[i])) for i in open_rows] if running else None
-        tasks = tasks[open_rows].to(scores.edit.task.device)
-        texts = scores.edited.answers(model, encoder, [prompts[i] for i in open_rows], tasks, lengths)
-        for i, text in zip(open_rows, texts):
-            answers[i] = text
+
+    def ask(asking: Encoder, some: Sequence[int]) -> list[str]:
+        running = asking.format.stop is None
+        lengths = [len(asking.target_ids(prompts[i], targets[i])) for i in some] if running else None
+        of_rows = tasks[list(some)].to(scores.edit.task.device)
+        return scores.edited.answers(model, asking, [prompts[i] for i in some], of_rows, lengths)
+
+    for i, text in asked_by_format(model, encoder, question_formats(batch), open_rows, ask).items():
+        answers[i] = text
     return answers
 
 
@@ -106,6 +140,9 @@ def task_records(
             record["confident"] = confident[i]
         if has_stop:
             record["stop_probability"] = [_rounded(value) for value in end[of_locality]]
+        if text.format:
+            formats = {"x_e": text.format, "rephrases": text.rephrase_formats, "locality": text.locality_formats}
+            record["formats"] = {name: keys if isinstance(keys, str) else list(keys) for name, keys in formats.items()}
         if answers is not None:
             record["generated"] = [answers[i], *answers[len(batch.texts) :][of_rephrases]]
         records.append(record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from mend_lightning.editors.editor import Editor
 from mend_lightning.errors import ConfigError, NonFiniteError
 from mend_lightning.evaluation.doubts import Asked
 from mend_lightning.evaluation.evaluate import BatchScores, evaluate_batch, hard_rows
-from mend_lightning.evaluation.generated_answers import edited_answers, judge_answers, task_records
+from mend_lightning.evaluation.generated_answers import asked_by_format, edited_answers, judge_answers, task_records
 from mend_lightning.evaluation.metric_collection import Scoreboard
 from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.inputs.encoder import Encoder, in_words
@@ -108,10 +108,17 @@ def predict_batch(
     """
     if encoder is None:
         raise ConfigError("predict asks the questions of an EditDataModule. Pass one to Trainer.predict.")
-    prompts = [text.prompt for text in batch.texts]
-    before = generate_answers(model, encoder, prompts)
+    prompts, formats = [text.prompt for text in batch.texts], [text.format for text in batch.texts]
     edited = editor.edited(model, batch.z_edit, x_keep=batch.x_keep)
-    after = edited.answers(model, encoder, prompts, batch.z_edit.task_of_row)
+
+    def ask_base(asking: Encoder, some: Sequence[int]) -> list[str]:
+        return generate_answers(model, asking, [prompts[i] for i in some])
+
+    def ask_edited(asking: Encoder, some: Sequence[int]) -> list[str]:
+        return edited.answers(model, asking, [prompts[i] for i in some], batch.z_edit.task[list(some)])
+
+    found = [asked_by_format(model, encoder, formats, range(len(prompts)), ask) for ask in (ask_base, ask_edited)]
+    before, after = ([answers[i] for i in range(len(prompts))] for answers in found)
     if classifies:
         before, after = (
             [in_words(name, text.target) for name, text in zip(names, batch.texts)] for names in (before, after)

@@ -246,7 +246,8 @@ def _mend_module(module: L.LightningModule) -> MendModule:
 def _cost(data: EditDataModule, module: MendModule) -> EditCost:
     """Of the first edits of the test set, each made alone."""
     tasks = [data.sampler("test").task(0, index) for index in range(min(COST_EDITS, len(data.sampler("test"))))]
-    rows = [data.encoder.rows([(task.prompt, task.target)], [0], 1).to(module.device) for task in tasks]
+    pairs = [([(task.prompt, task.target)], [0], 1, [task.format]) for task in tasks]
+    rows = [data.encoder.rows(*pair).to(module.device) for pair in pairs]
     return measure_cost(module.base_model, module.editor, rows)
 
 

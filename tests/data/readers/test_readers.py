@@ -343,3 +343,17 @@ def test_labels_of_other_rows_are_ignored(name):
     data = EditDataModule(FILES[name], tokenizer=small_tokenizer(), **_settings(name))
     rows = next(iter(data.train_dataloader())).z_edit
     assert (rows.labels == IGNORED_LABEL).any() and (rows.labels != IGNORED_LABEL).any(1).all()
+
+
+def test_statements_are_optional(tmp_path):
+    """Of KILT's and of native files: the fact as sentences without their end."""
+    kilt = {"input": "Q?", "output": [{"answer": "A"}], "alternatives": ["B"], "filtered_rephrases": ["R?"]}
+    native = {"prompt": "Q?", "target": "B", "rephrases": "R?"}
+    said = ["A lies in", "A is in"]
+    for name, data, value in (("kilt", kilt, said), ("native", native, said), ("native", native, said[0])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(each) + "\n" for each in (data, {**data, "statements": value})))
+        assert [record.statements for record in read_records(path, name)] == [
+            (),
+            tuple(value if value is said else said[:1]),
+        ]

@@ -68,7 +68,9 @@ def sequential_command(
 
 def _data_and_base(values: dict[str, Any], name: str) -> tuple[EditDataModule, BaseModel]:
     try:
-        data = EditDataModule(**(values.get("data") or {}))
+        # Asked in the data's own format, which is the one that the editor's edits are made in.
+        settings = {**(values.get("data") or {}), "formats": None, "eval_formats": None}
+        data = EditDataModule(**settings)
         base = BaseModel(**((values.get("model") or {}).get("base") or {}))
     except TypeError as error:
         raise ConfigError(

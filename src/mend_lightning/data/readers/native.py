@@ -12,7 +12,7 @@ from mend_lightning.errors import RecordError
 
 KEYS = (
     "prompt", "target", "targets", "rephrases", "answer", "answers", "locality", "portability", "prediction", "subject",
-    "relation", "id", "kind", "keep",
+    "relation", "statements", "id", "kind", "keep",
 )  # fmt: skip
 
 
@@ -22,7 +22,7 @@ ANSWER_KEYS = ("target", "targets", "answer", "answers")
 def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Record:
     """`prompt`; `target` or `targets` (an edit takes one of them); and optionally `rephrases`, `answers` (or `answer`;
     the true ones), `locality` (`[{"prompt": …, "target": …, "hard": true}]`), `portability` (`[{"prompt": …,
-    "target": …, "kind": …}]`), `prediction`, `subject`, `relation`, `kind` (of the subject),
+    "target": …, "kind": …}]`), `prediction`, `subject`, `relation`, `kind` (of the subject), `statements`,
     `keep` (questions that constrain the edit). Lists of texts may be a single text."""
     _check_spelling(data, where)
     require(data, ("prompt", "target|targets"), where)
@@ -42,6 +42,7 @@ def parse(data: Mapping[str, Any], where: str = "record", line: int = 0) -> Reco
         portability=questions(data.get("portability"), "portability", where, ANSWER_KEYS),
         kind=optional_text(data, "kind", where),
         keep=flat_texts(data.get("keep"), "keep", where),
+        statements=flat_texts(data.get("statements"), "statements", where),
     )
 
 

@@ -79,7 +79,7 @@ class TextFormat(NamedFormat):
         changes: `prompt`, `target` or `stop`; what is not given is as in the data's own format.
     """
 
-    changes: Mapping[str, str | None] = field(default_factory=dict)
+    changes: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
     def forms(self, own: PromptFormat, tokenizer: Any, kind: ModelKind) -> tuple[PromptFormat, ...]:
         return (replace(own, target=_apart(own.target), **self.changes),)  # type: ignore[arg-type]

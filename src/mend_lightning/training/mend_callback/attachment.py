@@ -146,10 +146,10 @@ class HostAttachment:
         task = edits.sampler("train").task(0, 0)
         if encoder.kind == "classifier":
             # Also a model without any head looks like one, and then the target is none of its classes.
-            ids = torch.tensor([encoder.prompt_ids(task.prompt)])
+            ids = torch.tensor([encoder.asking(task.format).prompt_ids(task.prompt)])
             inputs: Mapping[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
-            inputs = encoder.rows([(task.prompt, task.target)], [0], 1).inputs
+            inputs = encoder.rows([(task.prompt, task.target)], [0], 1, [task.format]).inputs
         check_forward_pass(model, {name: value.to(self.device) for name, value in inputs.items()}, self.path)
 
     def _take_editor(self) -> None:
