@@ -1,112 +1,90 @@
-"""Edits that keep off questions, from text to file: what is given, what is found, what is refused."""
+"""Edits that are made in another format than the editor's own, against an editor whose own format that is."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 
 import pytest
-from helpers.bases import FORMATS
+import torch
+from helpers.bases import FORMATS, REMARKS
+from helpers.edited import FACT, tiny_edit
+from helpers.tokenizers import CHAT_TEMPLATES
 
-from mend_lightning import Edit, MendEditor, load_base, make_edit
-from mend_lightning.data.neighbors import shipped_names
-from mend_lightning.editors import FineTuning
-from mend_lightning.editors.constraints import kept_inputs
+from mend_lightning import Edit, EditStack, combined, make_edit
 from mend_lightning.editors.making import editor_encoder
 from mend_lightning.errors import ConfigError
+from mend_lightning.models.inputs.chat import chat_format
 
 pytest_plugins = ["helpers.bases"]
-FACT = ("Which continent is North Korea in?", "Africa")
+pytestmark = pytest.mark.filterwarnings(*REMARKS)
 
 
-@pytest.fixture(scope="module")
-def tiny(base_folder):
-    return load_base(str(base_folder("llama")), "float32")
+@pytest.fixture
+def made(base_folder):
+    found = tiny_edit(base_folder("llama"), "llama")
+    found.tokenizer.chat_template = CHAT_TEMPLATES["plain"]
+    return found
 
 
-def bound(model, editor_class=MendEditor, **settings) -> MendEditor:
-    editor = editor_class.for_model(model, **settings)
-    editor.bind(model, "tiny", vars(FORMATS["causal"]))
-    return editor
+def test_an_edit_in_a_format_is_that_of_an_editor_trained_in_it(made, tmp_path):
+    edit = made.editor.edit(made.model, made.tokenizer, *FACT, format="chat_system")
+    about = Edit.load(edit.save(tmp_path / "edit.safetensors")).about
+    made.editor.bind(made.model, prompt_format=about["prompt_format"])
+    expected = made.editor.edit(made.model, made.tokenizer, *FACT)
+    for name, delta in expected.deltas.items():
+        assert torch.equal(edit.deltas[name].dense(), delta.dense())
+        assert not torch.allclose(delta.dense(), made.edit.deltas[name].dense(), rtol=1e-2)
+    same = ("probability", "probability_before", "prompt_format", "relative_norm", "edits")
+    assert [about[key] for key in same] == [expected.about[key] for key in same]
+    assert (about["format"], about["own_format"]) == ("chat_system", asdict(FORMATS["causal"]))
 
 
-def test_a_kept_question_sees_nothing_of_the_edit(tiny):
-    model, tokenizer = tiny
-    last = [name for name in bound(model, rank=2).layers][-1]
-    editor = bound(model, layers=[last], rank=2, edit_rate=0.1)
-    keep = ["Which country is Managua in?", "Which continent is Peru in?"]
-    free, kept = make_edit(editor, model, tokenizer, FACT), make_edit(editor, model, tokenizer, FACT, keep=keep)
-    assert kept.about["keep"] == keep and "contrasts" not in kept.about and "keep" not in free.about
-    rows = editor_encoder(editor, model, tokenizer).rows([(question, "x") for question in keep], [0, 0], 1)
-    inputs = kept_inputs(model, editor.modules_in(model), rows)[last]
-    seen = [float((edit.deltas[last].output(inputs)).norm()) for edit in (free, kept)]
-    assert seen[1] < 0.03 * seen[0]
+def test_the_format_is_the_template_s(made):
+    edit = make_edit(made.editor, made.model, made.tokenizer, [FACT], format="chat")
+    assert edit.about["prompt_format"] == asdict(chat_format(made.tokenizer))
+    mine = {"name": "exam", "prompt": "Exam. {input}"}
+    edit = make_edit(made.editor, made.model, made.tokenizer, [FACT], format=mine)
+    assert edit.about["format"] == "exam" and edit.about["prompt_format"]["prompt"] == "Exam. {input}"
 
 
-def test_neighbors_are_in_the_metadata_and_survive_the_file(tiny, tmp_path):
-    model, tokenizer = tiny
-    editor = bound(model, rank=2, edit_rate=0.1, contrasts=3)
-    edit = editor.edit(model, tokenizer, *FACT)
-    contrasts = edit.about["contrasts"]
-    assert len(contrasts) == 3 and all("North Korea" not in question for question in contrasts)
-    assert all(question.startswith("Which continent is ") and question.endswith(" in?") for question in contrasts)
-    assert Edit.load(edit.save(tmp_path / "edit.safetensors")).about["contrasts"] == contrasts
-    assert "contrasts" not in editor.edit(model, tokenizer, *FACT, contrasts=0).about
-    assert len(editor.edit(model, tokenizer, *FACT, contrasts=1).about["contrasts"]) == 1
+def test_without_a_format_an_edit_says_what_it_always_said(made):
+    assert made.edit.about["prompt_format"] == asdict(FORMATS["causal"])
+    assert not {"format", "own_format"} & made.edit.about.keys()
+    own = make_edit(made.editor, made.model, made.tokenizer, [FACT], format="own")
+    assert own.about["format"] == "own" and own.about["prompt_format"] == made.edit.about["prompt_format"]
+    assert all(torch.equal(own.deltas[name].dense(), delta.dense()) for name, delta in made.edit.deltas.items())
 
 
-def test_a_subject_that_no_list_knows_can_be_given(tiny):
-    model, tokenizer = tiny
-    editor = bound(model, rank=2, edit_rate=0.1, contrasts=2)
-    asked = ("which river is in qorvath?", "Asia")
-    assert "contrasts" not in editor.edit(model, tokenizer, *asked).about
-    contrasts = editor.edit(model, tokenizer, *asked, subject="qorvath").about["contrasts"]
-    assert len(contrasts) == 2 and all(question.startswith("which river is in ") for question in contrasts)
+def test_an_edit_of_several_keeps_the_format(made):
+    with EditStack(made.model) as stack:
+        for question in ("Where is Rome?", "Where is Oslo?"):
+            stack.add(make_edit(made.editor, made.model, made.tokenizer, (question, "Asia"), format="chat"))
+        both = combined(stack.enabled)
+    assert (both.about["format"], both.about["own_format"]) == ("chat", asdict(FORMATS["causal"]))
+    assert both.about["prompt_format"] == asdict(chat_format(made.tokenizer))
 
 
-def test_names_of_the_training_facts_come_first_and_are_saved(tiny, tmp_path):
-    model, tokenizer = tiny
-    editor = bound(model, rank=2, edit_rate=0.1, contrasts=2)
-    editor.names = {"realm": ("North Korea", "Ruritania", "Graustark")}
-    loaded = MendEditor.from_pretrained(editor.save_pretrained(tmp_path))
-    assert loaded.names == editor.names
-    contrasts = loaded.edit(model, tokenizer, *FACT).about["contrasts"]
-    assert sorted(contrasts) == ["Which continent is Graustark in?", "Which continent is Ruritania in?"]
+def test_a_system_prompt_is_not_cut_off(made):
+    """The limit of 200 tokens is that of a question: what a format puts before it is not part of it."""
+    encoder = editor_encoder(made.editor, made.model, made.tokenizer, format="chat_turns")
+    question = " ".join(["Where?"] * 25)
+    ids = encoder.prompt_ids(question)
+    assert len(ids) > 200
+    pair = encoder.pair(question, "Here")
+    assert pair["input_ids"][: len(ids)] == ids
 
 
-def test_an_editor_without_names_has_no_key_for_them(tiny, tmp_path):
-    folder = bound(tiny[0], rank=2).save_pretrained(tmp_path)
-    assert "names" not in json.loads((folder / "editor.json").read_text())
-    assert MendEditor.from_pretrained(folder).names == {}
+@pytest.mark.parametrize(
+    ("format", "text"), [("chats", "no format 'chats'. Did you mean 'chat'"), ("chat", "has no chat template")]
+)
+def test_a_format_that_the_model_does_not_have(made, format, text):
+    made.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=text):
+        make_edit(made.editor, made.model, made.tokenizer, FACT, format=format)
 
 
-def test_what_is_refused(tiny):
-    model, tokenizer = tiny
-    tuning, editor = bound(model, FineTuning, max_steps=1), bound(model, rank=2)
-    for settings in ({"keep": ["Why?"]}, {"contrasts": 1}):
-        with pytest.raises(ConfigError, match="FineTuning cannot keep its edits off questions"):
-            make_edit(tuning, model, tokenizer, FACT, **settings)
-    with pytest.raises(ConfigError, match="'South Korea' does not stand in the prompt"):
-        editor.edit(model, tokenizer, *FACT, contrasts=1, subject="South Korea")
-    with pytest.raises(ConfigError, match="2 subjects are given for 1 fact"):
-        make_edit(editor, model, tokenizer, FACT, contrasts=1, subjects=["a", "b"])
-    for made in (
-        lambda: bound(model, rank=2, contrasts=-1),
-        lambda: editor.edit(model, tokenizer, *FACT, contrasts=-1),
-    ):
-        with pytest.raises(ConfigError, match="contrasts is a number of questions; it must be 0 or more, not -1"):
-            made()
-    with pytest.raises(ConfigError, match="is to be edited and to be kept"):
-        editor.edit(model, tokenizer, *FACT, keep=[FACT[0].lower()])
-    with pytest.raises(ConfigError, match="A subject is what contrasts are made with"):
-        editor.edit(model, tokenizer, *FACT, subject="North Korea")
-
-
-def test_no_neighbor_is_kept_twice_or_is_edited(tiny):
-    model, tokenizer = tiny
-    editor = bound(model, rank=2, edit_rate=0.1)
-    facts = [("Which continent is Peru in?", "Asia"), ("Which continent is Chile in?", "Asia")]
-    edit = make_edit(editor, model, tokenizer, facts, keep=["Where is Japan?"], contrasts=6)
-    contrasts = edit.about["contrasts"]
-    assert len(set(contrasts)) == len(contrasts) == 12
-    assert not any(name in question for question in contrasts for name in ("Peru", "Chile", "Japan"))
-    assert any(name in contrasts[0] for name in shipped_names()["country"])
+def test_a_classifier_has_its_own_format_alone(base_folder):
+    made = tiny_edit(base_folder("bert"), "bert")
+    with pytest.raises(ConfigError, match="'bare' is not for a model of kind classifier"):
+        made.editor.edit(made.model, made.tokenizer, *made.facts[0], format="bare")
+    assert made.editor.edit(made.model, made.tokenizer, *made.facts[0], format="own").about["format"] == "own"

@@ -11,8 +11,10 @@ import torch
 from helpers.bases import FORMATS, assert_same_state, state_copy
 from helpers.edited import CLAIM, FACT, dense_copy, tiny_edit
 from helpers.models import KINDS
+from helpers.tokenizers import CHAT_TEMPLATES
 
 from mend_lightning import Edit, InContext, generate_answers, load_base, make_edit
+from mend_lightning.editors.making import editor_encoder
 from mend_lightning.errors import (
     BaseModelMismatchError,
     ConfigError,
@@ -313,3 +315,21 @@ def test_what_is_too_long_is_refused_before_the_model_runs(opened, monkeypatch):
         with pytest.raises(InputTooLongError, match=message):
             call()
     assert len(questions_of([long[1:]] * MAX_QUESTIONS)) == MAX_QUESTIONS and session.revision == 0
+
+
+def test_a_session_in_a_format_edits_and_asks_in_it(base_folder):
+    made = tiny_edit(base_folder("llama"), "llama")
+    made.tokenizer.chat_template = CHAT_TEMPLATES["plain"]
+    with Session(made.model, made.tokenizer, made.editor, "chat") as session:
+        name, _ = session.edit(*FACT)
+        edit = session.edits[name].edit
+        assert edit.about["format"] == "chat"
+        encoder = editor_encoder(made.editor, made.model, made.tokenizer, format="chat")
+        shift = session.compare(FACT[0]).shift
+    base = dense_copy(made.model, Edit({}))
+    assert shift.old == answer_of(base, encoder, FACT[0])
+    assert shift.new == answer_of(dense_copy(made.model, edit), encoder, FACT[0])
+    own = editor_encoder(made.editor, made.model, made.tokenizer)
+    assert (shift.old, shift.new) != tuple(
+        answer_of(each, own, FACT[0]) for each in (base, dense_copy(made.model, edit))
+    )

@@ -24,6 +24,7 @@ from mend_lightning.models.forward.phases import TRANSFORMS, phase
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs
 from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.formats import FormatSpec
 from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.layers import layer_shape, layers_of_shapes, select_layers
 from mend_lightning.models.sharding.collectives import any_rank, own_class
@@ -254,9 +255,11 @@ class Editor(nn.Module):
         keep: Sequence[str] = (),
         contrasts: int | None = None,
         subject: str | None = None,
+        format: FormatSpec | None = None,
     ) -> Edit:
         """An `Edit` that makes `model` answer `prompt` with `target`; arguments and several facts: see `make_edit`."""
-        return make_edit(self, model, tokenizer, [(prompt, target)], keep, contrasts, [subject] if subject else ())
+        subjects = [subject] if subject else ()
+        return make_edit(self, model, tokenizer, [(prompt, target)], keep, contrasts, subjects, format)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Saves the editor as `editor.safetensors` and `editor.json` in `folder`."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from mend_lightning.data.neighbors import find_subject, joined_names, neighbors, shipped_names
 from mend_lightning.editors.confidence import least_probability
+from mend_lightning.editors.contrasts import neighbors_of
 from mend_lightning.editors.edited_model import Made
 from mend_lightning.edits.edit import Edit
 from mend_lightning.edits.provenance import provenance, warn_of_contradictions, warn_of_doubts
-from mend_lightning.edits.stack_state import question_key
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.hooks import Delta, applied
 from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.formats import FormatSpec, in_format, named_format
 from mend_lightning.models.inputs.prompts import PromptFormat
 from mend_lightning.models.inputs.rows import Rows
 
@@ -44,9 +45,12 @@ class WeightEditor(Protocol):
     def train(self, mode: bool) -> Any: ...
 
 
-def editor_encoder(editor: WeightEditor, model: nn.Module, tokenizer: Any, max_length: int = 200) -> Encoder:
-    """The encoder with the prompt format that `editor` was trained with."""
-    return Encoder.for_model(model, tokenizer, PromptFormat(**editor.prompt_format), max_length)
+def editor_encoder(
+    editor: WeightEditor, model: nn.Module, tokenizer: Any, max_length: int = 200, format: FormatSpec | None = None
+) -> Encoder:
+    """The encoder with the prompt format that `editor` was trained with, or with another one; see `make_edit`."""
+    own = Encoder.for_model(model, tokenizer, PromptFormat(**editor.prompt_format), max_length)
+    return in_format(own, format)
 
 
 def make_edit(
@@ -57,6 +61,7 @@ def make_edit(
     keep: Sequence[str] = (),
     contrasts: int | None = None,
     subjects: Sequence[str] = (),
+    format: FormatSpec | None = None,
 ) -> Edit:
     """Edits `model` so that it answers each prompt with its target; the model itself stays as it is.
 
@@ -69,11 +74,13 @@ def make_edit(
         contrasts: neighbors of each fact (`data.neighbors`) that constrain it as well; None: as many as the editor was
             trained with.
         subjects: what each fact is about, as it stands in its prompt; empty: found by the names that are known.
+        format: the format that the facts are asked in (docs/data.md, "Formats to ask in"), such as "chat"; None: the one that
+            the editor was trained with. The edit's `about` says which.
 
     Raises:
         BaseModelMismatchError: the editor is for another base.
         ConfigError: there is no fact, the model is in training mode, the editor changes no weight, or cannot be
-            constrained; a subject is not in its prompt.
+            constrained; a subject is not in its prompt; the model cannot be asked in that format.
 
     Warns:
         CollidingEditWarning: two of the facts give the same question different answers.
@@ -92,7 +99,7 @@ def make_edit(
         )
     warn_of_contradictions(pairs)
     near = neighbors_of(editor, pairs, keep, contrasts, subjects)
-    with ready(editor, model, tokenizer) as encoder, torch.no_grad():
+    with ready(editor, model, tokenizer, format) as encoder, torch.no_grad():
         layers = editor.modules_in(model)
         rows = encoder.rows(pairs, [0] * len(pairs), 1).to(next(model.parameters()).device)
         before = least_probability(model, rows)
@@ -106,54 +113,26 @@ def make_edit(
     warn_of_doubts(type(editor).__name__, editor.confidence, pairs, deltas, probability, reached)
     holds_resting = editor.base_deltas() is not None
     about = provenance(editor.description(), model, layers, pairs, deltas, (before, probability), holds_resting)
-    constraints = {"keep": list(keep), "contrasts": near}
-    return Edit(deltas, {**about, **{name: questions for name, questions in constraints.items() if questions}})
+    kept_off = {name: questions for name, questions in (("keep", list(keep)), ("contrasts", near)) if questions}
+    return Edit(deltas, {**about, **kept_off, **format_notes(editor, encoder, format)})
 
 
-def neighbors_of(
-    editor: WeightEditor,
-    facts: Sequence[tuple[str, str]],
-    keep: Sequence[str] = (),
-    contrasts: int | None = None,
-    subjects: Sequence[str] = (),
-) -> list[str]:
-    """The neighbors that constrain an edit of `facts`; arguments and errors as in `make_edit`."""
-    count = editor.settings.get("contrasts", 0) if contrasts is None else contrasts
-    if (keep or count) and not editor.constrains:
-        raise ConfigError(
-            f"{type(editor).__name__} cannot keep its edits off questions. Leave out keep and contrasts, or use MendEditor."
-        )
-    if count < 0:
-        raise ConfigError(f"contrasts is a number of questions; it must be 0 or more, not {count}.")
-    edited = {question_key(prompt) for prompt, _ in facts}
-    both = next((question for question in keep if question_key(question) in edited), None)
-    if both is not None:
-        raise ConfigError(f"The question {both!r} is to be edited and to be kept. Leave it out of one of the two.")
-    if subjects and not count:
-        raise ConfigError(
-            "A subject is what contrasts are made with, and this edit has none. Set contrasts, 8 for example."
-        )
-    if subjects and len(subjects) != len(facts):
-        raise ConfigError(f"{len(subjects)} subjects are given for {len(facts)} facts. Give one for each, or none.")
-    if not count:
-        return []
-    names, avoided = joined_names(editor.names, shipped_names()), [*keep, *(prompt for prompt, _ in facts)]
-    found: list[str] = []
-    for (prompt, _), given in zip(facts, subjects or [""] * len(facts)):
-        if given and given not in prompt:
-            raise ConfigError(
-                f"The subject {given!r} does not stand in the prompt {prompt!r}. Write it as it does there."
-            )
-        subject = given or find_subject(prompt, names) or ""
-        found += neighbors(prompt, subject, names, count, [*avoided, *found])
-    return found
+def format_notes(editor: WeightEditor, encoder: Encoder, format: FormatSpec | None) -> dict[str, Any]:
+    """What an edit says of the format that it was made in, where that is another one than the editor's own."""
+    if format is None:
+        return {}
+    notes = {"format": named_format(format).name, "prompt_format": asdict(encoder.format)}
+    # Other formats are made of it when the edit is asked in them.
+    return {**notes, "own_format": asdict(PromptFormat(**editor.prompt_format))}
 
 
 @contextmanager
-def ready(editor: WeightEditor, model: nn.Module, tokenizer: Any) -> Iterator[Encoder]:
+def ready(
+    editor: WeightEditor, model: nn.Module, tokenizer: Any, format: FormatSpec | None = None
+) -> Iterator[Encoder]:
     """The editor in eval mode on the model's device, checked, with an encoder; afterwards where it was."""
     editor.check_base(model)
-    encoder = editor_encoder(editor, model, tokenizer)
+    encoder = editor_encoder(editor, model, tokenizer, format=format)
     training, before = editor.training, editor.encoder
     home = next((parameter.device for parameter in editor.parameters()), None)
     editor.train(False).to(next(model.parameters()).device)

@@ -34,7 +34,8 @@ class Edit:
         about: JSON-able facts about the edit: `id`, `edits` (prompt and target of each), `on_top_of` (ids of the edits that
             were active when it was made), `probability_before` and `probability` (that the base and the edited model give
             the whole target; of several, the least), `base`, `base_options` (revision, kind), `base_fingerprint` (of the
-            editor's layers), `weights` (of each layer), `relative_norm`, `editor`, `prompt_format`, `date`, `versions`.
+            editor's layers), `weights` (of each layer), `relative_norm`, `editor`, `prompt_format`, `date`, `versions`; of one
+            that was made in another format than the editor's, `format` (its name) and `own_format` (the editor's).
 
     Example:
         >>> import torch
@@ -206,7 +207,9 @@ def combined(edits: Sequence[Edit]) -> Edit:
     names = dict.fromkeys(name for edit in edits for name in edit.deltas)
     deltas = {name: sum_of([edit.deltas[name] for edit in edits if name in edit.deltas]) for name in names}
     kept: dict[str, Any] = {
-        key: edits[0].about[key] for key in ("base", "base_options", "prompt_format") if key in edits[0].about
+        key: edits[0].about[key]
+        for key in ("base", "base_options", "prompt_format", "format", "own_format")
+        if key in edits[0].about
     }
     facts = [fact for edit in edits for fact in edit.about.get("edits", [])]
     resting = {"holds_resting": True} if any(edit.about.get("holds_resting") for edit in edits) else {}

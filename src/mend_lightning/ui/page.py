@@ -39,7 +39,8 @@ def build_page(session: Session) -> gr.Blocks:
     anew, so that a tab follows its own buttons and other tabs alike.
     """
     with gr.Blocks(title="mend-lightning", analytics_enabled=False) as page:
-        gr.HTML(views.header(session.editor.base_name, type(session.editor).__name__, len(session.editor.layers)))
+        editor = session.editor
+        gr.HTML(views.header(editor.base_name, type(editor).__name__, len(editor.layers), session.format))
         asked, revision = gr.State(("", "")), gr.State(-1)
         panel = gr.HTML(views.hint(HINT), elem_id="comparison", render=False)
         with gr.Row(elem_classes="top"):

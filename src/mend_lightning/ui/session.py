@@ -39,6 +39,7 @@ class Session:
         model: the base model, in eval mode.
         tokenizer: its tokenizer.
         editor: a trained editor of the model.
+        format: how edits are made and questions asked, by name (docs/data.md); None: as the editor was trained.
 
     Attributes:
         entries: the edits with their switches, oldest first.
@@ -48,17 +49,17 @@ class Session:
 
     Raises:
         BaseModelMismatchError: the editor is for another base.
-        ConfigError: its edits change no weight.
+        ConfigError: its edits change no weight, or the model cannot be asked in that format.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, editor: Editor) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, editor: Editor, format: str | None = None) -> None:
         if not editor.changes_weights:
             raise ConfigError(
                 f"{type(editor).__name__} changes no weight: there is no edit to switch or to download. Take another editor; "
                 "`mend-lightning edit` shows what this one does."
             )
-        self.model, self.tokenizer, self.editor = model, tokenizer, editor
-        with ready(editor, model, tokenizer) as encoder:
+        self.model, self.tokenizer, self.editor, self.format = model, tokenizer, editor, format
+        with ready(editor, model, tokenizer, format) as encoder:
             self.encoder = encoder
         self.edits = EditStack(model)
         self.revision = 0
@@ -87,7 +88,7 @@ class Session:
             check_length(text, f"The {name}")
         with self._lock, captured_warnings() as messages:
             with without(self.edits):
-                edit = make_edit(self.editor, self.model, self.tokenizer, [(question, answer)])
+                edit = make_edit(self.editor, self.model, self.tokenizer, [(question, answer)], format=self.format)
             name = self.edits.add(edit)
             self._changed()
         return name, messages

@@ -57,9 +57,10 @@ def hint(text: str) -> str:
     return f'<p class="hint">{escape(text)}</p>'
 
 
-def header(base: str, editor: str, layers: int) -> str:
-    """The page's head: what is being edited, with what."""
+def header(base: str, editor: str, layers: int, format: str | None = None) -> str:
+    """The page's head: what is being edited, with what, and how it is asked."""
     facts = [base or "base model", editor, f"{layers} layer{'' if layers == 1 else 's'} edited"]
+    facts += [f"asked as {format}"] if format else []
     tags = "".join(f'<span class="tag">{escape(fact)}</span>' for fact in facts)
     return (
         '<header class="head"><h1>mend-lightning</h1><p>Correct what a language model believes, and see what else moves.</p>'

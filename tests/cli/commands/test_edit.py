@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from dataclasses import replace
 
 import pytest
 from helpers.commandline import assert_says, call
-from helpers.edit_commands import OTHER, QUESTION, TARGET, edit, typed
-from helpers.edited import CLAIM
+from helpers.edit_commands import FLOAT, OTHER, QUESTION, TARGET, edit, typed
+from helpers.edited import CLAIM, Plainly, dense_copy
+from helpers.tokenizers import CHAT_TEMPLATES
 
-from mend_lightning import Edit
+from mend_lightning import Edit, PromptFormat
 from mend_lightning.cli.commands.edit import NOT_SAFE
 from mend_lightning.cli.commands.inputs import read_facts, read_questions
 from mend_lightning.cli.commands.output import verdict
+from mend_lightning.models.inputs.format_texts import PASSAGES
 
 pytest_plugins = ["helpers.bases", "helpers.edit_commands"]
 
@@ -186,3 +191,61 @@ def test_a_subject_must_be_of_the_fact(tiny, tmp_path):
     file.write_text(json.dumps({"prompt": QUESTION, "target": TARGET}))
     result = edit(tiny, "--edits", file, "--subject", "Peru", "--out", tmp_path / "edit.safetensors")
     assert_says(result.err, "--subject is of a single fact")
+
+
+@pytest.fixture
+def chatting_base(base_folder, tmp_path):
+    """The tiny llama's folder with a chat template."""
+    folder = shutil.copytree(base_folder("llama"), tmp_path / "chatting")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["plain"])
+    return folder
+
+
+def test_a_chat_model_is_edited_and_asked_as_its_users_talk_to_it(tiny, chatting_base, tmp_path):
+    out = tmp_path / "edit.safetensors"
+    asked = ["--prompt", QUESTION, "--target", TARGET, "--rephrase", "Where?", "--out", out, "--base", chatting_base]
+    result = edit(tiny, *asked, "--format", "chat")
+    assert (result.code, result.err) == (0, "")
+    saved = Edit.load(out)
+    form = {"prompt": "user: {input}\nassistant:", "target": " {target}", "stop": "\n"}
+    assert saved.about["format"] == "chat" and saved.about["prompt_format"] == form
+    assert "asked as │ chat" in call("show", out).out
+    # Asked again, by default in the edit's format, and in others.
+    base = Plainly("llama", tiny.model, tiny.tokenizer)
+    edited = Plainly("llama", dense_copy(tiny.model, saved), tiny.tokenizer)
+    own = base.format
+    forms = {None: PromptFormat(**form), "own": own, "chat": PromptFormat(**form), "passage": None}
+    for name, expected in forms.items():
+        options = ["--format", name] if name else []
+        line = json.loads(
+            call("apply", out, *FLOAT, "--base", chatting_base, "--ask", QUESTION, "--json", "true", *options).out
+        )
+        expected = expected or replace(own, prompt=f"{PASSAGES[0]}\n\n{own.prompt}")
+        base.format = edited.format = expected
+        assert (line["old"], line["new"]) == (base.answer(QUESTION), edited.answer(QUESTION))
+        assert line["kl"] > 0
+        if name is None:
+            # A cell of the table breaks long answers into lines.
+            assert line["old"] in result.out and line["new"][:8] in result.out
+            continued = edited.tokenizer(expected.question(QUESTION) + expected.answer(TARGET) + "\n")["input_ids"]
+            ids = continued[len(edited.tokenizer(expected.question(QUESTION))["input_ids"]) :]
+            probability = math.prod(float(edited.distribution(QUESTION, ids[:i])[id]) for i, id in enumerate(ids))
+            assert saved.about["probability"] == pytest.approx(probability, rel=1e-3)
+
+
+def test_edits_of_different_formats_are_asked_in_one_that_is_named(tiny, chatting_base, tmp_path):
+    out = tmp_path / "edit.safetensors"
+    edit(tiny, "--prompt", OTHER, "--target", TARGET, "--out", out, "--base", chatting_base, "--format", "chat")
+    asked = ["apply", tiny.path, out, *FLOAT, "--base", chatting_base, "--ask", QUESTION]
+    assert_says(
+        call(*asked).err, "different prompt formats, so no question can be put to all of them.*say by --format how"
+    )
+    result = call(*asked, "--format", "chat")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_formats_that_a_model_does_not_have(tiny, tmp_path):
+    asked = ["--prompt", QUESTION, "--target", TARGET, "--out", tmp_path / "edit.safetensors"]
+    assert_says(edit(tiny, *asked, "--format", "chat").err, "has no chat template.*instruction-tuned")
+    assert_says(edit(tiny, *asked, "--format", "chatty").err, "no format 'chatty'. Did you mean 'chat'")
+    assert not (tmp_path / "edit.safetensors").exists()

@@ -11,7 +11,7 @@ from helpers.commandline import call
 from helpers.edit_commands import FLOAT, OTHER, QUESTION, TARGET, edit, typed
 from helpers.edited import FACT
 
-from mend_lightning import Edit
+from mend_lightning import Edit, make_edit
 from mend_lightning.cli.commands import session as session_module
 from mend_lightning.cli.commands.session import repl
 from mend_lightning.evaluation.safety import Limits
@@ -157,3 +157,21 @@ def test_a_check_in_a_conversation(tiny, tmp_path, shipped):
         talk(tiny, tmp_path / "edit.safetensors", [f"{QUESTION} => {TARGET}", ":check", ":discard"])
     (check,) = seen
     assert check.limits == Limits() and [each.question for each in check.shifts] == [QUESTION, *shipped]
+
+
+def test_a_conversation_in_a_format(tiny, tmp_path):
+    """Edits are made and questions are asked in it."""
+    lines = iter([f"{QUESTION} => {TARGET}", OTHER])
+
+    def read(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    out = tmp_path / "edit.safetensors"
+    assert repl(tiny.editor, tiny.model, tiny.tokenizer, out, read, format="bare") == 0
+    saved = Edit.load(out)
+    assert (saved.about["format"], saved.about["prompt_format"]["prompt"]) == ("bare", "{input}")
+    expected = make_edit(tiny.editor, tiny.model, tiny.tokenizer, FACT, format="bare")
+    assert saved.about["probability"] == pytest.approx(expected.about["probability"], rel=1e-3)

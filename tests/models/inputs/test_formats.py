@@ -9,7 +9,7 @@ from helpers.tokenizers import byte_level, chatting
 
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.inputs.encoder import Encoder
-from mend_lightning.models.inputs.formats import NAMED, edit_format, named_format, named_formats, prompt_formats
+from mend_lightning.models.inputs.formats import NAMED, in_format, named_format, named_formats, prompt_formats
 from mend_lightning.models.inputs.prompts import PromptFormat
 
 OWN = PromptFormat("Q: {input}\nA:", " {target}", "\n")
@@ -21,7 +21,7 @@ def chat_tokenizer():
 
 
 def texts(name, own: PromptFormat = OWN, kind="causal") -> PromptFormat:
-    return edit_format(name, own, chat_tokenizer(), kind)[1]
+    return in_format(Encoder(chat_tokenizer(), own, kind, decoder_start_token_id=0), name).format
 
 
 def test_own_is_the_data_s():

@@ -32,6 +32,7 @@ def apply_command(
     force: bool = False,
     json: bool = False,
     plot: Path | None = None,
+    format: str | None = None,
 ) -> None:
     """Asks the edited model: `mend-lightning apply EDIT [EDIT ...] --ask "QUESTION"`; shows the base's answer beside it.
 
@@ -47,6 +48,8 @@ def apply_command(
         force: also on other weights than the edits were made for, as long as layers and shapes are the same.
         json: print a JSON object for each question instead of a table.
         plot: file of a picture (PNG) of how the probabilities moved.
+        format: how the questions are asked: own, bare, statement, chat, chat_system, chat_turns or passage (docs/data.md);
+            default: as the edits were made.
     """
     loaded = read_edits(edits)
     given = [*ask, *(read_questions(questions) if questions is not None else [])]
@@ -54,7 +57,7 @@ def apply_command(
         raise ConfigError("A question is empty. Give some text with --ask.")
     if plot is not None:
         check_writable_file(plot)
-    model, encoder = load_asked_base(loaded, base, dtype, trust_remote_code)
+    model, encoder = load_asked_base(loaded, base, dtype, trust_remote_code, format)
     shifts: list[Shift] = []
     with EditStack(model) as stack:
         for path, edit in zip(edits, loaded):

@@ -52,6 +52,7 @@ def edit_command(
     separate: bool = False,
     check: bool = False,
     interactive: bool = False,
+    format: str | None = None,
 ) -> int:
     """Changes what the base model answers; prints answers before and after, saves the edit as a file.
 
@@ -81,6 +82,8 @@ def edit_command(
         check: say whether the edit is safe to keep: the rephrases must get the new answer, and the answers to the unrelated
             and neighbouring questions, or to the shipped neutral ones where none are given, must stay.
         interactive: a conversation also where the input is no terminal: a line is a question, or QUESTION => NEW ANSWER.
+        format: how the edit is made and all questions are asked: own, bare, statement, chat (through the model's chat template),
+            chat_system, chat_turns or passage (docs/data.md); default: as the editor was trained. The edit's file says it.
     """
     nothing = prompt is None and target is None and edits is None
     if interactive and not nothing:
@@ -95,7 +98,7 @@ def edit_command(
             raise ConfigError("--check is for an edit that is given. In a conversation, type :check.")
         out = out or Path("edit.safetensors")
         check_writable_file(out)
-        return repl(*load_editor_and_base(editor, *loading), out)
+        return repl(*load_editor_and_base(editor, *loading), out, format=format)
     facts = given_facts(prompt, target, edits)
     paths = list(_paths_of(facts, out or Path("edits"))) if separate else [out or Path("edit.safetensors")]
     for path in paths:
@@ -115,13 +118,11 @@ def edit_command(
             raise ConfigError(
                 f"{type(trained).__name__} changes no weight: there is no edit to check, to constrain or to save."
             )
-        _show_only(trained, model, tokenizer, facts, asked)
+        _show_only(trained, model, tokenizer, facts, asked, format)
         return 0
     parts = [[fact] for fact in facts] if separate else [facts]
-    safe = [
-        _edit_and_save(trained, model, tokenizer, part, asked, constraints, check, path)
-        for part, path in zip(parts, paths)
-    ]
+    making = (trained, model, tokenizer, format, constraints)
+    safe = [_edit_and_save(*making, part, asked, check, path) for part, path in zip(parts, paths)]
     return 0 if all(safe) else NOT_SAFE
 
 
@@ -138,16 +139,19 @@ def _edit_and_save(
     editor: Editor,
     model: nn.Module,
     tokenizer: Any,
+    format: str | None,
+    constraints: _Constraints,
     facts: _Asked,
     asked: _Asked,
-    constraints: _Constraints,
     check: bool,
     path: Path,
 ) -> bool:
     """Makes an edit, shows what it does, saves it; returns whether nothing speaks against keeping it."""
-    edit = make_edit(editor, model, tokenizer, facts, constraints.keep, constraints.contrasts, constraints.subjects)
+    edit = make_edit(
+        editor, model, tokenizer, facts, constraints.keep, constraints.contrasts, constraints.subjects, format
+    )
     _print_contrasts(edit)
-    encoder = editor_encoder(editor, model, tokenizer)
+    encoder = editor_encoder(editor, model, tokenizer, format=format)
     found = _checked(model, encoder, edit, asked) if check else None
     shifts = found.shifts if found else _shifts(model, encoder, edit, asked)
     # The neutral questions are many; those whose answer changed are named below.
@@ -202,11 +206,13 @@ def _paths_of(facts: _Asked, folder: Path) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def _show_only(editor: Editor, model: nn.Module, tokenizer: Any, facts: _Asked, asked: _Asked) -> None:
+def _show_only(
+    editor: Editor, model: nn.Module, tokenizer: Any, facts: _Asked, asked: _Asked, format: str | None
+) -> None:
     """Answers before and after, of an editor that changes no weight and so leaves nothing to save."""
     asked = [*(("edited", question) for question, _ in facts), *asked]
     questions = [question for _, question in asked]
-    with ready(editor, model, tokenizer) as encoder:
+    with ready(editor, model, tokenizer, format) as encoder:
         before = generate_answers(model, encoder, questions)
         rows = encoder.rows(facts, [0] * len(facts), 1).to(model.device)
         after = editor.edited(model, rows).answers(model, encoder, questions)

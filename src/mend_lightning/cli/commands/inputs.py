@@ -16,6 +16,7 @@ from mend_lightning.errors import BaseModelMismatchError, ConfigError, DataFileE
 from mend_lightning.models.architecture import Dtype
 from mend_lightning.models.base import load_base
 from mend_lightning.models.inputs.encoder import Encoder
+from mend_lightning.models.inputs.formats import in_format
 from mend_lightning.models.inputs.prompts import PromptFormat
 from mend_lightning.training.progress.console import quiet_where_nobody_watches
 
@@ -86,24 +87,28 @@ def load_editor_and_base(
 
 
 def load_asked_base(
-    edits: Sequence[Edit], base: str | None, dtype: Dtype, trust_remote_code: bool
+    edits: Sequence[Edit], base: str | None, dtype: Dtype, trust_remote_code: bool, format: str | None = None
 ) -> tuple[nn.Module, Encoder]:
     """The base model of edits (or `base`) on the device that computes, and an encoder with the edits' prompt format.
 
+    Args: as in `load_base_of`; format: the name of one to ask in, in place of the one that the edits were made in.
+
     Raises:
-        ConfigError: the edits were made with different prompt formats, or name no base.
+        ConfigError: the edits were made with different prompt formats, or name no base; or the model cannot be asked so.
         BaseModelMismatchError: they name several bases.
         ModelLoadError: the base cannot be loaded.
     """
-    formats = [edit.about["prompt_format"] for edit in edits if edit.about.get("prompt_format")]
-    if any(format != formats[0] for format in formats):
+    made = [edit.about for edit in edits if edit.about.get("prompt_format")]
+    # Of a format that is named, what the editors were trained with is the own one; another is made of it.
+    formats = [about.get("own_format" if format else "prompt_format") or about["prompt_format"] for about in made]
+    if any(each != formats[0] for each in formats):
         raise ConfigError(
             "The edits were made with different prompt formats, so no question can be put to all of them: "
-            f"{'; '.join(str(format) for format in formats)}. Apply edits of one format at a time."
+            f"{'; '.join(map(str, formats))}. Apply edits of one format at a time, or say by --format how to ask."
         )
     model, tokenizer = load_base_of(edits, base, dtype, trust_remote_code)
-    format = PromptFormat(**formats[0]) if formats else PromptFormat()
-    return model.to(computing_device()), Encoder.for_model(model, tokenizer, format)
+    encoder = Encoder.for_model(model, tokenizer, PromptFormat(**formats[0]) if formats else PromptFormat())
+    return model.to(computing_device()), in_format(encoder, format)
 
 
 def computing_device() -> str:

@@ -35,7 +35,14 @@ QUESTION                 asks the base and the edited model
 :discard                 leaves without saving"""
 
 
-def repl(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: Callable[[str], str] = input) -> int:
+def repl(
+    editor: Editor,
+    model: nn.Module,
+    tokenizer: Any,
+    out: Path,
+    read: Callable[[str], str] = input,
+    format: str | None = None,
+) -> int:
     """Reads lines until the end of the input, Ctrl-C or `:quit`; afterwards the model is the base again.
 
     Args:
@@ -43,12 +50,13 @@ def repl(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: Call
         model: the base model; tokenizer: its tokenizer.
         out: edits that are not saved at the end go to this file, or where it exists to one with a number.
         read: gives the next line for a prompt; raises EOFError at the end.
+        format: how edits are made and questions asked; None: as the editor was trained.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError: the editor changes no weight.
+        ConfigError: the editor changes no weight, or the model cannot be asked in that format.
         OutputPathError: what was not saved cannot be written.
     """
     if not editor.changes_weights:
@@ -57,7 +65,7 @@ def repl(editor: Editor, model: nn.Module, tokenizer: Any, out: Path, read: Call
         # Arrow keys and history, where the system has them.
         import_module("readline")
     with EditStack(model) as stack:
-        session = Session(editor, model, tokenizer, stack)
+        session = Session(editor, model, tokenizer, stack, format)
         _say(HELP, markup=False)
         try:
             _handle_lines(session, read)
@@ -81,9 +89,11 @@ def _handle_lines(session: Session, read: Callable[[str], str]) -> None:
 class Session:
     """Edits on a model, and what was said about them."""
 
-    def __init__(self, editor: Editor, model: nn.Module, tokenizer: Any, stack: EditStack) -> None:
-        self.editor, self.model, self.tokenizer, self.stack = editor, model, tokenizer, stack
-        self.encoder = editor_encoder(editor, model, tokenizer)
+    def __init__(
+        self, editor: Editor, model: nn.Module, tokenizer: Any, stack: EditStack, format: str | None = None
+    ) -> None:
+        self.editor, self.model, self.tokenizer, self.stack, self.format = editor, model, tokenizer, stack, format
+        self.encoder = editor_encoder(editor, model, tokenizer, format=format)
         self.open, self.saved = True, True
         self._question = ""
         self._commands: dict[str, Callable[[str], None]] = {
@@ -128,7 +138,7 @@ class Session:
     def _edit(self, question: str, target: str) -> None:
         if not question or not target:
             raise ConfigError("An edit needs a question and a new answer: QUESTION => NEW ANSWER.")
-        edit = make_edit(self.editor, self.model, self.tokenizer, (question, target))
+        edit = make_edit(self.editor, self.model, self.tokenizer, (question, target), format=self.format)
         name = self.stack.add(edit)
         self.saved = False
         _say(f"Edit {name}: probability of the new answer {edit.about['probability']:.2f}.")

@@ -62,8 +62,9 @@ def description(path: str | Path, edit: Edit) -> dict[str, Any]:
         }
         for name, delta in edit.deltas.items()
     ]  # fmt: skip
-    said = ("id", "editor", "date", "base", "base_options", "base_fingerprint", "prompt_format", "probability_before",
-            "probability", "on_top_of", "compressed", "versions", "check", "keep", "contrasts")  # fmt: skip
+    said = ("id", "editor", "date", "base", "base_options", "base_fingerprint", "prompt_format", "format", "probability_before",
+            "probability", "on_top_of", "compressed", "versions", "check", "keep",
+            "contrasts")  # fmt: skip
     return {
         "file": str(path),
         "bytes": Path(path).stat().st_size,
@@ -91,7 +92,7 @@ def _pairs(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     named = [found["base"] or "(the file does not say)", *([f"revision {revision}"] if revision else [])]
     weights = [f"weights {found['base_fingerprint']}"] if found["base_fingerprint"] else []
     yield "base model", ", ".join(named + weights)
-    for name, key in (("editor", "editor"), ("made", "date"), ("id", "id")):
+    for name, key in (("editor", "editor"), ("asked as", "format"), ("made", "date"), ("id", "id")):
         if found[key]:
             yield name, found[key]
     if found["probability"] is not None:

@@ -22,6 +22,7 @@ def ui_command(
     host: str = "127.0.0.1",
     port: int = 0,
     open_browser: bool = False,
+    format: str | None = None,
 ) -> None:
     """Opens a local page: edit facts, see before and after, what else moved, switch edits on and off, download them.
 
@@ -35,12 +36,14 @@ def ui_command(
         host: address to listen at; the default can be reached from this machine alone.
         port: 0 takes a free one.
         open_browser: open the page in the browser.
+        format: how edits are made and questions asked: own, bare, statement, chat (through the model's chat template),
+            chat_system, chat_turns or passage (docs/data.md); default: as the editor was trained.
     """
     check_installed()
     # First the address, then the model: a port that is taken shows at once.
     with listen(host, port) as listening:
         trained, model, tokenizer = load_editor_and_base(editor, base, dtype, trust_remote_code)
-        with Session(model, tokenizer, trained) as session:
+        with Session(model, tokenizer, trained, format) as session:
             run(session, listening, lambda server: _say_where(host, address(listening), open_browser), host)
         console().print("Stopped. Edits that were not downloaded are gone.", highlight=False)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.inputs.chat import INPUT, Turn, chat_format
-from mend_lightning.models.inputs.encoder import ModelKind
+from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.inputs.format_texts import PASSAGES, SYSTEMS, TALKS
 from mend_lightning.models.inputs.prompts import PromptFormat
 
@@ -222,10 +222,21 @@ def prompt_formats(
     return {key: form for each in formats for key, form in zip(each.keys, each.forms(own, tokenizer, kind))}
 
 
-def edit_format(spec: FormatSpec, own: PromptFormat, tokenizer: Any, kind: ModelKind) -> tuple[str, PromptFormat]:
-    """The name of a format, and the text around the questions and answers of edits in it; see `prompt_formats`."""
+def in_format(encoder: Encoder, spec: FormatSpec | None) -> Encoder:
+    """The encoder that asks in one format, as edits and evaluation do; None: the given one.
+
+    Args:
+        encoder: whose format is the data's own.
+        spec: see `named_format`.
+
+    Raises:
+        ConfigError: there is no such format, or the model cannot be asked in it.
+    """
+    if spec is None:
+        return encoder
     format = named_format(spec)
-    return format.name, prompt_formats([format], own, tokenizer, kind)[format.name]
+    forms = prompt_formats([format], encoder.format, encoder.tokenizer, encoder.kind)
+    return replace(encoder, formats=forms).asking(format.name)
 
 
 def _apart(target: str) -> str:
