@@ -29,7 +29,8 @@ from mend_lightning.errors import FailingRunWarning, NonFiniteError
 from mend_lightning.models.base import BaseModel
 from mend_lightning.training.curves import read_curves
 from mend_lightning.training.module import MendModule
-from mend_lightning.training.run_callbacks import ResultsReport, SaveEditor
+from mend_lightning.training.progress.progress_bar import EditProgressBar
+from mend_lightning.training.run_callbacks import ResultsReport, SaveEditor, StartReport
 from mend_lightning.training.start_statistics import training_edits
 from mend_lightning.training.training_change import TrainingChange
 
@@ -220,6 +221,16 @@ def test_loaders_without_a_data_module(mend, edit_data, trainer):
     plain = mend("llama", normalize=False)
     trainer(max_steps=1).fit(plain, batches, batches)
     assert plain.looks.validations.first.edits == 8
+
+
+def test_what_is_trained_is_said_before_it_and_once(mend, edit_data, trainer, capsys):
+    fitted = trainer(max_steps=1, callbacks=[StartReport(), EditProgressBar()], enable_progress_bar=True)
+    for _ in range(2):
+        fitted.fit(mend("llama"), edit_data())
+        shown = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+        assert shown.count("Base model") == 1
+        assert shown.index("Base model") < shown.index("Validation before the first step")
+        fitted = trainer(max_steps=1, callbacks=fitted.callbacks[:2], enable_progress_bar=True)
 
 
 def test_a_second_fit_of_a_trained_module_says_so_of_its_own_start(mend, edit_data, trainer):

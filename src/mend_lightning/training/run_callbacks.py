@@ -52,6 +52,8 @@ class StartReport(L.Callback):
     reach every editor parameter.
     """
 
+    _said = False
+
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         for keep in trainer.checkpoint_callbacks:
             if stage == "fit" and isinstance(keep, ModelCheckpoint) and keep.dirpath:
@@ -60,12 +62,21 @@ class StartReport(L.Callback):
         for name in _OUTPUTS.get(stage, ()):
             output_file(Path(trainer.default_root_dir, name))
 
+    def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Where `fit` validates before its first step, what will be trained is said before that."""
+        self._say(trainer, module)
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        self._say(trainer, module)
+        self._said = False
+        if trainer.is_global_zero and trainer.ckpt_path:
+            console().print(f"Resuming from {trainer.ckpt_path}, after step {trainer.global_step}", highlight=False)
+
+    def _say(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and not self._said:
             for line in self.lines(_mend_module(module)):
                 console().print(line, highlight=False)
-            if trainer.ckpt_path:
-                console().print(f"Resuming from {trainer.ckpt_path}, after step {trainer.global_step}", highlight=False)
+        self._said = True
 
     def lines(self, module: MendModule) -> list[str]:
         """What is edited, with how many parameters, and how much memory that needs."""
