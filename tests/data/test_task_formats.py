@@ -214,3 +214,45 @@ def test_one_draw_is_enough_for_one_format():
     task = EditTask("Q?", "A", ("R?",), (("U?", "B"),))
     found = FormatDraw(ALL[:1]).drawn(task, [()], random.Random(0))
     assert found == replace(task, format="own", rephrase_formats=("own",), locality_formats=("own",))
+
+
+def asked_in(names, records=RECORDS, first: int = 3, **settings) -> dict:
+    own = FORMATS["causal"]
+    settings = {"rephrases": 2, "locality": 3, "hard_locality": 1, **settings}
+    return DataFormats.of(own, None, names).tasks(TaskSampler(records, **settings), first)
+
+
+def test_a_table_has_the_same_edits_in_every_format():
+    found = asked_in(NAMES)
+    assert list(found) == [0, 1, 2]
+    for index, of_formats in found.items():
+        assert list(of_formats) == NAMES
+        for name, task in of_formats.items():
+            assert {key for key, _ in rows(task)} == {name} and len(task.locality) == 3
+            assert task.subject == CITIES[index]
+        facts = {(task.target, task.hard, tuple(answer for _, answer in task.locality)) for task in of_formats.values()}
+        assert len(facts) == 1
+
+
+def test_edits_without_statements_are_passed_over_where_others_have_some():
+    some = [record(city, statements=(f"{city} lies in",) if i % 2 else ()) for i, city in enumerate(CITIES)]
+    found = asked_in(["own", "statement"], some)
+    assert list(found) == [1, 3, 5]
+    for task in (of_formats["statement"] for of_formats in found.values()):
+        # Unrelated facts that have none are asked in no other format in their place.
+        assert all(text.endswith("lies in") for text, _ in task.locality)
+        assert len(task.locality_formats) == len(task.locality) <= 3 and task.hard <= len(task.locality)
+    without = [record(city, statements=()) for city in CITIES]
+    assert [list(each) for each in asked_in(["own", "statement", "bare"], without).values()] == [["own", "bare"]] * 3
+
+
+@pytest.mark.parametrize("names", [None, ["own"], ["chat"], ["own", "statement"]])
+def test_one_format_makes_no_table(names):
+    assert asked_in(names, [record(city, statements=()) for city in CITIES]) == {}
+
+
+def test_a_table_is_of_the_first_edits_that_are_tested(facts):
+    settings = {split: facts / f"{split}.jsonl" for split in ("train", "test")}
+    for limits, expected in (({}, 7), ({"format_edits": 4}, 4), ({"test_edits": 2}, 2)):
+        data = EditDataModule(**settings, formats=["own", "bare"], **limits)
+        assert list(data.format_tasks()) == list(range(expected))

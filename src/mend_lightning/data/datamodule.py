@@ -23,7 +23,7 @@ from mend_lightning.data.records import read_records
 from mend_lightning.data.running_text import check_running_text
 from mend_lightning.data.sources import check_source
 from mend_lightning.data.task_formats import DataFormats
-from mend_lightning.data.tasks import TaskSampler
+from mend_lightning.data.tasks import EditTask, TaskSampler
 from mend_lightning.errors import ConfigError, EmptyDatasetError
 from mend_lightning.models.inputs.encoder import Encoder, ModelKind
 from mend_lightning.models.inputs.prompts import PromptFormat
@@ -61,11 +61,10 @@ class EditDataModule(L.LightningDataModule):
         max_length: longest row in tokens.
         kind: "causal", "encoder_decoder" or "classifier"; None takes the base model's.
         num_workers: processes that prepare batches.
-        bucket_by_length: training batches are of edits whose rows are about equally long, so that less of a step is
-            padding; which ones are together, and in which order, is drawn anew each epoch. A batch is then not a sample of
-            the whole set: short questions come with short ones. False: any edits with any.
-        formats: training asks in these (docs/data.md, "Formats to ask in"), an edit in one and each of its rephrases and
-            unrelated facts in one of its own: names, or mappings of one's own; None: in `prompt`, `target` and `stop` alone.
+        bucket_by_length: training batches are of edits with rows of about equal length, so that less of a step is padding;
+            which are together is drawn anew each epoch. A batch is then no sample of the whole set. False: any with any.
+        formats: training asks in these (docs/data.md), an edit in one and each of its rephrases and unrelated facts in one of
+            its own: names, or mappings of one's own; None: in `prompt`, `target` and `stop` alone.
         eval_formats: the same for evaluation; None: as in training. `test` measures in the first of them, and in each an edit
             that was made in each.
         format_edits: so many of the test's edits are measured in all formats.
@@ -114,8 +113,8 @@ class EditDataModule(L.LightningDataModule):
         counts = {
             "batch_size": batch_size, "rephrases": rephrases, "locality": locality,
             "eval_batch_size": eval_batch_size, "eval_rephrases": eval_rephrases, "eval_locality": eval_locality,
-            "validation_edits": validation_edits, "test_edits": test_edits, "edits_at_once": edits_at_once,
-            "format_edits": format_edits,
+            "validation_edits": validation_edits, "test_edits": test_edits, "format_edits": format_edits,
+            "edits_at_once": edits_at_once,
         }  # fmt: skip
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -149,10 +148,9 @@ class EditDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Checks that the files are there, before gigabytes of model load."""
+        data = self.locality_data
         splits = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, ("test",))
-        elsewhere = (
-            self.locality_data if isinstance(self.locality_data, dict) else dict.fromkeys(splits, self.locality_data)
-        )
+        elsewhere = data if isinstance(data, dict) else dict.fromkeys(splits, data)
         for source in (*map(self.files.get, splits), *map(elsewhere.get, splits)):
             if source is not None:
                 check_source(source)
@@ -196,9 +194,14 @@ class EditDataModule(L.LightningDataModule):
         return self._samplers[split]
 
     def _neighbors(self, split: str) -> tuple[int, Names | None]:
-        """How many neighbors constrain an edit, and what they are made with: never names of the facts that are evaluated."""
+        """How many neighbors constrain an edit, and what with: never names of the facts that are evaluated."""
         count, names = contrasts_of(editor_of(self._host, self.trainer))
         return count, None if split == "train" or not count else names or self.sampler("train").names
+
+    def format_tasks(self) -> dict[int, dict[str, EditTask]]:
+        """The test's first edits in each of the evaluation's formats; see `DataFormats.tasks`."""
+        edits = min(self.format_edits, self._limits["test"] or self.format_edits)
+        return self.formats.tasks(self.sampler("test"), edits)
 
     def train_dataloader(self) -> ResumableLoader:
         sampler = self.sampler("train")

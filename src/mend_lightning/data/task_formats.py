@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mend_lightning.data.tasks import EditTask
+from mend_lightning.data.tasks import EditTask, TaskSampler
 from mend_lightning.models.inputs.encoder import ModelKind
 from mend_lightning.models.inputs.formats import OWN, FormatSpec, NamedFormat, named_formats, prompt_formats
 from mend_lightning.models.inputs.prompts import PromptFormat
@@ -123,3 +123,34 @@ class DataFormats:
         """The text of every format, for `Encoder.formats`; see `formats.prompt_formats`."""
         # A fact for which no format is left is asked in the data's own.
         return prompt_formats((*self.all, OWN), self.own, tokenizer, kind) if self.all else {}
+
+    def tasks(self, sampler: TaskSampler, first: int) -> dict[int, dict[str, EditTask]]:
+        """Edits in each of the evaluation's formats: all rows of a task in one of them.
+
+        A format that completes statements is left out where no record has any; where some have, the others are passed over, so
+        that all formats are measured on the same edits.
+
+        Args:
+            sampler: of the records.
+            first: so many of them, at most.
+
+        Returns:
+            Number of a record -> name of a format -> the task; empty where there are fewer than two formats.
+        """
+        complete = [bool(record.statements) for record in sampler.records]
+        formats = [each for each in self.evaluation if not each.completes or any(complete)]
+        needs = any(each.completes for each in formats)
+        if len(formats) < 2:
+            return {}
+        suited = [index for index, possible in enumerate(complete) if possible or not needs][:first]
+        return {index: {each.name: _asked_in(each, sampler, index) for each in formats} for index in suited}
+
+
+def _asked_in(format: NamedFormat, sampler: TaskSampler, index: int) -> EditTask:
+    """A task in one format, without the unrelated facts that have no statement where it asks by statements."""
+    task = sampler.task(0, index, formats=FormatDraw((format,)))
+    kept = [i for i, key in enumerate(task.locality_formats) if key == format.name]
+    return replace(
+        task, locality=tuple(task.locality[i] for i in kept), hard=sum(i < task.hard for i in kept),
+        locality_formats=(format.name,) * len(kept),
+    )  # fmt: skip

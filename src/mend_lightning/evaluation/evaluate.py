@@ -102,7 +102,7 @@ def evaluate_batch(model: nn.Module, editor: Editor, batch: EditBatch) -> BatchS
     # The unrelated rows stand last.
     sets = [batch.z_edit, batch.x_in, batch.x_out]
     rows, edits = concatenate_rows(sets), len(batch.z_edit)
-    trunk = run_trunk(model, rows, _edited_layers(model, editor))
+    trunk = run_trunk(model, rows, edited_layers(model, editor))
     edited = editor.edited(model, *own_part(rows, trunk, batch.z_edit, 0), batch.x_keep)
     inside = edits + len(batch.x_in)
     with replayed(trunk, slice(inside, len(rows))):
@@ -126,7 +126,7 @@ def hard_rows(batch: EditBatch) -> Tensor:
     return torch.tensor(flags or [False] * len(batch.x_out), dtype=torch.bool, device=device)
 
 
-def _edited_layers(model: nn.Module, editor: Editor) -> Mapping[str, nn.Module]:
+def edited_layers(model: nn.Module, editor: Editor) -> Mapping[str, nn.Module]:
     """Of an edit that changes no weight, the whole model is trunk."""
     return editor.modules_in(model) if editor.changes_weights else {}
 

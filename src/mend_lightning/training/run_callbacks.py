@@ -28,6 +28,7 @@ from mend_lightning.models.sharding.fsdp import load_whole_state
 from mend_lightning.training.checks import check_batch, unreached_parameters
 from mend_lightning.training.curves import plot_curves
 from mend_lightning.training.distributed.checkpoint_file import editor_state
+from mend_lightning.training.format_report import PICTURE, report_formats
 from mend_lightning.training.module import MendModule
 from mend_lightning.training.progress.console import console
 from mend_lightning.training.trainer_parts import data_of, is_fast_dev_run
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 # What each stage leaves in the run's folder.
 _OUTPUTS = {
     "fit": (f"editor/{WEIGHTS}", f"editor/{DESCRIPTION}", "curves.png"),
-    "test": ("results.json", "examples.jsonl"),
+    "test": ("results.json", "examples.jsonl", PICTURE),
     "predict": ("predictions.jsonl",),
 }
 # Edits whose cost is measured, each alone.
@@ -214,7 +215,7 @@ class ResultsReport(L.Callback):
         records = gathered(self._records, data.edits_at_once)
         seconds = time.perf_counter() - self._started
         # On every process: where the base is sharded, an edit needs them all.
-        cost = _cost(data, mend)
+        cost, formats = _cost(data, mend), report_formats(data, mend)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -228,13 +229,17 @@ class ResultsReport(L.Callback):
             "seconds": round(seconds, 1),
             "edits_at_a_time": data.edits_at_once,
             "cost_of_an_edit": asdict(cost),
+            **formats.about(),
         }
+        if data.edits_at_once == 1:
+            formats.note(records)
         results = write_results(folder, mend.results, records, about)
         many = about["edits_at_a_time"]
         together = "one at a time" if many == 1 else f"{many} at once"
         title = f"{len(records)} edits of {mend.base.name}, {together}, on {about['test']} ({seconds:.0f} s)"
         console().print(results_table(title, mend.results, results["intervals_95"]))
         console().print(_cost_line(results["cost_of_an_edit"]), highlight=False)
+        formats.show(folder)
         console().print(f"Written: {folder / 'results.json'}, {folder / 'examples.jsonl'}", highlight=False)
 
     def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: Any) -> None:
