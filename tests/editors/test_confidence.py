@@ -14,7 +14,15 @@ from helpers.reference import log_probabilities, rows_of_task
 from transformers.pytorch_utils import Conv1D
 
 from mend_lightning import MendEditor, load_base
-from mend_lightning.editors.confidence import SCALES, STEPS, TargetScores, best_scale, confident_scales, first_crossing
+from mend_lightning.editors.confidence import (
+    SCALES,
+    STEPS,
+    WITHIN,
+    TargetScores,
+    best_scale,
+    confident_scales,
+    first_crossing,
+)
 from mend_lightning.editors.making import editor_encoder, make_edit
 from mend_lightning.errors import ConfigError, LowConfidenceWarning
 from mend_lightning.models.forward.run_trunk import run_trunk
@@ -70,7 +78,8 @@ def slow_scale(scores, confidence: float) -> float:
             tried = [low, *(low * step for step in STEPS), high]
             return crossing(tried, [scores(scale)[0] for scale in tried], wanted)
     ending = [i for i, (_, end) in enumerate(found) if end <= math.log(2)] or range(len(SCALES))
-    return SCALES[min(ending, key=lambda i: found[i][0])]
+    best = min(found[i][0] for i in ending)
+    return SCALES[next(i for i in ending if found[i][0] <= WITHIN * best)]
 
 
 @pytest.mark.parametrize("confidence", [0.02, 0.3, 0.9])
@@ -81,7 +90,7 @@ def test_scales_are_the_slow_ones(family, confidence, edits):
     layers = editor.modules_in(model)
     with torch.no_grad():
         deltas = compute_deltas(model, editor, rows)
-    scales = confident_scales(model, layers, deltas, rows, run_trunk(model, rows, layers), confidence)
+    scales = confident_scales(model, layers, deltas, rows, run_trunk(model, rows, layers), confidence).scale
     for task in range(rows.tasks):
         slow = slow_scale(lambda scale, t=task: slow_scores(model, editor, deltas, rows, t, scale), confidence)
         assert float(scales[task]) == pytest.approx(slow, rel=1e-3)
@@ -111,7 +120,7 @@ def test_an_edit_that_overflows_reaches_nothing():
     with torch.no_grad():
         deltas = {name: each.scaled(1e30) for name, each in compute_deltas(model, editor, rows).items()}
     scale = confident_scales(model, layers, deltas, rows, run_trunk(model, rows, layers), 0.9)
-    assert float(scale) in SCALES
+    assert float(scale.scale) in SCALES and not bool(scale.reached)
 
 
 def test_where_no_size_is_enough_an_answer_that_ends_is_preferred():
@@ -120,6 +129,8 @@ def test_where_no_size_is_enough_an_answer_that_ends_is_preferred():
     never, late = torch.tensor([3.0, 2.0, 0.8])[:, None], torch.tensor([0.1, 0.9, 0.8])[:, None]
     assert best_scale(scales, TargetScores(nll, never)).item() == 4, "none ends: the most probable"
     assert best_scale(scales, TargetScores(nll, late)).item() == 1, "the only one that ends"
+    little = torch.tensor([2.5, 2.1, 2.0])[:, None]
+    assert best_scale(scales, TargetScores(little, 0 * little)).item() == 1, "twice the size for a tenth is harm"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
@@ -153,7 +164,7 @@ def test_a_step_is_that_of_an_editor_with_the_scaled_rates(family):
     with torch.no_grad():
         deltas = compute_deltas(model, free, batch.z_edit)
     trunk = run_trunk(model, batch.z_edit, layers)
-    scale = float(confident_scales(model, layers, deltas, batch.z_edit, trunk, 0.3))
+    scale = float(confident_scales(model, layers, deltas, batch.z_edit, trunk, 0.3).scale)
     assert scale != pytest.approx(1, abs=0.05), "the search must matter"
     free.edit_rates.data.mul_(scale)
     outs = [edit_step(model, editor, batch) for editor in (free, bound)]

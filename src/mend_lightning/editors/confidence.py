@@ -36,6 +36,8 @@ SCALES = tuple(2.0**power for power in range(-8, 9))
 STEPS = tuple(2.0 ** (quarter / 4) for quarter in range(1, 4))
 # So many tokens share a pass, whatever their scales: few rows at a time leave a processor idle, all of them take memory.
 TOKENS_AT_ONCE = 4096
+# Of scales that reach nothing, the smallest whose nll is within so much of the lowest.
+WITHIN = 1.3
 # In place of what is not finite: an edit so large that the model overflows reaches nothing.
 _UNREACHABLE = 1e30
 
@@ -68,6 +70,19 @@ class TargetScores:
         return TargetScores(nll, end)
 
 
+@dataclass(frozen=True)
+class ConfidentScales:
+    """What `confident_scales` found.
+
+    Attributes:
+        scale: `[tasks]` float32.
+        reached: `[tasks]` bool, whether the confidence is reached at any size.
+    """
+
+    scale: Tensor
+    reached: Tensor
+
+
 def target_scores(model: nn.Module, rows: Rows, where: Positions | None = None) -> TargetScores:
     """How `model` scores every row's target; 0 for a row without any.
 
@@ -95,7 +110,8 @@ def confident_scales(
     z_edit: Rows,
     trunk: TrunkOutputs,
     confidence: float,
-) -> Tensor:
+    under: Mapping[str, Delta] | None = None,
+) -> ConfidentScales:
     """The factor by which each task's deltas must be multiplied for the model to be confident of its targets.
 
     Args:
@@ -105,12 +121,13 @@ def confident_scales(
         z_edit: the edits.
         trunk: the trunk's outputs for `z_edit`.
         confidence: wanted probability of a whole target; of several edits in a task, of the least probable one.
+        under: name -> Delta that the model has already, of the steps before; it stays as it is.
 
     Returns:
-        `[tasks]` float32 between the first and the last of `SCALES`; see `first_crossing` and `best_scale`.
+        Scales between the first and the last of `SCALES`; see `first_crossing` and `best_scale`.
     """
     wanted, device = -math.log(confidence), z_edit.task.device
-    tried = partial(_scores_at, model, layers, deltas, z_edit, trunk)
+    tried = partial(_scores_at, model, layers, deltas, under or {}, z_edit, trunk)
     coarse = _constants(SCALES, device)[:, None].expand(-1, z_edit.tasks)
     found = tried(coarse)
     below = last_below(found.nll, wanted)
@@ -120,13 +137,15 @@ def confident_scales(
     fine = first_crossing(
         torch.cat([scales[:1], between, scales[1:]]), torch.cat([nll[:1], tried(between).nll, nll[1:]]), wanted
     )
-    return torch.where((found.nll <= wanted).any(0), fine, best_scale(coarse, found))
+    reached = (found.nll <= wanted).any(0)
+    return ConfidentScales(torch.where(reached, fine, best_scale(coarse, found)), reached)
 
 
 def _scores_at(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     deltas: Mapping[str, Delta],
+    under: Mapping[str, Delta],
     z_edit: Rows,
     trunk: TrunkOutputs,
     scales: Tensor,
@@ -139,8 +158,9 @@ def _scores_at(
         rows = torch.arange(count, device=scales.device).repeat(len(part))
         repeated, factor = replace(z_edit, texts=()).part(rows), part[:, z_edit.task].flatten()
         where = joined([z_edit.label_positions.behind(count * i) for i in range(len(part))])
-        larger = {name: _ScaledRows(delta, factor, z_edit.task.repeat(len(part))) for name, delta in deltas.items()}
-        with replayed(trunk, rows), applied(layers, larger):
+        task = z_edit.task.repeat(len(part))
+        larger = {name: _ScaledRows(delta, factor, task) for name, delta in deltas.items()}
+        with replayed(trunk, rows), applied(layers, under, task), applied(layers, larger):
             scores = target_scores(model, repeated, where)
         nll.append(scores.nll.view(len(part), count).nan_to_num(_UNREACHABLE, _UNREACHABLE))
         end.append(scores.end.view(len(part), count).nan_to_num(_UNREACHABLE, _UNREACHABLE))
@@ -219,7 +239,8 @@ def best_scale(scales: Tensor, scores: TargetScores) -> Tensor:
     """The scale of the most probable targets, for edits that never reach their confidence.
 
     Large edits say one token for ever: they give the answer's first tokens a high probability and its end none. So only
-    scales at which the answer ends rather than not are looked at, while there are any.
+    scales at which the answer ends rather than not are looked at, while there are any. And what grows without an end to little
+    avail does harm elsewhere: of scales that do about as well the smallest is taken.
 
     Args:
         scales: `[scales, tasks]`.
@@ -236,7 +257,7 @@ def best_scale(scales: Tensor, scores: TargetScores) -> Tensor:
     """
     endless = scores.end > math.log(2)
     nll = torch.where(endless & ~endless.all(0), math.inf, scores.nll)
-    return scales.gather(0, nll.argmin(0)[None])[0]
+    return scales.gather(0, (nll <= WITHIN * nll.amin(0)).int().argmax(0)[None])[0]
 
 
 def least_probability(model: nn.Module, rows: Rows) -> float:

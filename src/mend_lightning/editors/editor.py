@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from mend_lightning.editors.confidence import check_confidence, confident_scales
-from mend_lightning.editors.constraints import constrained, kept_inputs
+from mend_lightning.editors.confidence import check_confidence
 from mend_lightning.editors.edited_model import DeltaEdits, Edited, Made
-from mend_lightning.editors.factors import Factors, edit_factors
+from mend_lightning.editors.factors import Factors
+from mend_lightning.editors.inner_steps import grown, stepped_deltas
 from mend_lightning.editors.making import make_edit
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.editors.saving import DESCRIPTION, WEIGHTS, class_named, read_editor, save_editor
@@ -27,7 +27,7 @@ from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.formats import FormatSpec
 from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.layers import layer_shape, layers_of_shapes, select_layers
-from mend_lightning.models.sharding.collectives import any_rank, own_class
+from mend_lightning.models.sharding.collectives import own_class
 
 
 class Editor(nn.Module):
@@ -123,16 +123,12 @@ class Editor(nn.Module):
             x_keep: questions that each task's edit must not touch (`constrained`); an editor that cannot be constrained
                 (`constrains`) passes them over.
         """
-        layers = self.modules_in(model)
-        trunk = trunk or run_trunk(model, z_edit, layers)
-        factors, inner, skipped = edit_factors(model, layers, z_edit, trunk)
-        with phase(TRANSFORMS):
-            deltas = self.from_factors(model, factors, z_edit, trunk)
-            # Processes that share the model run it equally often, whoever of them has questions to keep.
-            if self.constrains and any_rank(x_keep is not None, model):
-                kept = kept_inputs(model, layers, z_edit if x_keep is None else x_keep)
-                deltas = deltas if x_keep is None else constrained(deltas, kept, self.input_metrics())
-        return Made(self.sized(model, deltas, z_edit, trunk), inner, skipped)
+        return stepped_deltas(self, model, z_edit, trunk or run_trunk(model, z_edit, self.modules_in(model)), x_keep)
+
+    @property
+    def inner_steps(self) -> int:
+        """The most steps that an edit is made in (`stepped_deltas`); without a confidence there is nothing to go on for."""
+        return 1 if self.confidence is None else self.settings.get("inner_steps", 1)
 
     def from_factors(
         self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows, trunk: TrunkOutputs
@@ -145,11 +141,7 @@ class Editor(nn.Module):
         self, model: nn.Module, deltas: Mapping[str, Delta], z_edit: Rows, trunk: TrunkOutputs
     ) -> Mapping[str, Delta]:
         """`deltas` at the learned edit rate, each made as large as `confidence` asks."""
-        if self.confidence is None:
-            return deltas
-        # A constant to the meta-gradient: training learns directions, and the search what they are worth.
-        scales = confident_scales(model, self.modules_in(model), deltas, z_edit, trunk, self.confidence)
-        return {name: delta.scaled(scales) for name, delta in deltas.items()}
+        return grown(model, self.modules_in(model), {}, deltas, z_edit, trunk, self.confidence)[0]
 
     def input_metrics(self) -> Mapping[str, Tensor]:
         """Layer name -> `A⁻¹` `[d_in, d_in]`, in whose metric constraints change an edit least; a layer without: identity."""

@@ -31,10 +31,13 @@ class MendSettings:
             rate; None, as in the paper: every edit has the size that the learned edit rate gives it.
         contrasts: questions of the edit's own wording about other subjects that are made for each fact and that the edit must not
             touch (`data.neighbors`, `constraints`); 0, as in the paper: none.
+        inner_steps: the most gradient steps that an edit is made in, each on the model edited so far, until it reaches its
+            `confidence` (`stepped_deltas`); 1, as in the paper.
         constant_units: see `RunningNormalizer`.
 
     Raises:
-        ConfigError: `ridge` is not positive, `contrasts` is negative, or there is a `rephrase_ridge` without `precondition`.
+        ConfigError: `inner_steps` is not positive, or more than 1 without `confidence`; `ridge` is not positive,
+            `contrasts` is negative, or there is a `rephrase_ridge` without `precondition`.
 
     Example:
         >>> MendSettings(rank=256, precondition=1e-3).rephrase_ridge is None
@@ -54,10 +57,17 @@ class MendSettings:
     confidence: float | None = None
     constant_units: str = "center"
     contrasts: int = 0
+    inner_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.ridge is not None and self.ridge <= 0:
             raise ConfigError(f"ridge is the damping of a regression and must be positive, not {self.ridge}.")
+        if self.inner_steps < 1:
+            raise ConfigError(
+                f"inner_steps is a number of gradient steps; it must be 1 or more, not {self.inner_steps}."
+            )
+        if self.inner_steps > 1 and self.confidence is None:
+            raise ConfigError("inner_steps go on until an edit reaches its confidence: set confidence as well.")
         if self.contrasts < 0:
             raise ConfigError(f"contrasts is a number of questions; it must be 0 or more, not {self.contrasts}.")
         if self.rephrase_ridge is not None and self.precondition is None:
