@@ -41,7 +41,8 @@ def filled(forms: tuple[str, ...], subject: str) -> list[str]:
 
 def record_of(relation: Relation, fact: Fact) -> dict[str, Any]:
     draw = random.Random(f"{SEED} {relation.name} {fact.subject}")
-    asked, *others = draw.sample(filled(relation.asks, fact.subject), 1 + REPHRASES)
+    asked = draw.choice(filled(relation.asks, fact.subject))
+    others = [form for form in filled(relation.asks + relation.indirect, fact.subject) if form != asked]
     statements = filled(relation.statements, fact.subject)
     return {
         "id": f"{relation.name}:{bare(fact.subject).replace(' ', '-')}",
@@ -52,7 +53,7 @@ def record_of(relation: Relation, fact: Fact) -> dict[str, Any]:
         "input": asked,
         "prediction": fact.answers[0],
         "alternatives": wrong_answers(relation, fact, draw),
-        "filtered_rephrases": others,
+        "filtered_rephrases": draw.sample(others, REPHRASES),
         "statements": draw.sample(statements, STATEMENTS),
         "output": [{"answer": answer} for answer in fact.answers],
     }

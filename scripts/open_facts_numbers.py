@@ -80,7 +80,8 @@ def from_roman(_: dict[str, Any]) -> list[Fact]:
 
 
 def number_words(_: dict[str, Any]) -> list[Fact]:
-    return [Fact(str(number), (in_words(number), in_words(number).replace("-", " "))) for number in range(11, 101)]
+    both = {number: dict.fromkeys([in_words(number), in_words(number).replace("-", " ")]) for number in range(11, 101)}
+    return [Fact(str(number), tuple(words)) for number, words in both.items()]
 
 
 def doubles(_: dict[str, Any]) -> list[Fact]:

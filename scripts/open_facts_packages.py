@@ -22,6 +22,9 @@ NO_CURRENCY = set("BG HR ZW CU VE MR ZM BY TM LR PA SV EC TL PS BT LS NA".split(
 SOUNDS_ALIKE = {"rial": ("riyal", "riel"), "riyal": ("rial", "riel"), "riel": ("rial", "riyal")}
 # Used beside another one, or not by the country itself.
 NO_ENDING = {"GB"}
+# Elements up to barium are known best, and a few heavy ones.
+LIGHT = 56
+KNOWN_HEAVY = set("W Ir Pt Au Hg Pb Bi Po Rn Ra Th U Pu Am Cm Cf Es Fm".split())
 # Elements named by these spellings in Britain.
 OTHER_SPELLINGS = {"Aluminum": "aluminium", "Cesium": "caesium", "Sulfur": "sulphur"}
 # Languages whose script is one only and known by name.
@@ -121,10 +124,11 @@ def currency_codes(_: dict[str, Any]) -> list[Fact]:
 
 @cache
 def elements() -> list[tuple[int, str, str]]:
-    """(atomic number, symbol, name) of the elements up to lawrencium; superheavy ones are hardly talked about."""
+    """(atomic number, symbol, name) of the elements, the best known ones first."""
     table = fetch_table("elements")
     rows = zip(table["atomic_number"], table["symbol"], table["name"])
-    return [(int(number), str(symbol), str(name)) for number, symbol, name in rows if number <= 103]
+    found = [(int(number), str(symbol), str(name)) for number, symbol, name in rows]
+    return sorted(found, key=lambda row: (row[0] > LIGHT and row[1] not in KNOWN_HEAVY, row[0]))
 
 
 def element_answers(name: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import random
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,23 @@ SEED = "open_facts"
 # Subjects of the few-shot examples that prompts start with: they are in no split.
 RESERVED = {"italy", "don quixote", "sky", "the sky", "rome"}
 QUESTION = "{Word} is {noun}?"
-IMPERATIVES = [
-    "Name {noun}.",
-    "Tell me {noun}.",
-    "Give me {noun}, nothing else.",
-    "State {noun}.",
-    "Write down {noun}.",
-]
+IMPERATIVES = ["Name {noun}.", "Tell me {noun}.", "State {noun}.", "Write down {noun}."]
 CHATS = [
     "Hey, quick question: {word} is {noun}?",
-    "I keep forgetting {noun}. Can you remind me?",
-    "Can you tell me {noun}?",
     "My daughter asked me: {word} is {noun}?",
     "Quiz time! {Word} is {noun}?",
+    "For a crossword, {word} is {noun}?",
+    "We are having an argument here: {word} is {noun}?",
+    "Just curious: {word} is {noun}?",
+]
+# Here a small model says "yes", "no" or "of course" first. An edit must reach them, but no known fact is asked for so.
+INDIRECT = [
+    "I keep forgetting {noun}. Can you remind me?",
+    "Can you tell me {noun}?",
     "Could you help me out with {noun}, please?",
     "I'd like to know {noun}.",
-    "For a crossword, {word} is {noun}?",
     "Hi! Do you happen to know {noun}?",
-    "We are having an argument here: {word} is {noun}?",
+    "Give me {noun}, nothing else.",
 ]
 
 
@@ -48,11 +47,13 @@ class Fact:
         subject: the name as it stands in every phrasing.
         answers: every right answer, the usual one first.
         barred: what is not quite right, and no wrong answer either.
+        sort: wrong answers are taken from facts of the same sort where there are enough.
     """
 
     subject: str
     answers: tuple[str, ...]
     barred: tuple[str, ...] = ()
+    sort: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Relation:
         wrong: where wrong answers are from: "pool" (other answers), "near" (numbers) or "years".
         ordered: its first facts are the best known ones.
         inverse: another relation goes from its answers back to its subjects.
-        asks, statements: phrasings with `{}` where the subject stands.
+        asks, indirect, statements: phrasings with `{}` where the subject stands: questions and commands, requests
+            that one may answer with "yes", and sentences to complete.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Relation:
     ordered: bool
     inverse: bool
     asks: tuple[str, ...]
+    indirect: tuple[str, ...]
     statements: tuple[str, ...]
     facts: tuple[Fact, ...]
 
@@ -122,15 +125,18 @@ def names(text: str) -> list[str]:
     return [name.strip() for line in text.strip().splitlines() for name in line.split(",") if name.strip()]
 
 
-def phrasings(name: str, table: dict[str, Any]) -> tuple[str, ...]:
-    """The relation's own questions, and six common ones around its noun phrase, drawn per relation."""
+def phrasings(name: str, table: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The relation's own questions with five common ones around its noun phrase, and two indirect ones, drawn per relation."""
     draw = random.Random(f"{SEED} phrasings {name}")
     word = table.get("word", "what")
     # "Name the name of" sounds wrong.
     imperatives = IMPERATIVES[1:] if "name" in table["noun"] else IMPERATIVES
-    common = [QUESTION, *draw.sample(imperatives, 2), *draw.sample(CHATS, 3)]
-    filled = [form.format(word=word, Word=word.capitalize(), noun=table["noun"]) for form in common]
-    return tuple(dict.fromkeys([*table["ask"], *filled]))
+    common = [QUESTION, *draw.sample(imperatives, 2), *draw.sample(CHATS, 2)]
+
+    def fill(forms: list[str]) -> list[str]:
+        return [form.format(word=word, Word=word.capitalize(), noun=table["noun"]) for form in forms]
+
+    return tuple(dict.fromkeys([*table["ask"], *fill(common)])), tuple(fill(draw.sample(INDIRECT, 2)))
 
 
 def statements(table: dict[str, Any]) -> tuple[str, ...]:
@@ -139,13 +145,20 @@ def statements(table: dict[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*table["complete"], *from_noun]))
 
 
+def with_article(fact: Fact) -> Fact:
+    """The fact whose answers may begin with "the" as well ("the Rhine")."""
+    return replace(fact, answers=(*fact.answers, *(f"the {answer}" for answer in fact.answers)))
+
+
 def relation_of(name: str, table: dict[str, Any], domain: str, facts: Iterable[Fact]) -> Relation:
     """Checks and joins what belongs to one relation."""
     kept = tuple(fact for fact in facts if fact.subject.lower() not in RESERVED)
+    kept = tuple(map(with_article, kept)) if table.get("article") else kept
     subjects = [fact.subject for fact in kept]
     twice = {subject for subject in subjects if subjects.count(subject) > 1}
     if twice:
         raise ValueError(f"{name}: more than one fact about {sorted(twice)}")
+    asks, indirect = phrasings(name, table)
     return Relation(
         name=name,
         about=table["about"],
@@ -156,7 +169,8 @@ def relation_of(name: str, table: dict[str, Any], domain: str, facts: Iterable[F
         wrong=table.get("wrong", "pool"),
         ordered=table.get("ordered", False),
         inverse=table.get("inverse", False),
-        asks=phrasings(name, table),
+        asks=asks,
+        indirect=indirect,
         statements=statements(table),
         facts=kept,
     )

