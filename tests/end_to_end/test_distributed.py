@@ -23,7 +23,7 @@ from helpers.training import assert_same_training
 from safetensors.torch import load_file
 
 from mend_lightning.data.datamodule import EditDataModule
-from mend_lightning.errors import EmptyDatasetError
+from mend_lightning.errors import EmptyDatasetError, FailingRunWarning
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.sharding.collectives import whole_state
 from mend_lightning.models.sharding.fsdp import blocks_of
@@ -106,15 +106,19 @@ def run(root: Path, layout: Layout) -> None:
         val_check_interval=2 * layout.accumulate, accumulate_grad_batches=layout.accumulate,
         check_val_every_n_epoch=None, gradient_clip_val=1.0, callbacks=[losses, StartReport(), ResultsReport()],
     )  # fmt: skip
-    trainer.fit(module, data)
-    trainer.test(module, data, verbose=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", category=FailingRunWarning)
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
     states = [whole_state(module.editor)] * layout.processes
+    said = [[str(each.message) for each in caught if each.category is FailingRunWarning]] * layout.processes
     if layout.processes > 1:
         torch.distributed.all_gather_object(states, states[0])
+        torch.distributed.all_gather_object(said, said[0])
     sharded = sum(hasattr(parameter, "full_tensor") for parameter in module.parameters())
     if trainer.is_global_zero:
         out = {"losses": losses.losses, "validations": losses.validations, "states": states, "sharded": sharded}
-        out["logged"] = losses.logged
+        out["logged"], out["said"] = losses.logged, said
         out["fingerprint"] = module.editor.base_fingerprint
         out["held"] = sum(
             held(parameter) for block in blocks_of(module.base_model).values() for parameter in block.parameters()
@@ -236,6 +240,16 @@ def test_test_metrics_and_examples(both, facts):
     assert [line["prompt"] for line in alone] == [line["prompt"] for line in spread] == prompts
     assert [line["generated"] for line in alone] == [line["generated"] for line in spread]
     assert len(spread) == SIZES["test"]
+
+
+def test_a_run_that_fails_is_warned_of_once(both):
+    """By one process, after the training and in the test: this editor has no confidence, and is not blamed before it."""
+    (spread, _), (alone, _) = both
+    (expected,), (said, *others) = alone["said"], spread["said"]
+    assert not any(others)
+    begin = [message.partition(":")[0] for message in expected]
+    assert begin == ["The validation after step 4 fails, on 5 edits", "The test fails, on 7 edits"]
+    assert [message.partition(":")[0] for message in said] == begin
 
 
 def test_accumulation_sees_the_same_tokens(runs):
