@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.bases import REMARKS, assert_same_state, state_copy
 from helpers.models import KINDS, spread_parameters
-from helpers.slow_scores import dense_weights
+from helpers.slow_scores import dense_weights, plain_greedy
 from helpers.tokenizers import CHAT_TEMPLATES
 from matplotlib.image import imread
 from rich.console import Console
@@ -19,14 +19,23 @@ from mend_lightning.data.batch import collate_tasks
 from mend_lightning.data.host_model import HostModel
 from mend_lightning.evaluation.evaluate import evaluate_batch
 from mend_lightning.evaluation.format_plot import plot_formats
-from mend_lightning.evaluation.format_table import formats_table, means, means_line, measure_formats, shares_of
+from mend_lightning.evaluation.format_table import (
+    OWN_TOKENS,
+    formats_table,
+    means,
+    means_lines,
+    measure_formats,
+    shares_of,
+)
+from mend_lightning.evaluation.statistics import holds_words
+from mend_lightning.models.forward.generation import stop_ids
 
 pytest_plugins = ["helpers.bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
 FORMATS = {"llama": ["own", "chat", "passage"], "t5": ["own", "bare", "passage"]}
 TABLE = {
     "formats": ["own", "chat"], "edits": 8, "success": [[1.0, 0.25], [0.5, 0.75]], "kept": [[0.9, None], [0.8, None]],
-    "known": [12, 0],
+    "named": [[1.0, 0.5], [0.75, 1.0]], "unchanged": [[0.75, 0.5], [1.0, 0.25]], "known": [12, 0],
 }  # fmt: skip
 
 
@@ -50,6 +59,31 @@ def right(model, weights, encoder, key: str, pair) -> bool:
     return bool((best[where] == row.labels[0][where]).all())
 
 
+def first_tokens(model, weights, encoder, key: str, prompt: str) -> list[int]:
+    """The first tokens of an answer, one at a time, up to its end."""
+    asking, said = encoder.asking(key), []
+    ids, start = asking.prompt_ids(prompt), [encoder.decoder_start_token_id]
+    while len(said) < OWN_TOKENS:
+        inputs = {"input_ids": torch.tensor([ids])}
+        inputs |= {"decoder_input_ids": torch.tensor([start])} if encoder.kind == "encoder_decoder" else {}
+        with torch.no_grad():
+            token = int(functional_call(model, weights, args=(), kwargs=inputs).logits[0, -1].argmax())
+        if token in stop_ids(asking.tokenizer, asking.format.stop):
+            break
+        said.append(token)
+        (ids if encoder.kind == "causal" else start).append(token)
+    return said
+
+
+def readable(asking, prompt: str, ids: list[int]) -> bool:
+    """Whether an answer has its own tokens when it is read back from text."""
+    text = asking.format.read(asking.tokenizer.decode(ids, skip_special_tokens=True))
+    whole = asking.tokenizer(asking.format.question(prompt) + asking.format.answer(text))["input_ids"]
+    before = len(asking.prompt_ids(prompt))
+    alone = asking.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return bool(text) and (whole[before:] if asking.kind == "causal" else alone[: len(ids)]) == ids
+
+
 def test_cells_are_those_of_one_question_after_another(measured):
     model, encoder, edits = measured
     editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=2e-3), 0.02).eval()
@@ -69,8 +103,15 @@ def test_cells_are_those_of_one_question_after_another(measured):
                 success = [right(model, weights, encoder, asked, pair) for pair in pairs]
                 known = [pair for pair in task.locality if right(model, {}, encoder, asked, pair)]
                 kept = [right(model, weights, encoder, asked, pair) for pair in known]
-                assert held[made][asked] == {"success": success, "kept": kept}
-                seen |= set(kept)
+                said = plain_greedy(model, weights, encoder.asking(asked), task.prompt)
+                own = [(text, first_tokens(model, {}, encoder, asked, text)) for text, _ in task.locality]
+                own = [pair for pair in own if readable(encoder.asking(asked), *pair)]
+                stays = [first_tokens(model, weights, encoder, asked, text) == answer for text, answer in own]
+                cell = held[made][asked]
+                assert (cell["success"], cell["kept"]) == (success, kept)
+                assert cell["named"] == [holds_words(said, task.target)]
+                assert cell["unchanged"] == stays
+                seen |= set(kept) | set(stays)
     assert seen == {True, False}, "the edits do something, and not everything"
 
 
@@ -89,11 +130,12 @@ def test_the_diagonal_is_what_evaluation_says_of_a_format_alone(measured):
             mine = scores.locality.task == i
             kept = scores.locality.correct_after[mine][scores.locality.correct_before[mine]]
             assert held[name][name]["kept"] == kept.tolist()
+            assert held[name][name]["unchanged"] == [], "no weight changes"
 
 
 def test_shares_are_over_all_rows_of_all_edits():
     def cell(success, kept):
-        return {"success": success, "kept": kept}
+        return {"success": success, "kept": kept, "named": success[:1], "unchanged": []}
 
     first = {
         "own": {"own": cell([True, True], [True]), "chat": cell([False, False], [])},
@@ -108,6 +150,7 @@ def test_shares_are_over_all_rows_of_all_edits():
     assert table["success"] == [[0.75, 0.25], [0.5, 1.0]]
     assert table["kept"] == [[0.75, None], [0.75, None]] and table["known"] == [4, 0]
     assert means(table["success"]) == (0.875, 0.375) and means(table["kept"]) == (0.75, 0.75)
+    assert table["named"] == [[0.5, 0.5], [1.0, 1.0]] and table["unchanged"] == [[None, None]] * 2
     assert means([[None]]) == (None, None)
 
 
@@ -119,13 +162,15 @@ def test_the_table_on_the_console():
     lines = [line.split("│") for line in text.splitlines() if "│" in line]
     cells = [[cell.strip() for cell in line[1:-1]] for line in lines]
     assert cells == [["own", "1.000", "0.250"], ["", "0.900", "–"], ["chat", "0.500", "0.750"], ["", "0.800", "–"]]
-    assert means_line(TABLE) == (
-        "Asked in the format that they were made in, edits have a success of 0.875 and 0.900 of the known facts are "
-        "retained; asked in the others 0.375 and 0.800."
-    )
+    assert list(means_lines(TABLE)) == [
+        "Asked in the format that they were made in, edits have a success of 0.875 and 0.900 of the known facts are retained; "
+        "1.000 of the answers name the target, and 0.500 of the base's own answers to unrelated questions stay.",
+        "Asked in the other formats, edits have a success of 0.375 and 0.800 of the known facts are retained; 0.625 of the "
+        "answers name the target, and 0.750 of the base's own answers to unrelated questions stay.",
+    ]
 
 
 def test_the_picture(tmp_path):
     path = plot_formats(TABLE, tmp_path / "formats.png")
     picture = imread(path)
-    assert picture.shape[1] > picture.shape[0] > 200 and picture.std() > 0.05
+    assert min(picture.shape[:2]) > 400 and picture.std() > 0.05

@@ -21,7 +21,8 @@ from mend_lightning.training.evaluation_steps import predict_batch
 
 pytest_plugins = ["helpers.bases"]
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
-FORMATS = ["own", "chat", "bare", "passage"]
+SHORT = {"name": "short", "prompt": "{input}", "stop": "a"}
+FORMATS = ["own", "chat", SHORT, "passage"]
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_answers_are_those_of_plain_greedy_decoding_in_each_format(asked):
     answers = edited_answers(model, encoder, batch, scores)
     prompts, _, tasks = questions(batch)
     formats = question_formats(batch)
-    assert set(formats) == set(FORMATS)
+    assert set(formats) == {"own", "chat", "short", "passage"}
     weights = [dense_weights(model, editor.modules_in(model), scores.edited.deltas, i) for i in range(5)]
     expected = [
         plain_greedy(model, weights[task], encoder.asking(key), prompt)

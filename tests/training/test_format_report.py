@@ -55,7 +55,7 @@ def test_a_run_that_mixes_formats(run, tmp_path):
         assert cell["success"] == [example["reliable"], *example["general"]]
         known = zip(example["known_before"], example["known_after"])
         assert cell["kept"] == [after for before, after in known if before]
-    assert "3 edits made in each format, asked in each" in result.out and "asked in the others" in result.out
+    assert "3 edits made in each format, asked in each" in result.out and "Asked in the other formats" in result.out
     assert imread(folder / "formats.png").shape[1] > 500
 
 

@@ -9,11 +9,14 @@ from typing import Any
 from mend_lightning.evaluation.format_table import SHARES
 from mend_lightning.files import written
 
-TITLES = {"success": "edit success", "kept": "known facts retained (locality)"}
+TITLES = {
+    "success": "edit success", "kept": "known facts retained (locality)", "named": "answers that name the target",
+    "unchanged": "the base's own answers that stay",
+}  # fmt: skip
 
 
 def plot_formats(table: Mapping[str, Any], path: str | Path) -> Path:
-    """Draws success and known facts retained of edits made in each format and asked in each, as one PNG.
+    """Draws what holds of edits made in each format and asked in each (`SHARES`), as one PNG.
 
     Args:
         table: from `shares_of`.
@@ -26,8 +29,8 @@ def plot_formats(table: Mapping[str, Any], path: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     size = 2.2 + 0.8 * len(table["formats"])
-    figure = Figure(figsize=(2 * size, size), layout="constrained")
-    for axes, share in zip(figure.subplots(1, len(SHARES)), SHARES):
+    figure = Figure(figsize=(2 * size, 2 * size), layout="constrained")
+    for axes, share in zip(figure.subplots(2, 2).flat, SHARES):
         _draw(axes, table["formats"], table[share])
         axes.set_title(TITLES[share])
     with written(path) as temporary:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +11,11 @@ from rich.table import Table
 from torch import nn
 
 from mend_lightning.data.tasks import EditTask
+from mend_lightning.editors.edited_model import Edited
 from mend_lightning.editors.editor import Editor
 from mend_lightning.evaluation.evaluate import edited_layers, score_positions
+from mend_lightning.evaluation.statistics import holds_words
+from mend_lightning.models.forward.generation import generate_answers
 from mend_lightning.models.forward.head import HeadStates, states_at
 from mend_lightning.models.forward.losses import rows_all_true
 from mend_lightning.models.forward.run_trunk import run_trunk
@@ -20,19 +23,26 @@ from mend_lightning.models.forward.trunk import TrunkOutputs, own_part, replayed
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.rows import Rows, concatenate_rows
 
-# Format that an edit was made in -> format that it was asked in -> what came of each row: "success" of the question and its
-# rephrases, "kept" of the unrelated facts that the base knew when it was asked in that format.
+# Format that an edit was made in -> format that it was asked in -> what came of each question, for each of `SHARES`.
 Held = dict[str, dict[str, dict[str, list[bool]]]]
 Matrix = list[list[float | None]]
-# The two numbers of a cell, in the order in which they are shown.
-SHARES = ("success", "kept")
+# What is said of an edit -> how it is measured. The first two are shown in the table.
+SHARES = {
+    "success": "question and rephrases, teacher-forced, whole row, the end of the answer included",
+    "kept": "of unrelated facts that the base answers right when it is asked in that format, share right after",
+    "named": "question alone, greedy: the answer holds the target, whatever sentence it stands in",
+    "unchanged": "unrelated facts whose own greedy answer, its first tokens, is the greedy answer after",
+}
+SHOWN = ("success", "kept")
+# Of the base's own answers to unrelated questions: a chat model's are sentences, which need not be asked to their end.
+OWN_TOKENS = 12
 
 
 @torch.no_grad()
 def measure_formats(
     model: nn.Module, editor: Editor, encoder: Encoder, edits: Sequence[Mapping[str, EditTask]]
 ) -> list[Held]:
-    """Makes each edit in every format and asks everything in every format, teacher-forced, whole row.
+    """Makes each edit in every format and asks everything in every format; `SHARES` says how it is measured.
 
     The trunk runs once for each format: an edit's own row in a format is among those that are asked in it.
 
@@ -48,31 +58,59 @@ def measure_formats(
     asked = {name: _Asked.of(model, editor, encoder, [edit[name] for edit in edits]) for name in edits[0]}
     found: list[Held] = [{name: {} for name in asked} for _ in edits]
     for made, own in asked.items():
-        edited = editor.edited(model, *own_part(own.rows, own.trunk, own.z_edit, 0), own.x_keep)
+        edited = editor.edited(model, *own_part(own.facts.rows, own.facts.trunk, own.z_edit, 0), own.x_keep)
         for name, each in asked.items():
-            states = edited.states_at(model, each.rows, each.rows.label_positions, each.trunk)
-            for of_edit, cell in zip(found, each.cells(each.right(states))):
+            for of_edit, cell in zip(found, each.cells(model, edited)):
                 of_edit[made][name] = cell
     return found
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """All rows of some edits in one format.
+class _Scored:
+    """Rows, the trunk's outputs for them, and which of them the base model has right."""
 
-    Attributes:
-        z_edit: the edited questions.
-        rows: those, the rephrases, and from row `unrelated` on what the edits must not change.
-        trunk: its outputs for `rows`.
-        before: which of the rows the base model has right.
-        x_keep: questions that constrain the edits; None: no edit has any.
-    """
-
-    z_edit: Rows
     rows: Rows
-    unrelated: int
     trunk: TrunkOutputs
     before: list[bool]
+
+    @classmethod
+    def of(cls, model: nn.Module, editor: Editor, sets: Sequence[Rows]) -> _Scored:
+        rows = concatenate_rows([each.to(next(model.parameters()).device) for each in sets])
+        scored = cls(rows, run_trunk(model, rows, edited_layers(model, editor)), [])
+        with replayed(scored.trunk, slice(None)):
+            return replace(scored, before=scored._right(states_at(model, rows, rows.label_positions)))
+
+    def after(self, model: nn.Module, edited: Edited) -> Iterator[tuple[int, bool, bool]]:
+        """Of each row, its edit, and whether it was right before the edit and is after."""
+        right = self._right(edited.states_at(model, self.rows, self.rows.label_positions, self.trunk))
+        return zip(self.rows.host.task.tolist(), self.before, right)
+
+    def _right(self, states: HeadStates) -> list[bool]:
+        """Whether every label of a row is the most probable token; `states`: at all labels."""
+        where = self.rows.label_positions
+        hit = score_positions(states, where.take(self.rows.labels)).hit
+        return rows_all_true(hit, where.row, len(self.rows)).tolist()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Everything that some edits are asked in one format.
+
+    Attributes:
+        tasks: the edits.
+        encoder: of the format.
+        z_edit: the edited questions.
+        facts: those, the rephrases, and from row `unrelated` on what the edits must not change, with the true answers.
+        x_keep: questions that constrain the edits; None: no edit has any.
+        own: unrelated questions with the base's own answers; None: the edits change no weight, or it answers nothing.
+    """
+
+    tasks: Sequence[EditTask]
+    encoder: Encoder
+    z_edit: Rows
+    facts: _Scored
+    unrelated: int
+    own: _Scored | None
     x_keep: Rows | None = None
 
     @classmethod
@@ -81,44 +119,63 @@ class _Asked:
         edited = [(i, (task.prompt, task.target)) for i, task in enumerate(tasks)]
         rephrased = [(i, (text, task.target)) for i, task in enumerate(tasks) for text in task.rephrases]
         others = [(i, pair) for i, task in enumerate(tasks) for pair in task.locality]
+        key, asking = tasks[0].format, encoder.asking(tasks[0].format)
         kept = [(i, (text, task.target)) for i, task in enumerate(tasks) for text in task.keep]
-        device, key = next(model.parameters()).device, tasks[0].format
 
         def rows_of(some: Sequence[tuple[int, tuple[str, str]]]) -> Rows:
             pairs, numbers = [pair for _, pair in some], [i for i, _ in some]
-            return encoder.rows(pairs, numbers, len(tasks), [key] * len(some)).to(device)
+            return encoder.rows(pairs, numbers, len(tasks), [key] * len(some))
 
-        edits, x_keep = rows_of(edited), rows_of(kept) if kept else None
-        rows = concatenate_rows([edits, *(rows_of(some) for some in (rephrased, others) if some)])
-        trunk = run_trunk(model, rows, edited_layers(model, editor))
-        asked = cls(edits, rows, len(edited) + len(rephrased), trunk, [], x_keep)
-        with replayed(trunk, slice(None)):
-            return replace(asked, before=asked.right(states_at(model, rows, rows.label_positions)))
+        sets = [rows_of(some) for some in (edited, rephrased, others) if some]
+        device = next(model.parameters()).device
+        facts, own = _Scored.of(model, editor, sets), _own_answers(model, asking, others, len(tasks))
+        scored = _Scored.of(model, editor, [own]) if own is not None and editor.changes_weights else None
+        x_keep = rows_of(kept).to(device) if kept else None
+        return cls(tasks, asking, sets[0].to(device), facts, len(edited) + len(rephrased), scored, x_keep)
 
-    def right(self, states: HeadStates) -> list[bool]:
-        """Of each row, whether every label is the most probable token; `states`: at all labels."""
-        where = self.rows.label_positions
-        hit = score_positions(states, where.take(self.rows.labels)).hit
-        return rows_all_true(hit, where.row, len(self.rows)).tolist()
-
-    def cells(self, after: Sequence[bool]) -> list[dict[str, list[bool]]]:
-        """Of each edit, what of its own rows held."""
-        cells: list[dict[str, list[bool]]] = [{share: [] for share in SHARES} for _ in range(self.rows.tasks)]
-        for i, (task, known, holds) in enumerate(zip(self.rows.host.task.tolist(), self.before, after)):
+    def cells(self, model: nn.Module, edited: Edited) -> list[dict[str, list[bool]]]:
+        """Of each edit, what of its own questions held."""
+        cells: list[dict[str, list[bool]]] = [{share: [] for share in SHARES} for _ in self.tasks]
+        for i, (number, known, holds) in enumerate(self.facts.after(model, edited)):
             if i < self.unrelated:
-                cells[task]["success"].append(holds)
+                cells[number]["success"].append(holds)
             elif known:
-                cells[task]["kept"].append(holds)
+                cells[number]["kept"].append(holds)
+        for number, said, holds in self.own.after(model, edited) if self.own is not None else ():
+            # What is read back from text may have other tokens than the model said.
+            if said:
+                cells[number]["unchanged"].append(holds)
+        numbers = torch.arange(len(self.tasks), device=self.z_edit.task.device)
+        prompts, running = [task.prompt for task in self.tasks], self.encoder.format.stop is None
+        lengths = [len(self.encoder.target_ids(task.prompt, task.target)) for task in self.tasks] if running else None
+        answers = edited.answers(model, self.encoder, prompts, numbers, lengths)
+        for cell, task, answer in zip(cells, self.tasks, answers):
+            cell["named"].append(holds_words(answer, task.target))
         return cells
+
+
+def _own_answers(
+    model: nn.Module, asking: Encoder, others: Sequence[tuple[int, tuple[str, str]]], tasks: int
+) -> Rows | None:
+    """Rows of (edit, (question, …)) with the first tokens that the base answers by itself; None: it answers nothing."""
+    if not others:
+        return None
+    answers = generate_answers(model, asking, [text for _, (text, _) in others], max_new_tokens=OWN_TOKENS)
+    said = [(i, (text, answer)) for (i, (text, _)), answer in zip(others, answers) if answer]
+    # An answer that was cut off has no end.
+    both = replace(asking, formats={"cut": replace(asking.format, stop=None)})
+    cut = ["cut" if len(both.asking("cut").target_ids(*pair)) >= OWN_TOKENS else "" for _, pair in said]
+    return both.rows([pair for _, pair in said], [i for i, _ in said], tasks, cut) if said else None
 
 
 def shares_of(held: Sequence[Held]) -> dict[str, Any]:
     """The table as builtins: `formats`, and of each of `SHARES` a matrix (made in, asked in) with None where nothing was asked.
 
     Example:
-        >>> one = {"own": {"own": {"success": [True, False], "kept": [True]}}}
-        >>> shares_of([one])
-        {'formats': ['own'], 'edits': 1, 'success': [[0.5]], 'kept': [[1.0]], 'known': [1]}
+        >>> cell = {"success": [True, False], "kept": [True], "named": [True], "unchanged": []}
+        >>> table = shares_of([{"own": {"own": cell}}])
+        >>> table["success"], table["kept"], table["unchanged"], table["known"]
+        ([[0.5]], [[1.0]], [[None]], [1])
     """
     names = list(held[0])
     matrices = {
@@ -126,7 +183,7 @@ def shares_of(held: Sequence[Held]) -> dict[str, Any]:
         for share in SHARES
     }
     known = [sum(len(each[asked][asked]["kept"]) for each in held) for asked in names]
-    return {"formats": names, "edits": len(held), **matrices, "known": known}
+    return {"formats": names, "edits": len(held), "protocol": SHARES, **matrices, "known": known}
 
 
 def _mean(values: Sequence[Sequence[bool]]) -> float | None:
@@ -155,18 +212,19 @@ def formats_table(table: Mapping[str, Any]) -> Table:
     shown.add_column("made in")
     for name in table["formats"]:
         shown.add_column(name, justify="right")
-    for name, *rows in zip(table["formats"], *(table[share] for share in SHARES)):
+    for name, *rows in zip(table["formats"], *(table[share] for share in SHOWN)):
         shown.add_row(name, *("\n".join(map(_number, cell)) for cell in zip(*rows)))
     return shown
 
 
-def means_line(table: Mapping[str, Any]) -> str:
-    """The means of the table in a sentence."""
-    (same, other), (kept, others_kept) = (means(table[share]) for share in SHARES)
-    return (
-        f"Asked in the format that they were made in, edits have a success of {_number(same)} and {_number(kept)} of the known "
-        f"facts are retained; asked in the others {_number(other)} and {_number(others_kept)}."
-    )
+def means_lines(table: Mapping[str, Any]) -> Iterator[str]:
+    """The means of the table in sentences: of what is asked as it was made, and of all else."""
+    for number, where in enumerate(("in the format that they were made in", "in the other formats")):
+        success, kept, named, unchanged = (_number(means(table[share])[number]) for share in SHARES)
+        yield (
+            f"Asked {where}, edits have a success of {success} and {kept} of the known facts are retained; {named} of the answers "
+            f"name the target, and {unchanged} of the base's own answers to unrelated questions stay."
+        )
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -31,6 +32,20 @@ def token_f1(prediction: str, target: str) -> float:
         return float(predicted == wanted)
     shared = sum((predicted & wanted).values())
     return 2 * shared / (sum(predicted.values()) + sum(wanted.values()))
+
+
+def holds_words(answer: str, target: str) -> bool:
+    """Whether the words of a target stand in an answer, one after another, whatever stands around them.
+
+    Example:
+        >>> holds_words("The capital of France is New York.", "new York"), holds_words("Parisian", "Paris")
+        (True, False)
+    """
+    said, wanted = (re.findall(r"\w+", text.lower()) for text in (answer, target))
+    if not wanted:
+        # Signs alone.
+        return target.strip() in answer
+    return any(said[i : i + len(wanted)] == wanted for i in range(len(said)))
 
 
 def bootstrap_interval(

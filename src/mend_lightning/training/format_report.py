@@ -9,7 +9,7 @@ from typing import Any
 
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.evaluation.format_plot import plot_formats
-from mend_lightning.evaluation.format_table import Held, formats_table, means_line, measure_formats, shares_of
+from mend_lightning.evaluation.format_table import Held, formats_table, means_lines, measure_formats, shares_of
 from mend_lightning.training.module import MendModule
 from mend_lightning.training.progress.console import console
 
@@ -46,7 +46,8 @@ class FormatReport:
         if self.held:
             table = shares_of(list(self.held.values()))
             console().print(formats_table(table))
-            console().print(means_line(table), highlight=False)
+            for line in means_lines(table):
+                console().print(line, highlight=False)
             console().print(f"Written: {plot_formats(table, folder / PICTURE)}", highlight=False)
 
 
