@@ -48,6 +48,15 @@ def test_optional_keys_and_other_spellings():
     assert record.rephrases == ("Und?", "¿Qué?")
 
 
+def test_kind_and_statements():
+    record = parse_record(line(kind="country", statements=["The capital of France is", " ", "France is ruled from"]))
+    assert (record.kind, record.statements) == ("country", ("The capital of France is", "France is ruled from"))
+    plain = parse_record(line(kind=None, statements=None))
+    assert (plain.kind, plain.statements) == ("", ()) == (parse_record(line()).kind, parse_record(line()).statements)
+    with pytest.raises(RecordError, match="'statements' must be a list of texts, got 'The capital is'"):
+        parse_record(line(statements="The capital is"))
+
+
 def test_outputs_without_an_answer_are_passed_over():
     """KILT's hold provenance alone."""
     output = [{"provenance": []}, {"answer": ""}, {"answer": "Paris"}, {"answer": "Paname"}]

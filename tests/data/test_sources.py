@@ -10,6 +10,7 @@ import datasets
 import pytest
 from helpers.commandline import assert_says, call
 
+from mend_lightning.data import sources
 from mend_lightning.data.columns import rename
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.data.locality import SHARES, read_locality, share_of
@@ -132,6 +133,25 @@ def test_what_cannot_be_loaded(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"no table")
     with pytest.raises(DataFileError, match="cannot load"):
         read_records(tmp_path / "broken.parquet", columns=COLUMNS)
+
+
+def test_a_shipped_set_in_several_files(tmp_path, monkeypatch):
+    """It is one set: one name, its parts in order, lines that count on; an error names the part."""
+    folder = tmp_path / "shipped" / "facts"
+    folder.mkdir(parents=True)
+    for part, names in (("train-1", "ab"), ("train-2", "cd"), ("test", "e")):
+        lines = [json.dumps({"prompt": f"{name}?", "target": "A", "rephrases": ["B"]}) + "\n" for name in names]
+        (folder / f"{part}.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(sources, "_shipped_folder", lambda: folder.parent)
+    assert sources.shipped_names() == ["facts/test", "facts/train"]
+    assert [(r.prompt, r.line) for r in read_records("facts/train")] == [("a?", 1), ("b?", 2), ("c?", 3), ("d?", 4)]
+    assert [(r.prompt, r.line) for r in read_records("facts/test")] == [("e?", 1)]
+    assert sources.find_data_file("facts/train") == folder / "train-1.jsonl"
+    with pytest.raises(DataFileError, match=r"'facts/train-1' does not exist.*sets: facts/test, facts/train\."):
+        read_records("facts/train-1")
+    (folder / "train-2.jsonl").write_text("\nnothing\n")
+    with pytest.raises(RecordError, match=r"train-2\.jsonl, line 2: not valid JSON"):
+        read_records("facts/train")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

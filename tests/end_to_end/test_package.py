@@ -126,7 +126,11 @@ def test_what_the_wheel_holds(wheel):
     assert {name for name in names if name.startswith("mend_lightning/")} == inside | configs
     assert {name.split("/")[0] for name in names} == {"mend_lightning", info}
     assert f"{info}/licenses/LICENSE" in names
-    assert sum(name.startswith("mend_lightning/data/world_facts/") and name.endswith(".jsonl") for name in names) == 3
+    for folder, files in (("world_facts", 3), ("open_facts", 6)):
+        assert (
+            sum(name.startswith(f"mend_lightning/data/{folder}/") and name.endswith(".jsonl") for name in names)
+            == files
+        )
     requirement = next(line for line in metadata.splitlines() if line.startswith("Requires-Dist: lightning"))
     assert "!=2.6.2" in requirement and "!=2.6.3" in requirement
 
