@@ -29,6 +29,8 @@ SPLITS = ("train", "validation", "test", "unseen_validation", "unseen")
 PARTS = {"train": ("train-1", "train-2")}
 REPHRASES = 4
 STATEMENTS = 2
+# What people write beside the names of the tables.
+SHORT_COUNTRY_NAMES = ("the UK", "the US", "the USA", "Britain", "Great Britain", "America")
 # So many names of a kind, and none of a kind that has fewer.
 MOST_NAMES = 300
 FEWEST_NAMES = 8
@@ -78,6 +80,7 @@ def names_of(relations: list[Relation]) -> dict[str, list[str]]:
     for relation in relations:
         found[relation.kind] |= dict.fromkeys(fact.subject for fact in relation.facts)
     found["city"] |= dict.fromkeys(city_names())
+    found["country"] |= dict.fromkeys(SHORT_COUNTRY_NAMES)
     for relation in relations:
         found[relation.answer_kind] |= dict.fromkeys(fact.answers[0] for fact in relation.facts)
     return {kind: sample_of(kind, list(names)) for kind, names in sorted(found.items()) if len(names) >= FEWEST_NAMES}
