@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
 from mend_lightning.data.batch import EditBatch
-from mend_lightning.data.datamodule import EditDataModule
-from mend_lightning.data.neighbors import few_of_each, names_of
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.models.forward.layer_inputs import encoder_modules, record_inputs
@@ -18,7 +15,6 @@ from mend_lightning.models.forward.logits import attended_mask, label_mask
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows, concatenate_rows
 from mend_lightning.training.step import Trunk
-from mend_lightning.training.trainer_parts import data_of, first_batches
 
 
 @torch.no_grad()
@@ -61,26 +57,6 @@ def calibrate(model: nn.Module, editor: Editor, batches: Iterable[EditBatch], tr
     for batch in batches:
         collect_moments(model, layers, batch, moments, editor.follows_rephrases, trunk_of)
     editor.calibrate(moments)
-
-
-def take_in_facts(
-    trainer: L.Trainer, model: nn.Module, editor: Editor, count: int, trunk_of: Trunk = run_trunk
-) -> None:
-    """Gives an editor what it takes from the training facts before its first step, where it has not got it yet.
-
-    Args:
-        trainer: of the fit.
-        model: the base model.
-        editor: gets the names that neighbors are made with, if it makes any, and its preconditioning.
-        count: training batches that the preconditioning is estimated from.
-        trunk_of: see `collect_moments`.
-    """
-    data = data_of(trainer)
-    if editor.settings.get("contrasts") and not editor.names and isinstance(data, EditDataModule):
-        editor.names = few_of_each(names_of(data.sampler("train").records))
-    if not editor.calibrated:
-        device = next(model.parameters()).device
-        calibrate(model, editor, first_batches(trainer, count, device), trunk_of)
 
 
 def _add_answers(moments: InputMoments, u: Tensor, answers: Tensor, paired: tuple[Tensor, Tensor] | None) -> None:

@@ -26,7 +26,6 @@ from mend_lightning.evaluation.metric_collection import Scoreboard
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.encoder import Encoder, model_kind
-from mend_lightning.training.calibration import take_in_facts
 from mend_lightning.training.checks import (
     check_inference_mode,
     check_loaded,
@@ -36,6 +35,7 @@ from mend_lightning.training.checks import (
 )
 from mend_lightning.training.distributed.placement import SHARDING, ddp_leaves_out, load_for
 from mend_lightning.training.editor_checkpoint import check_checkpoint, keep_editor_only
+from mend_lightning.training.editor_preparation import take_in_facts
 from mend_lightning.training.evaluation_steps import predict_batch
 from mend_lightning.training.finite import FiniteChecks, check_finite, skips_step
 from mend_lightning.training.looks import Looks

@@ -82,7 +82,8 @@ class TextFormat(NamedFormat):
     changes: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
     def forms(self, own: PromptFormat, tokenizer: Any, kind: ModelKind) -> tuple[PromptFormat, ...]:
-        return (replace(own, target=_apart(own.target), **self.changes),)  # type: ignore[arg-type]
+        changes: dict[str, Any] = {"target": _apart(own.target), **self.changes}
+        return (replace(own, **changes),)
 
 
 @dataclass(frozen=True)
