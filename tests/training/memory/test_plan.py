@@ -417,3 +417,14 @@ def test_what_cannot_be_planned_is_said(tmp_path, no_network):
     )
     unknown = call("plan", "--config", "gpt2", "--model.rnk", 3)
     assert unknown.code == 2 and "Did you mean 'model.rank'" in unknown.err
+
+
+def test_formats_that_make_rows_longer_are_planned_for(tmp_path, no_network):
+    """Also chats, of a model whose tokenizer is not on this machine."""
+    found = {}
+    for formats in ("null", "[bare]", "[chat_turns]"):
+        out = tmp_path / "plan.json"
+        result = call("plan", "--config", "gpt2", "--data.formats", formats, "--out", out)
+        assert (result.code, result.err) == (0, ""), result.err
+        found[formats] = json.loads(out.read_text())["total"]
+    assert found["[chat_turns]"] > 1.05 * found["[bare]"], found

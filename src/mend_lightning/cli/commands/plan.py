@@ -40,6 +40,11 @@ WHAT = {
     "step: logits": "of a few positions at a time; of all where processes share the base",
     "step: backward": "gradients on their way",
 }  # fmt: skip
+# Of a stand-in tokenizer: about as much as most templates write around a message.
+STAND_IN_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message.role + '>\n' + message.content + '</>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -194,8 +199,10 @@ def _encoder(base: BaseModel, architecture: Any, data: EditDataModule, kind: Mod
         except ModelLoadError:
             # A vocabulary below 256 bytes: lengths are what the settings allow.
             return None, ""
+        tokenizer.chat_template = STAND_IN_TEMPLATE
     start = getattr(architecture, "decoder_start_token_id", None)
-    return Encoder(tokenizer, data.format, kind, data.max_length, start), whose
+    formats = data.formats.prompt_formats(tokenizer, kind)
+    return Encoder(tokenizer, data.format, kind, data.max_length, start, formats=formats), whose
 
 
 def empty_editor(module: MendModule, model: torch.nn.Module) -> Editor:
