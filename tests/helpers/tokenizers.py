@@ -107,6 +107,8 @@ CHAT_TEMPLATES = {
         "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
+    # Nothing but an end behind every message: DialoGPT's.
+    "dialogpt": "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}",
     "plain": (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -116,7 +118,8 @@ CHAT_TEMPLATES = {
 TURN_TOKENS = {
     "chatml": ["<|im_end|>", "<|im_start|>"], "qwen2.5": ["<|im_end|>", "<|im_start|>"],
     "qwen3": ["<|im_end|>", "<|im_start|>"], "llama3": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"],
-    "llama2": [], "mistral": [], "gemma": ["<end_of_turn>", "<start_of_turn>"], "plain": [],
+    "llama2": [], "mistral": [], "gemma": ["<end_of_turn>", "<start_of_turn>"], "dialogpt": [],
+    "plain": [],
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def test_bos_comes_once(make, template):
         ("gemma", "{target}", "<end_of_turn>"),
         ("llama2", " {target} ", ""),
         ("mistral", " {target}", ""),
+        ("dialogpt", "{target}", ""),
         ("plain", " {target}", "\n"),
     ],
 )

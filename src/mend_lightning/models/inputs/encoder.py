@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -164,9 +165,13 @@ class Encoder:
         if not ids:
             raise TokenizerError(f"The prompt {text!r} has no token.")
         if self.kind == "causal":
-            # Some tokenizers end every text with EOS; a continuation must not start behind one.
-            return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+            # Some tokenizers end every text with EOS; a continuation must not start behind one that the format does not have.
+            return ids[:-1] if len(ids) > 1 and self._ends_with_eos and ids[-1] == self.tokenizer.eos_token_id else ids
         return self._cut(ids, self.max_length)
+
+    @cached_property
+    def _ends_with_eos(self) -> bool:
+        return self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
 
     def _cut(self, ids: list[int], length: int) -> list[int]:
         """At most `length` of a prompt's ids, with a warning where some are lost."""
