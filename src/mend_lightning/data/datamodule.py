@@ -107,7 +107,7 @@ class EditDataModule(L.LightningDataModule):
         bucket_by_length: bool = True,
         formats: list[str | dict[str, Any]] | None = None,
         eval_formats: list[str | dict[str, Any]] | None = None,
-        format_edits: int = 32,
+        format_edits: int = 16,
     ) -> None:
         super().__init__()
         counts = {

@@ -145,13 +145,23 @@ class _Asked:
             # What is read back from text may have other tokens than the model said.
             if said:
                 cells[number]["unchanged"].append(holds)
-        numbers = torch.arange(len(self.tasks), device=self.z_edit.task.device)
-        prompts, running = [task.prompt for task in self.tasks], self.encoder.format.stop is None
-        lengths = [len(self.encoder.target_ids(task.prompt, task.target)) for task in self.tasks] if running else None
-        answers = edited.answers(model, self.encoder, prompts, numbers, lengths)
-        for cell, task, answer in zip(cells, self.tasks, answers):
-            cell["named"].append(holds_words(answer, task.target))
+        # Where the whole target is right it is what greedy decoding says.
+        self._note_named(model, edited, cells, [i for i, cell in enumerate(cells) if not cell["success"][0]])
         return cells
+
+    def _note_named(
+        self, model: nn.Module, edited: Edited, cells: Sequence[dict[str, list[bool]]], asked: Sequence[int]
+    ) -> None:
+        """Notes whether the answers name the targets, by asking those edits' models whose number is in `asked`."""
+        pairs = [(self.tasks[i].prompt, self.tasks[i].target) for i in asked]
+        running = self.encoder.format.stop is None
+        lengths = [len(self.encoder.target_ids(*pair)) for pair in pairs] if running else None
+        numbers = torch.tensor(asked, device=self.z_edit.task.device)
+        prompts = [prompt for prompt, _ in pairs]
+        answers = edited.answers(model, self.encoder, prompts, numbers, lengths) if asked else []
+        named = {i: holds_words(answer, target) for i, answer, (_, target) in zip(asked, answers, pairs)}
+        for i, cell in enumerate(cells):
+            cell["named"].append(named.get(i, True))
 
 
 def _own_answers(
