@@ -159,3 +159,8 @@ def test_what_a_format_adds_does_not_count_against_max_length():
 def test_a_format_that_the_encoder_does_not_have():
     with pytest.raises(ConfigError, match=r"no format 'chat'; it has none but its own"):
         Encoder(byte_level(), OWN).rows([(QUESTION, ANSWER)], [0], 1, ["chat"])
+
+
+def test_a_format_of_one_s_own_may_change_all_three_texts():
+    mine = named_format({"name": "exam", "prompt": "Exam. {input}", "target": " = {target}", "stop": ";"})
+    assert mine.forms(PromptFormat(stop="\n"), None, "causal") == (PromptFormat("Exam. {input}", " = {target}", ";"),)
