@@ -130,6 +130,11 @@ class Editor(nn.Module):
         """The most steps that an edit is made in (`stepped_deltas`); without a confidence there is nothing to go on for."""
         return 1 if self.confidence is None else self.settings.get("inner_steps", 1)
 
+    @property
+    def wordings(self) -> int:
+        """In how many other wordings of its question an edit is made (`in_wordings`)."""
+        return self.settings.get("wordings", 0)
+
     def from_factors(
         self, model: nn.Module, factors: Mapping[str, Factors], z_edit: Rows, trunk: TrunkOutputs
     ) -> dict[str, Delta]:

@@ -21,12 +21,15 @@ from mend_lightning.editors.confidence import confident_scales
 from mend_lightning.editors.constraints import constrained, kept_inputs
 from mend_lightning.editors.edited_model import Made
 from mend_lightning.editors.factors import Factors, edit_factors
+from mend_lightning.editors.wordings import in_wordings
 from mend_lightning.edits.deltas import LowRankDelta, concatenated
 from mend_lightning.errors import ConfigError
 from mend_lightning.models.forward.device import is_synchronous
 from mend_lightning.models.forward.hooks import Delta
 from mend_lightning.models.forward.phases import TRANSFORMS, phase
+from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs
+from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.sharding.collectives import any_rank, is_sharded
 
@@ -40,6 +43,9 @@ class GradientEditor(Protocol):
 
     @property
     def inner_steps(self) -> int: ...
+    @property
+    def wordings(self) -> int: ...
+    def text_encoder(self) -> Encoder: ...
     def modules_in(self, model: nn.Module) -> dict[str, nn.Module]: ...
     def input_metrics(self) -> Mapping[str, Tensor]: ...
     def from_factors(
@@ -59,10 +65,13 @@ def stepped_deltas(
         editor: makes deltas of factors.
         model: the base model, in eval mode.
         z_edit: the edits of several independent tasks.
-        trunk: the trunk's outputs for `z_edit`.
+        trunk: the trunk's outputs for `z_edit`; where the editor makes edits in several wordings it runs again, for those.
         x_keep: questions that each task's edit must not touch.
     """
     layers, deltas = editor.modules_in(model), dict[str, Delta]()
+    if editor.wordings:
+        z_edit = in_wordings(z_edit, editor.text_encoder(), editor.wordings)
+        trunk = run_trunk(model, z_edit, layers)
     # Processes that share the model run it equally often, whoever of them has questions to keep.
     has_kept = editor.constrains and any_rank(x_keep is not None, model)
     kept = kept_inputs(model, layers, z_edit if x_keep is None else x_keep) if has_kept else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mend_lightning.editors.transform import Init, Inputs
+from mend_lightning.editors.wordings import check_wordings
 from mend_lightning.errors import ConfigError
 
 
@@ -33,11 +34,13 @@ class MendSettings:
             touch (`data.neighbors`, `constraints`); 0, as in the paper: none.
         inner_steps: the most gradient steps that an edit is made in, each on the model edited so far, until it reaches its
             `confidence` (`stepped_deltas`); 1, as in the paper.
+        wordings: other wordings of its question that an edit is made in as well (`in_wordings`), at most eight; 0, as in the
+            paper: the question alone.
         constant_units: see `RunningNormalizer`.
 
     Raises:
         ConfigError: `inner_steps` is not positive, or more than 1 without `confidence`; `ridge` is not positive,
-            `contrasts` is negative, or there is a `rephrase_ridge` without `precondition`.
+            there are not so many `wordings`, `contrasts` is negative, or there is a `rephrase_ridge` without `precondition`.
 
     Example:
         >>> MendSettings(rank=256, precondition=1e-3).rephrase_ridge is None
@@ -58,10 +61,12 @@ class MendSettings:
     constant_units: str = "center"
     contrasts: int = 0
     inner_steps: int = 1
+    wordings: int = 0
 
     def __post_init__(self) -> None:
         if self.ridge is not None and self.ridge <= 0:
             raise ConfigError(f"ridge is the damping of a regression and must be positive, not {self.ridge}.")
+        check_wordings(self.wordings)
         if self.inner_steps < 1:
             raise ConfigError(
                 f"inner_steps is a number of gradient steps; it must be 1 or more, not {self.inner_steps}."

@@ -15,8 +15,8 @@ CPUs run rows of like lengths together and take less. What is alive when most is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,9 @@ from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
 from mend_lightning.models.layers import find_stacks
 from mend_lightning.training.memory.live_bytes import FusedAttention, LiveBytes
 from mend_lightning.training.step import check_chunks, edit_step, known_loss, outer_losses
+
+# By which the longest of the wordings makes a row longer, about.
+WORDING_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,12 @@ def step_bytes(
     gradient = sum(parameter.numel() * parameter.element_size() for parameter in editor.parameters())
     remember_reach(model, assumed_reach(model, editor.modules_in(model)))
     run: Any = editor if isinstance(editor, MendEditor | EnnEditor) else _Descent(editor)
-    rows, whole = rows_of(model, batch).to("meta"), whole_logits(model) if sharded else nullcontext()
+    rows, whole = (
+        rows_of(model, worded(batch, editor.wordings)).to("meta"),
+        whole_logits(model) if sharded else nullcontext(),
+    )
     at_once = min(tasks_at_once or batch.tasks, batch.tasks)
-    with torch.enable_grad(), FusedAttention(), whole, LiveBytes(EDITED) as live:
+    with _wordings_made(editor), torch.enable_grad(), FusedAttention(), whole, LiveBytes(EDITED) as live:
         loss = _loss(model, run, rows) if at_once == batch.tasks else _loss_in_chunks(model, run, rows, at_once, live)
         forward = live.peak, dict(live.parts)
         live.phase = BACKWARD
@@ -115,6 +121,33 @@ def step_bytes(
     if parts is live.parts:
         parts = {**parts, BACKWARD: parts.get(BACKWARD, 0) - gradient}
     return {name: parts.get(name, 0) for name in PHASES}
+
+
+def worded(batch: BatchCounts, wordings: int) -> BatchCounts:
+    """The batch with its edits in so many wordings more, each about as much longer as the longest.
+
+    Example:
+        >>> rows = RowCounts(2, 20, 30, 4)
+        >>> worded(BatchCounts(2, rows, rows, rows, 4), 1).z_edit
+        RowCounts(rows=4, length=32, tokens=84, labels=8, decoder_length=0)
+    """
+    if not wordings:
+        return batch
+    own, many = batch.z_edit, 1 + wordings
+    tokens = own.tokens * many + WORDING_TOKENS * own.rows * wordings
+    more = RowCounts(own.rows * many, own.length + WORDING_TOKENS, tokens, own.labels * many, own.decoder_length)
+    return replace(batch, z_edit=more)
+
+
+@contextmanager
+def _wordings_made(editor: Editor) -> Iterator[None]:
+    """Inside, the editor takes its edits as they are: rows without text are in all their wordings already (`worded`)."""
+    settings = editor.settings
+    editor.settings = {**settings, **({"wordings": 0} if editor.wordings else {})}
+    try:
+        yield
+    finally:
+        editor.settings = settings
 
 
 def _loss(model: nn.Module, editor: Editor, batch: EditBatch) -> Tensor:
