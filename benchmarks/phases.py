@@ -42,9 +42,9 @@ PHASES = (TRUNK, FACTORS, TRANSFORMS, CONFIDENCE, UNEDITED, EDITED, HEAD, EDITED
 # Function -> the phase that its own time counts to, that of functions of this list inside it left out.
 FUNCTIONS = {
     "mend_lightning.training.step._shared_trunk": TRUNK,
-    "mend_lightning.editors.editor.edit_factors": FACTORS,
+    "mend_lightning.editors.inner_steps.edit_factors": FACTORS,
     "mend_lightning.editors.mend.MendEditor.forward": TRANSFORMS,
-    "mend_lightning.editors.editor.confident_scales": CONFIDENCE,
+    "mend_lightning.editors.inner_steps.confident_scales": CONFIDENCE,
     "mend_lightning.training.step._outer": UNEDITED,
     "mend_lightning.training.step._edited_losses": EDITED,
     "mend_lightning.training.step.head_kl": HEAD,

@@ -30,6 +30,7 @@ from mend_lightning import (
     make_edit,
 )
 from mend_lightning.cli.config.moved_classes import MOVED, with_current_names
+from mend_lightning.editors import confidence
 from mend_lightning.editors.making import ready
 from mend_lightning.models.base import BaseModel
 
@@ -205,13 +206,24 @@ def test_peft_loads_the_adapter(base):
     assert_logits(logits(peft.PeftModel.from_pretrained(base[0], "adapter"), base[1]), "MendEditor")
 
 
-def test_a_checkpoint_is_validated():
+@pytest.fixture
+def search_of_0_1(monkeypatch):
+    """Edits as large as version 0.1 made them: it looked for the confidence at these multiples of the edit rate alone."""
+    monkeypatch.setattr(confidence, "SCALES", (0.25, 0.4, 0.63, 1.0, 1.6, 2.5, 4.0))
+    # The lower end once more in place of a finer search: the crossing is interpolated between the two ends, as it was.
+    monkeypatch.setattr(confidence, "STEPS", (1.0,))
+    monkeypatch.setattr(
+        confidence, "best_scale", lambda scales, scores: scales.gather(0, scores.nll.argmin(0)[None])[0]
+    )
+
+
+def test_a_checkpoint_is_validated(search_of_0_1):
     result = call("validate", "--config", "config.yaml", "--ckpt_path", "last.ckpt")
     assert result.code == 0, result.err
     assert_metrics(last_logged(), "validated")
 
 
-def test_a_run_resumes():
+def test_a_run_resumes(search_of_0_1):
     # The checkpoint names itself as the best one, by where the run wrote it.
     path = Path("run/checkpoints/epoch=0-step=3.ckpt")
     path.parent.mkdir(parents=True)
