@@ -36,7 +36,7 @@ TRAINER = {
 MEASURED = {
     "quickstart": {
         "seed_everything": 0,
-        "model": {**EDITOR, "confidence": 0.75},
+        "model": {**EDITOR, "confidence": 0.78},
         "data": {**FACTS, "eval_rephrases": 2, "eval_locality": 4, "eval_hard_locality": 2, "validation_edits": 96},
         "trainer": {**TRAINER, "default_root_dir": "runs/quickstart", "max_steps": 60, "val_check_interval": 30},
     },
@@ -180,7 +180,7 @@ def test_the_parser_gets_what_was_merged(write):
     result = call("fit", "--config", mine, "--model.c_edit", "0.5", "--print_config")
     assert result.code == 0
     # `call` joins the lines.
-    for part in ("rank: 77", "lr: 1.0e-05", "prompt: '{input} #'", "c_edit: 0.5", "confidence: 0.75", "max_steps: 60"):
+    for part in ("rank: 77", "lr: 1.0e-05", "prompt: '{input} #'", "c_edit: 0.5", "confidence: 0.78", "max_steps: 60"):
         assert part in result.out, part
     assert f"from {config_folder().resolve() / 'quickstart.yaml'} # from {mine}" in result.out
 
@@ -213,7 +213,7 @@ def test_show_config(write):
     assert f"  confidence: 0.6  # {name}, line 3: less" in lines
     result = call("show-config", "quickstart")
     assert result.code == 0
-    confidence = "confidence: 0.75 # quickstart.yaml, line 10: not in the paper (None there), see editors/confidence.py"
+    confidence = "confidence: 0.78 # quickstart.yaml, line 10: not in the paper (None there), see editors/confidence.py"
     assert confidence in result.out
     assert "rank: 256 # shared/one-layer.yaml, line" in result.out
     assert result.err == ""
