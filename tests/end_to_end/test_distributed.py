@@ -272,3 +272,5 @@ if __name__ == "__main__":
     for settings in json.loads(Path(sys.argv[1], "layouts.json").read_text()):
         given = Layout(**settings)
         run(Path(sys.argv[1]) / given.name, given)
+    # gloo's threads are joined here; left to the interpreter's end, a process was seen to abort.
+    torch.distributed.destroy_process_group()
