@@ -10,9 +10,9 @@ from mend_lightning.data.neighbors import (
     find_subject,
     joined_names,
     kind_of,
+    listed_names,
     names_of,
     neighbors,
-    shipped_names,
 )
 from mend_lightning.data.record import Record
 
@@ -115,7 +115,7 @@ def test_few_of_each_are_the_same_few():
 
 
 def test_the_shipped_list_has_the_usual_kinds():
-    names = shipped_names()
+    names = listed_names()
     assert set(USUAL_KINDS) <= set(names)
     for kind, name in [("country", "Germany"), ("person", "Charles Darwin"), ("animal", "dog"), ("year", "1945")]:
         assert name in names[kind]

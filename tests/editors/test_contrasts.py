@@ -8,7 +8,7 @@ import pytest
 from helpers.bases import FORMATS
 
 from mend_lightning import Edit, MendEditor, load_base, make_edit
-from mend_lightning.data.neighbors import shipped_names
+from mend_lightning.data.neighbors import listed_names
 from mend_lightning.editors import FineTuning
 from mend_lightning.editors.constraints import kept_inputs
 from mend_lightning.editors.making import editor_encoder
@@ -109,4 +109,4 @@ def test_no_neighbor_is_kept_twice_or_is_edited(tiny):
     contrasts = edit.about["contrasts"]
     assert len(set(contrasts)) == len(contrasts) == 12
     assert not any(name in question for question in contrasts for name in ("Peru", "Chile", "Japan"))
-    assert any(name in contrasts[0] for name in shipped_names()["country"])
+    assert any(name in contrasts[0] for name in listed_names()["country"])

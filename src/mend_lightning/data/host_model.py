@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mend_lightning.data.neighbors import Names, joined_names, shipped_names
+from mend_lightning.data.neighbors import Names, joined_names, listed_names
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,4 @@ def editor_of(host: HostModel | None, trainer: Any) -> Any:
 def contrasts_of(editor: Any) -> tuple[int, Names | None]:
     """How many neighbors constrain an edit of this editor, and the names that it makes them with; None: it has none yet."""
     count = 0 if editor is None else editor.settings.get("contrasts", 0)
-    return count, joined_names(editor.names, shipped_names()) if count and editor.names else None
+    return count, joined_names(editor.names, listed_names()) if count and editor.names else None

@@ -12,9 +12,9 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 
 from mend_lightning.data.record import Record
+from mend_lightning.data.sources import shipped_folder
 
 # Kind -> names of that kind.
 Names = Mapping[str, Sequence[str]]
@@ -57,9 +57,9 @@ def few_of_each(names: Names, most: int = 100) -> dict[str, tuple[str, ...]]:
 
 
 @cache
-def shipped_names() -> dict[str, tuple[str, ...]]:
+def listed_names() -> dict[str, tuple[str, ...]]:
     """The package's list: people, places, organisations, works, things and years (open_facts/README.md has its sources)."""
-    text = files("mend_lightning.data").joinpath("open_facts", "names.json").read_text(encoding="utf-8")
+    text = (shipped_folder() / "open_facts" / "names.json").read_text(encoding="utf-8")
     return {kind: tuple(names) for kind, names in json.loads(text).items()}
 
 

@@ -121,7 +121,7 @@ def find_data_file(name: str | Path) -> Path:
 
 def shipped_names() -> list[str]:
     """Sets that travel with the package."""
-    folder = _shipped_folder()
+    folder = shipped_folder()
     names = (str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/*.jsonl"))
     return sorted({_PART.sub("", name) for name in names})
 
@@ -133,11 +133,11 @@ def _shipped_files(name: str | Path) -> list[Path]:
     """
     if Path(name).expanduser().is_file() or str(name) not in shipped_names():
         return []
-    whole = _shipped_folder() / f"{name}.jsonl"
+    whole = shipped_folder() / f"{name}.jsonl"
     return [whole] if whole.is_file() else sorted(whole.parent.glob(f"{whole.stem}-[0-9].jsonl"))
 
 
-def _shipped_folder() -> Path:
+def shipped_folder() -> Path:
     return Path(str(resources.files("mend_lightning.data")))
 
 

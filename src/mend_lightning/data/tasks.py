@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mend_lightning.data.neighbors import Names, find_subject, joined_names, names_of, neighbors, shipped_names
+from mend_lightning.data.neighbors import Names, find_subject, joined_names, listed_names, names_of, neighbors
 from mend_lightning.data.record import Question, Record
 from mend_lightning.data.running_text import as_question, drop_prefix
 from mend_lightning.errors import ConfigError
@@ -103,7 +103,7 @@ class TaskSampler:
         if any(len(record.locality) < locality for record in records):
             _check_pool(self._pool, records, unrelated is not None)
         self.contrasts = contrasts
-        self.names = joined_names(names_of(records), shipped_names()) if names is None and contrasts else names or {}
+        self.names = joined_names(names_of(records), listed_names()) if names is None and contrasts else names or {}
         self._order: tuple[tuple[int, int], list[int]] | None = None
         self._by_relation: dict[str, list[Record]] = defaultdict(list)
         for record in known:

@@ -95,10 +95,7 @@ def target_scores(model: nn.Module, rows: Rows, where: Positions | None = None) 
     states, targets, places = states_at(model, rows, where), where.take(rows.labels), len(where)
     # Each position a task of its own: no mean is taken.
     nll = head_nll(states, targets, torch.arange(places, device=targets.device), places)
-    # Positions stand row by row: a row's last is the one in front of another row's.
-    last = torch.ones_like(where.row, dtype=torch.bool)
-    last[:-1] = where.row[1:] != where.row[:-1]
-    return TargetScores(rows_sum(nll, where.row, len(rows)), rows_sum(nll * last, where.row, len(rows)))
+    return TargetScores(rows_sum(nll, where.row, len(rows)), rows_sum(nll * where.ends, where.row, len(rows)))
 
 
 @phase(CONFIDENCE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mend_lightning.data.neighbors import find_subject, joined_names, neighbors, shipped_names
+from mend_lightning.data.neighbors import find_subject, joined_names, listed_names, neighbors
 from mend_lightning.edits.stack_state import question_key
 from mend_lightning.errors import ConfigError
 
@@ -45,7 +45,7 @@ def neighbors_of(
         raise ConfigError(f"{len(subjects)} subjects are given for {len(facts)} facts. Give one for each, or none.")
     if not count:
         return []
-    names, avoided = joined_names(editor.names, shipped_names()), [*keep, *(prompt for prompt, _ in facts)]
+    names, avoided = joined_names(editor.names, listed_names()), [*keep, *(prompt for prompt, _ in facts)]
     found: list[str] = []
     for (prompt, _), given in zip(facts, subjects or [""] * len(facts)):
         if given and given not in prompt:

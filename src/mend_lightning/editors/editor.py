@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mend_lightning.editors.confidence import check_confidence
 from mend_lightning.editors.edited_model import DeltaEdits, Edited, Made
 from mend_lightning.editors.factors import Factors
-from mend_lightning.editors.inner_steps import grown, stepped_deltas
+from mend_lightning.editors.inner_steps import stepped_deltas
 from mend_lightning.editors.making import make_edit
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.editors.saving import DESCRIPTION, WEIGHTS, class_named, read_editor, save_editor
@@ -20,7 +20,6 @@ from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.models.fingerprint import base_fingerprint, same_base
 from mend_lightning.models.forward.hooks import Delta
-from mend_lightning.models.forward.phases import TRANSFORMS, phase
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.forward.trunk import TrunkOutputs
 from mend_lightning.models.inputs.encoder import Encoder
@@ -140,13 +139,6 @@ class Editor(nn.Module):
     ) -> dict[str, Delta]:
         """Deltas of gradient factors; an editor that also reads the edits' text overrides this."""
         return self(factors)
-
-    @phase(TRANSFORMS)
-    def sized(
-        self, model: nn.Module, deltas: Mapping[str, Delta], z_edit: Rows, trunk: TrunkOutputs
-    ) -> Mapping[str, Delta]:
-        """`deltas` at the learned edit rate, each made as large as `confidence` asks."""
-        return grown(model, self.modules_in(model), {}, deltas, z_edit, trunk, self.confidence)[0]
 
     def input_metrics(self) -> Mapping[str, Tensor]:
         """Layer name -> `A⁻¹` `[d_in, d_in]`, in whose metric constraints change an edit least; a layer without: identity."""

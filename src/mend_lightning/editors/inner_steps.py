@@ -114,7 +114,7 @@ def grown(
     if confidence is None:
         return dict(new), None
     # A constant to the meta-gradient: training learns directions, and the search what they are worth.
-    found = confident_scales(model, layers, new, z_edit, trunk, confidence, _detached(deltas))
+    found = confident_scales(model, layers, new, z_edit, trunk, confidence, deltas)
     if reached is None:
         return {name: delta.scaled(found.scale) for name, delta in new.items()}, found.reached
     scale = torch.where(reached, 0.0, found.scale)
@@ -137,13 +137,14 @@ def _detached(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
 @contextmanager
 def _statistics_kept(editor: GradientEditor, keep: bool) -> Iterator[None]:
     """Inside, running statistics take nothing in: the gradients of an edited model are not those that they are of."""
-    training = editor.training
+    if not (keep and editor.training):
+        yield
+        return
+    editor.train(False)
     try:
-        if keep:
-            editor.train(False)
         yield
     finally:
-        editor.train(training)
+        editor.train(True)
 
 
 def _all_done(reached: Tensor | None, model: nn.Module) -> bool:

@@ -102,7 +102,7 @@ def provenance(
         "base_options": description["base_options"],
         "base_fingerprint": base_fingerprint({name: layers[name] for name in sorted(layers)}),
         "weights": layer_fingerprints({name: layers[name] for name in deltas}),
-        "relative_norm": {name: float(f"{norm:.4g}") for name, norm in norms.items()},
+        "relative_norm": {name: four_digits(norm) for name, norm in norms.items()},
         "editor": description["class"],
         **({"holds_resting": True} if holds_resting else {}),
         "prompt_format": description["prompt_format"],
@@ -112,7 +112,16 @@ def provenance(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        # Four significant digits: a base gives a new answer with probability 1e-7, not with 0.
-        "probability_before": float(f"{probabilities[0]:.4g}"),
-        "probability": float(f"{probabilities[1]:.4g}"),
+        "probability_before": four_digits(probabilities[0]),
+        "probability": four_digits(probabilities[1]),
     }
+
+
+def four_digits(number: float) -> float:
+    """Four significant digits: a base gives an answer with probability 1e-7, not with 0.
+
+    Example:
+        >>> four_digits(1.23456e-7)
+        1.235e-07
+    """
+    return float(f"{number:.4g}")

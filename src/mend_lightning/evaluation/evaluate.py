@@ -146,20 +146,8 @@ def _compared(before: HeadStates, after: HeadStates, rows: Rows) -> ComparedScor
         nll_before=rows_sum(old.nll, *of_rows),
         agreement=rows_sum(old.best == new.best, *of_rows),
         kl=rows_sum(kl, *of_rows),
-        end_before=rows_sum(torch.where(last_of_rows(where.row), old.nll.neg().exp(), 0.0), *of_rows),
+        end_before=rows_sum(torch.where(where.ends, old.nll.neg().exp(), 0.0), *of_rows),
     )
-
-
-def last_of_rows(row: Tensor) -> Tensor:
-    """Which of n places, listed row by row, are their row's last one: `[n]` bool.
-
-    Example:
-        >>> last_of_rows(torch.tensor([0, 0, 2])).tolist()
-        [False, True, True]
-    """
-    last = torch.ones_like(row, dtype=torch.bool)
-    last[:-1] = row[1:] != row[:-1]
-    return last
 
 
 def _after(scores: PositionScores, rows: Rows, where: Positions) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mend_lightning.data.batch import EditBatch
+from mend_lightning.edits.provenance import four_digits
 from mend_lightning.evaluation.evaluate import BatchScores
 from mend_lightning.evaluation.metric_collection import reaches
 from mend_lightning.evaluation.statistics import exact_match, token_f1
@@ -127,7 +128,7 @@ def task_records(
             "subject": text.subject,
             "relation": text.relation,
             "reliable": reliable[i],
-            "probability": _rounded(probability[i]),
+            "probability": four_digits(probability[i]),
             "rephrases": list(text.rephrases),
             "general": general[of_rephrases],
             "locality": [list(pair) for pair in text.locality],
@@ -139,7 +140,7 @@ def task_records(
         if confident is not None:
             record["confident"] = confident[i]
         if has_stop:
-            record["stop_probability"] = [_rounded(value) for value in end[of_locality]]
+            record["stop_probability"] = [four_digits(value) for value in end[of_locality]]
         if text.format:
             formats = {"x_e": text.format, "rephrases": text.rephrase_formats, "locality": text.locality_formats}
             record["formats"] = {name: keys if isinstance(keys, str) else list(keys) for name, keys in formats.items()}
@@ -147,8 +148,3 @@ def task_records(
             record["generated"] = [answers[i], *answers[len(batch.texts) :][of_rephrases]]
         records.append(record)
     return records
-
-
-def _rounded(probability: float) -> float:
-    """Four significant digits: a base gives an answer with probability 1e-7, not with 0."""
-    return float(f"{probability:.4g}")

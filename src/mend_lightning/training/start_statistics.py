@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from mend_lightning.data.datamodule import EditDataModule
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.factors import edit_factors
-from mend_lightning.editors.normalizer import RunningNormalizer
+from mend_lightning.editors.normalizer import STATISTICS_EDITS, RunningNormalizer
 from mend_lightning.editors.transform import GradientTransform
 from mend_lightning.models.forward.run_trunk import run_trunk
 from mend_lightning.models.inputs.rows import Rows
-
-# Training edits that the statistics are of, on all processes together.
-EDITS = 128
 
 Statistics = Mapping[RunningNormalizer, Mapping[str, Tensor]]
 
@@ -35,13 +32,15 @@ def without_statistics(editor: Editor) -> list[RunningNormalizer]:
 
 
 def training_edits(data: EditDataModule, rank: int, world_size: int) -> Iterator[Rows]:
-    """About `EDITS` edits from all over the training set, some at a time; every process has equally many.
+    """About `STATISTICS_EDITS` edits of all processes together, from all over the training set, some at a time.
+
+    Every process has equally many.
 
     Not through the training's loader, whose place in the data would move.
     """
     sampler, together = data.sampler("train"), data.edits_at_once
     groups = len(sampler) // together
-    chosen = max(world_size, min(groups, EDITS // together) // world_size * world_size)
+    chosen = max(world_size, min(groups, STATISTICS_EDITS // together) // world_size * world_size)
     mine = [index * groups // chosen for index in range(rank, chosen, world_size)]
     for start in range(0, len(mine), data.batch_size):
         tasks = [sampler.group(0, index, together) for index in mine[start : start + data.batch_size]]

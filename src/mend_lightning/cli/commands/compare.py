@@ -24,6 +24,7 @@ from mend_lightning.cli.commands.comparison import (
 from mend_lightning.cli.commands.plots import draw_comparison
 from mend_lightning.cli.config.overlays import read_config
 from mend_lightning.cli.config.tree import Leaf, merge_trees, plain, to_yaml
+from mend_lightning.editors.normalizer import STATISTICS_EDITS
 from mend_lightning.errors import ConfigError, MendError
 from mend_lightning.evaluation.report import versions
 from mend_lightning.files import check_writable_file, write_json, written
@@ -32,8 +33,6 @@ from mend_lightning.training.progress.console import console
 SECTION = "compare"
 # The editor that is compared untrained as well, and what it is called then.
 TRAINED, UNTRAINED = "MEND", "MEND, not trained"
-# Edits whose statistics it has: as many as `fit`'s look before its first step.
-STATISTICS_EDITS = 128
 # What `write_comparison` leaves.
 RESULTS = ("comparison.json", "comparison.md", "success-drawdown.png", "cost.png", "success-edits.png")
 

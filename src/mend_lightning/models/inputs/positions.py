@@ -43,6 +43,19 @@ class Positions:
     def to(self, *args: Any, **kwargs: Any) -> Positions:
         return Positions(self.row.to(*args, **kwargs), self.column.to(*args, **kwargs))
 
+    @property
+    def ends(self) -> Tensor:
+        """Which places are their row's last one: `[n]` bool.
+
+        Example:
+            >>> Positions(torch.tensor([0, 0, 2]), torch.tensor([1, 4, 0])).ends.tolist()
+            [False, True, True]
+        """
+        # Places stand row by row: a row's last is the one in front of another row's.
+        ends = torch.ones_like(self.row, dtype=torch.bool)
+        ends[:-1] = self.row[1:] != self.row[:-1]
+        return ends
+
     def take(self, values: Tensor) -> Tensor:
         """The entries of `values` `[rows, length, ...]` there: `[n, ...]`."""
         # index_select: its backward adds rows up, where that of indexing by two tensors sorts them.

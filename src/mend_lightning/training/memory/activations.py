@@ -30,6 +30,7 @@ from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.enn import EnnEditor
 from mend_lightning.editors.factors import descent, edit_factors
 from mend_lightning.editors.gradient_reach import remember_reach
+from mend_lightning.editors.inner_steps import grown
 from mend_lightning.editors.mend import MendEditor
 from mend_lightning.models.forward.head import whole_logits
 from mend_lightning.models.forward.logits import output_head, without_cache
@@ -143,7 +144,7 @@ def worded(batch: BatchCounts, wordings: int) -> BatchCounts:
 def _wordings_made(editor: Editor) -> Iterator[None]:
     """Inside, the editor takes its edits as they are: rows without text are in all their wordings already (`worded`)."""
     settings = editor.settings
-    editor.settings = {**settings, **({"wordings": 0} if editor.wordings else {})}
+    editor.settings = {**settings, "wordings": 0}
     try:
         yield
     finally:
@@ -190,11 +191,13 @@ class _Descent:
 
     def make_deltas(self, model: nn.Module, z_edit: Rows, trunk: TrunkOutputs, x_keep: Rows | None = None) -> Made:
         """`Editor.make_deltas`."""
-        factors, *measured = edit_factors(model, self.modules_in(model), z_edit, trunk)
+        layers = self.modules_in(model)
+        factors, *measured = edit_factors(model, layers, z_edit, trunk)
         with phase(TRANSFORMS):
             rate = torch.ones((), device=z_edit.task.device, requires_grad=True)
-            deltas = {name: descent(each.u, each.delta, each, rate) for name, each in factors.items()}
-        return Made(self.editor.sized(model, deltas, z_edit, trunk), *measured)
+            step = {name: descent(each.u, each.delta, each, rate) for name, each in factors.items()}
+            deltas, _ = grown(model, layers, {}, step, z_edit, trunk, self.editor.confidence)
+        return Made(deltas, *measured)
 
 
 def assumed_reach(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Reach]:
