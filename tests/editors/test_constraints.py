@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mend_lightning import MendEditor
 from mend_lightning.editors.constraints import constrained, kept_inputs, without_effect_on
+from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.edits.deltas import DenseDelta, LowRankDelta
 from mend_lightning.models.forward.hooks import applied
 from mend_lightning.models.inputs.rows import IGNORED_LABEL, Rows
@@ -155,3 +156,40 @@ def test_the_base_is_as_before():
         with applied(editor.modules_in(model), deltas):
             model(**batch.x_out.inputs)
     assert torch.equal(model(**batch.x_out.inputs).logits, before)
+
+
+def test_a_preconditioned_editor_constrains_in_the_metric_of_its_inputs():
+    """A⁻¹ of the calibration, whatever the regression on rephrases makes of the preconditioning."""
+    moments = InputMoments.empty(12)
+    moments.add(numbers(60, 12, seed=3).float() * torch.linspace(0.2, 3, 12))
+    moments.add_pairs(numbers(60, 12, seed=4).float(), numbers(60, 12, seed=5).float())
+    editor = MendEditor({"fc": (12, 5)}, rank=2, precondition=0.01, rephrase_ridge=0.1, contrasts=1).eval()
+    editor.calibrate({"fc": moments})
+    second = moments.second()
+    damped = second + 0.01 * second.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    metric = editor.input_metrics()["fc"].double()
+    expected = torch.linalg.inv(damped)
+    assert relative_error(metric / metric.trace(), expected / expected.trace()) < 1e-4
+    down, kept = numbers(1, 3, 12), numbers(1, 2, 12, seed=1)
+    (delta,) = constrained({"fc": LowRankDelta(down, numbers(1, 3, 5))}, {"fc": kept}, {"fc": metric}).values()
+    for row, moved in zip(down[0], delta.down[0]):
+        assert relative_error(moved, nearest(row, kept[0], damped)) < 0.05, "up to the ridge of the questions"
+    assert MendEditor({"fc": (12, 5)}, rank=2, precondition=0.01).input_metrics() == {}, "kept for contrasts alone"
+
+
+def test_an_editor_makes_its_edits_in_that_metric():
+    model, batch = tiny_model("llama"), make_batch("llama", tasks=1)
+    (name,) = list(select_layers(model, last_blocks=1))[-1:]
+    width = model.get_submodule(name).in_features
+    settings = {"layers": [name], "rank": 4, "edit_rate": 0.1, "precondition": 0.01}
+    editor = MendEditor.for_model(model, contrasts=1, **settings).eval()
+    moments = InputMoments.empty(width)
+    moments.add(numbers(200, width, seed=3).float() * torch.linspace(0.2, 3, width))
+    editor.calibrate({name: moments})
+    x_keep = make_rows("llama", [0], 1, seed=9)
+    with torch.no_grad():
+        free, bound = (editor.make_deltas(model, batch.z_edit, x_keep=rows).deltas[name] for rows in (None, x_keep))
+    kept = kept_inputs(model, editor.modules_in(model), x_keep)[name]
+    expected = without_effect_on(free.down, kept, editor.input_metrics()[name])
+    torch.testing.assert_close(bound.down, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(expected, without_effect_on(free.down, kept, None), rtol=1e-2)

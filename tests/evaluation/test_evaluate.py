@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.bases import FORMATS, assert_same_state, state_copy
 from helpers.edits import compute_deltas
-from helpers.models import KINDS, make_batch, spread_parameters, tiny_model
+from helpers.models import KINDS, make_batch, make_rows, spread_parameters, tiny_model
 from helpers.slow_scores import FIELDS, dense_weights, one_task, plain_greedy, slow_scores
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -206,3 +206,17 @@ def test_a_classifier_answers_with_a_class_under_each_tasks_own_edit(asked):
         logit = functional_call(model, dense_weights(model, layers, deltas, task), (), inputs).logits
         expected.append("SUPPORTS" if logit > 0 else "REFUTES")
     assert generate_answers(model, encoder, claims, layers, deltas, torch.tensor([1, 0])) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_edits_are_evaluated_as_they_are_kept_off_questions(family):
+    model, batch = tiny_model(family), make_batch(family)
+    batch = replace(batch, x_keep=make_rows(family, [0, 1, 1, 2], 3, seed=9))
+    editor = spread_parameters(MendEditor.for_model(model, rank=4, edit_rate=0.1), 0.02).eval()
+    with torch.no_grad():
+        expected = editor.make_deltas(model, batch.z_edit, x_keep=batch.x_keep).deltas
+        free = compute_deltas(model, editor, batch.z_edit)
+    found = evaluate_batch(model, editor, batch).edited.deltas
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name].dense(), delta.dense(), rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(delta.dense(), free[name].dense(), rtol=1e-2) for name, delta in expected.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,27 @@ def test_the_diagonal_is_what_evaluation_says_of_a_format_alone(measured):
             kept = scores.locality.correct_after[mine][scores.locality.correct_before[mine]]
             assert held[name][name]["kept"] == kept.tolist()
             assert held[name][name]["unchanged"] == [], "no weight changes"
+
+
+@pytest.mark.parametrize("measured", ["llama"], indirect=True)
+def test_edits_are_kept_off_their_questions_in_each_format(measured, monkeypatch):
+    """With the very rows that a batch of the format has."""
+    model, encoder, edits = measured
+    question = edits[0]["own"].locality[0][0]
+    edits = [{name: replace(task, keep=(question,)) for name, task in edit.items()} for edit in edits]
+    editor, seen = MendEditor.for_model(model, rank=4, edit_rate=2e-3).eval(), []
+    edited = editor.edited
+
+    def watched(model, z_edit, trunk, x_keep):
+        seen.append(x_keep)
+        return edited(model, z_edit, trunk, x_keep)
+
+    monkeypatch.setattr(editor, "edited", watched)
+    measure_formats(model, editor, encoder, edits)
+    for name, rows in zip(edits[0], seen, strict=True):
+        expected = collate_tasks([edit[name] for edit in edits], encoder).x_keep
+        assert rows.texts == expected.texts and torch.equal(rows.task, expected.task)
+        assert torch.equal(rows.inputs["input_ids"], expected.inputs["input_ids"])
 
 
 def test_shares_are_over_all_rows_of_all_edits():

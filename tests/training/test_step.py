@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.edits import compute_deltas
@@ -14,7 +16,7 @@ from mend_lightning.editors import MendEditor
 from mend_lightning.editors.factors import edit_factors
 from mend_lightning.errors import EmptyEditError
 from mend_lightning.models.forward.logits import attended_mask
-from mend_lightning.training.step import edit_step, locality_positions_of
+from mend_lightning.training.step import edit_step, edit_step_in_chunks, locality_positions_of, outer_losses
 
 
 def test_every_family(family):
@@ -136,3 +138,21 @@ def test_edit_without_labels(family):
     batch.z_edit.labels[1] = -100
     with pytest.raises(EmptyEditError, match=r"The edit of task 1 has no label token: every label is -100\."):
         edit_step(model, spread_editor(model), batch)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_a_step_is_taken_with_edits_that_are_kept_off_questions(family):
+    """Whole or in parts: the losses of the deltas that the questions of each task constrain."""
+    model = tiny_model(family)
+    batch = replace(make_batch(family), x_keep=make_rows(family, [0, 1, 1, 2], 3, seed=9))
+    editor = spread_editor(model).eval()
+    with torch.no_grad():
+        kept = editor.make_deltas(model, batch.z_edit, x_keep=batch.x_keep).deltas
+        free = compute_deltas(model, editor, batch.z_edit)
+        layers = editor.modules_in(model)
+        (edit, locality), (_, other) = (outer_losses(model, layers, batch, each) for each in (kept, free))
+    assert relative_error(other, locality) > 1e-2, "it must matter"
+    whole, (_, parts) = edit_step(model, editor, batch), edit_step_in_chunks(model, editor, batch, C_EDIT, 1)
+    for out in (whole, parts):
+        torch.testing.assert_close(out.edit.detach(), edit, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(out.locality.detach(), locality, rtol=1e-4, atol=1e-6)

@@ -428,3 +428,16 @@ def test_formats_that_make_rows_longer_are_planned_for(tmp_path, no_network):
         assert (result.code, result.err) == (0, ""), result.err
         found[formats] = json.loads(out.read_text())["total"]
     assert found["[chat_turns]"] > 1.05 * found["[bare]"], found
+
+
+def test_wordings_are_counted():
+    """Three wordings more are about as many edits more, each a little longer; and the editor keeps its settings."""
+    real, empty, tokenizer = built("llama")
+    (batch,) = batches(real, tokenizer, 1, batch_size=4)
+    counts, parts = batch_counts(batch, "all"), []
+    for wordings in (0, 3):
+        _, editor = editors(real, empty, confidence=0.9, wordings=wordings)
+        parts.append(step_bytes(empty, editor, counts))
+        assert editor.wordings == wordings
+    for name in ("inner pass", "transforms"):
+        assert 3.5 < parts[1][name] / parts[0][name] < 12, name
