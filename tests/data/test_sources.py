@@ -142,7 +142,7 @@ def test_a_shipped_set_in_several_files(tmp_path, monkeypatch):
     for part, names in (("train-1", "ab"), ("train-2", "cd"), ("test", "e")):
         lines = [json.dumps({"prompt": f"{name}?", "target": "A", "rephrases": ["B"]}) + "\n" for name in names]
         (folder / f"{part}.jsonl").write_text("".join(lines))
-    monkeypatch.setattr(sources, "_shipped_folder", lambda: folder.parent)
+    monkeypatch.setattr(sources, "shipped_folder", lambda: folder.parent)
     assert sources.shipped_names() == ["facts/test", "facts/train"]
     assert [(r.prompt, r.line) for r in read_records("facts/train")] == [("a?", 1), ("b?", 2), ("c?", 3), ("d?", 4)]
     assert [(r.prompt, r.line) for r in read_records("facts/test")] == [("e?", 1)]
