@@ -157,7 +157,8 @@ def update_on_a_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_are_one(tmp_path):
-    torch.multiprocessing.spawn(update_on_a_rank, (str(tmp_path),), nprocs=2)
+    # Forked: importing torch anew takes longer than all else.
+    torch.multiprocessing.start_processes(update_on_a_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     normalizer = RunningNormalizer(WIDTH)

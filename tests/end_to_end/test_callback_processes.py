@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from helpers.bases import REMARKS, assert_same_state
 from helpers.hosts import Host, Watch, callback_for, compare, host_loader, train_host, trainer_for
+from helpers.processes import launch
 from helpers.training import assert_same_training
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -86,13 +85,8 @@ def main(facts: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def processes(facts, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(
-        [*command, __file__, str(facts), str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
     # Both hosts are compared there, with and without the callback.
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-6000:]
+    launch(__file__, 2, facts, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

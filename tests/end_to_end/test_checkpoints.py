@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers.bases import REMARKS, assert_same_state, run_config
+from helpers.processes import launch
 from helpers.training import assert_same_moments, assert_same_training
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
@@ -112,26 +112,7 @@ def folder(base_folder, facts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     run_config(folder, base_folder("llama"), facts)
     run(folder / "run.yaml", folder / "one", "one")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        __file__,
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        said, _ = process.communicate(timeout=600)
-    finally:
-        # torchrun ends its processes when it is asked to, and leaves them behind when it is killed.
-        process.terminate()
-        process.wait(60)
-    assert process.returncode == 0, said
+    launch(__file__, 2, folder)
     return folder
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +17,7 @@ import torch
 import yaml
 from helpers.bases import REMARKS, SIZES, run_config
 from helpers.models import ROUNDING, relative_error, tiny_model
+from helpers.processes import launch
 from helpers.training import assert_same_training
 from safetensors.torch import load_file
 
@@ -142,7 +141,8 @@ def runs(base_folder, facts, tmp_path_factory):
         )
         run_config(folder / layout.name, base, facts, kind)
     for processes, layouts in LAYOUTS.items():
-        launch(folder, processes, layouts)
+        (folder / "layouts.json").write_text(json.dumps([asdict(layout) for layout in layouts]))
+        launch(__file__, processes, folder)
 
     def of(layout: Layout) -> tuple[dict, Path]:
         root = folder / layout.name
@@ -160,17 +160,6 @@ def old_files(base: Path, target: Path) -> Path:
         torch.save(load_file(target / "model.safetensors"), target / "pytorch_model.bin")
         (target / "model.safetensors").unlink()
     return target
-
-
-def launch(folder: Path, processes: int, layouts: list[Layout]) -> None:
-    (folder / "layouts.json").write_text(json.dumps([asdict(layout) for layout in layouts]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    # Where this process found what it imported.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(
-        [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.fixture(params=SPREAD, ids=lambda layout: layout.name)
