@@ -30,7 +30,14 @@ def session(request, base_folder, facts, tmp_path_factory) -> SimpleNamespace:
     family, root = request.param, tmp_path_factory.mktemp(f"enn_{request.param}")
     settings = {"edit_rate": 0.1, "steps": 2, "c_base": 0.5}
     path = run_config(
-        root, base_folder(family), facts, KINDS[family], max_steps=3, val_check_interval=3, check_val_every_n_epoch=None
+        root,
+        base_folder(family),
+        facts,
+        KINDS[family],
+        logged=True,
+        max_steps=3,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
     )
     config = yaml.safe_load(path.read_text())
     config["model"]["algorithm"] = {"class_path": "mend_lightning.editors.EnnEditor", "init_args": settings}

@@ -121,10 +121,10 @@ def test_many_edits(short_editor):
         "'diagonal': cosines.diagonal().tolist(), 'symmetric': bool(torch.allclose(cosines, cosines.T, atol=1e-4)), "
         "'left': len(EditStack(model)), 'known': share(known), 'categories': [w.category.__name__ for w in caught]}"
     )
-    found = run(4, {"EDITOR": str(short_editor), "COUNTS": [1, 3], "PROBES": 6}, asked)
+    found = run(4, {"EDITOR": str(short_editor), "COUNTS": [1, 2], "PROBES": 4}, asked)
     assert found["ways"] == ["independent", "sequential", "together"]
     assert len(found["shares"]) == 18 and all(0 <= share <= 1 for share in found["shares"])
-    assert found["diagonal"] == pytest.approx([1.0] * 3, abs=1e-4) and found["symmetric"]
+    assert found["diagonal"] == pytest.approx([1.0] * 2, abs=1e-4) and found["symmetric"]
     # The base is back, bit for bit: it knows what it knew.
     assert found["left"] == 0 and found["known"] == 1.0
     assert found["categories"].count("CollidingEditWarning") == 2
@@ -135,8 +135,18 @@ def test_a_missing_editor_says_what_to_do(tmp_path):
     says = "Run `make quickstart` first"
     assert all(says in NOTEBOOKS[number - 1].read_text(encoding="utf-8") for number in (1, 3, 4))
     notebook = runner.with_parameters(nbformat.read(NOTEBOOKS[0], 4), {"EDITOR": str(tmp_path / "editor")})
-    with pytest.raises(CellExecutionError, match=says):
-        runner.execute(notebook, NOTEBOOKS[0].parent, timeout=600)
+    first, second = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
+    # Without a kernel, which takes longer to start.
+    found: dict = {}
+    exec(first, found)
+    with pytest.raises(FileNotFoundError, match=says):
+        exec(second, found)
+
+
+def test_an_error_in_a_notebook_is_one_here():
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        runner.execute(broken, NOTEBOOKS[0].parent, timeout=600)
 
 
 def test_there_are_four():

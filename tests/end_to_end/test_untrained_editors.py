@@ -34,7 +34,7 @@ def config_of(editor: str, family: str, base: Path, facts: Path, root: Path) -> 
     name, _, kl = editor.partition("+")
     if kl:
         settings["locality_data"] = str(facts / ("claims_train.jsonl" if kind == "classifier" else "train.jsonl"))
-    path = run_config(root, base, facts, kind, max_steps=3)
+    path = run_config(root, base, facts, kind, max_steps=3, limit_val_batches=1)
     config = yaml.safe_load(path.read_text())
     config["model"]["algorithm"] = {"class_path": name, "init_args": settings}
     path.write_text(yaml.safe_dump(config))

@@ -42,10 +42,10 @@ TABLE = {
 
 @pytest.fixture(params=list(FORMATS))
 def measured(request, base_folder, edit_data):
-    """A base that knows the facts, an editor, and three edits in each format."""
+    """A base that knows the facts, an editor, and two edits in each format."""
     model, tokenizer = load_base(str(base_folder(request.param)), "float32")
     tokenizer.chat_template = CHAT_TEMPLATES["plain"]
-    settings = {"eval_rephrases": 2, "eval_formats": FORMATS[request.param], "format_edits": 3}
+    settings = {"eval_rephrases": 2, "eval_formats": FORMATS[request.param], "format_edits": 2}
     data = edit_data(KINDS[request.param], **settings, tokenizer=tokenizer)
     data.attach(HostModel(model))
     return model, data.encoder, list(data.format_tasks().values())

@@ -30,6 +30,7 @@ from mend_lightning.data.records import find_data_file
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.inputs.encoder import Encoder
 from mend_lightning.models.inputs.prompts import PromptFormat
+from mend_lightning.training import run_callbacks
 from mend_lightning.training.module import MendModule
 
 # What Lightning remarks about runs as small as these; `pytestmark = pytest.mark.filterwarnings(*REMARKS)`.
@@ -55,6 +56,14 @@ FORMATS = {
     "encoder_decoder": PromptFormat(),
     "classifier": PromptFormat(),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_edits_tell_what_one_costs():
+    """Eight are a third of the time that testing an editor on these facts takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_callbacks, "COST_EDITS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -261,8 +270,11 @@ def given(batches: list) -> DataLoader:
     return DataLoader(batches, batch_size=None)
 
 
-def run_config(root: Path, base: Path, facts: Path, kind: str = "causal", **trainer) -> Path:
-    """Writes the YAML of a run from the command line; its results go to `root`."""
+def run_config(root: Path, base: Path, facts: Path, kind: str = "causal", logged: bool = False, **trainer) -> Path:
+    """Writes the YAML of a run from the command line; its results go to `root`.
+
+    Unless it is `logged` there are no curves of it, which take as long to draw as such a run takes.
+    """
     format = FORMATS[kind]
     prefix = "claims_" if kind == "classifier" else ""
     keep = {"dirpath": str(root / "checkpoints"), "save_last": True, "every_n_train_steps": 1}
@@ -281,7 +293,7 @@ def run_config(root: Path, base: Path, facts: Path, kind: str = "causal", **trai
             "default_root_dir": str(root), "accelerator": "cpu", "max_epochs": -1, "num_sanity_val_steps": 0,
             "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1,
             "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep}],
-            **trainer,
+            **({} if logged else {"logger": False}), **trainer,
         },
     }  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)

@@ -377,9 +377,12 @@ def test_the_command(tmp_path, monkeypatch, no_network):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["parts"]["base"] == pytest.approx(2 * 11135e6, rel=1e-3)
     assert plan["total"] == sum(plan["parts"].values()) and plan["strategy"] == "one"
-    less = call("plan", "--config", "t5-xxl", "--memory", 80, "--model.rank", 256, "--out", "less.json")
-    assert less.code == 0 and "Fits into 80 GiB" in less.out
-    assert json.loads((tmp_path / "less.json").read_text())["sizes"]["editor"] < plan["sizes"]["editor"] / 7
+    editors = {}
+    for rank in (1920, 256):
+        less = call("plan", "--config", "t5-small", "--memory", 80, "--model.rank", rank, "--out", "less.json")
+        assert less.code == 0 and "Fits into 80 GiB" in less.out
+        editors[rank] = json.loads((tmp_path / "less.json").read_text())["sizes"]["editor"]
+    assert editors[256] < editors[1920] / 7
 
 
 def test_the_strategy_is_the_trainers_unless_one_is_asked_for(tmp_path, no_network):
