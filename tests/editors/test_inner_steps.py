@@ -12,7 +12,7 @@ from helpers.models import make_batch, make_rows, relative_error, spread_paramet
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mend_lightning import MendEditor
+from mend_lightning import FineTuning, MendEditor
 from mend_lightning.editors.confidence import WITHIN, target_scores
 from mend_lightning.edits.deltas import LowRankDelta
 from mend_lightning.errors import ConfigError
@@ -134,3 +134,26 @@ def test_what_is_refused():
     editor = MendEditor({"fc": (2, 3)}, rank=2, confidence=0.5, inner_steps=2)
     editor.set_confidence(None)
     assert editor.inner_steps == 1, "nothing to go on for"
+
+
+def test_steps_and_wordings_of_an_editor_that_is_there():
+    """They are saved with it, and None leaves one as it is; another kind of editor has none."""
+    editor = MendEditor({"fc": (2, 3)}, rank=2, confidence=0.5)
+    editor.set_steps()
+    assert (editor.inner_steps, editor.wordings) == (1, 0)
+    editor.set_steps(inner_steps=3)
+    editor.set_steps(wordings=2)
+    assert (editor.inner_steps, editor.wordings) == (3, 2)
+    assert editor.description()["settings"]["inner_steps"] == 3
+    for settings, text in (
+        ({"inner_steps": 0}, "inner_steps is a number of gradient steps; it must be 1 or more, not 0"),
+        ({"wordings": 9}, "it must be 0 to 8, not 9"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            editor.set_steps(**settings)
+    assert (editor.inner_steps, editor.wordings) == (3, 2), "what is refused changes nothing"
+    editor.set_confidence(None)
+    with pytest.raises(ConfigError, match="set confidence as well"):
+        editor.set_steps(inner_steps=2)
+    with pytest.raises(ConfigError, match="FineTuning has no wordings: it makes its edits in another way"):
+        FineTuning({"fc": (2, 3)}).set_steps(wordings=1)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from mend_lightning.editors.confidence import check_confidence
 from mend_lightning.editors.edited_model import DeltaEdits, Edited, Made
 from mend_lightning.editors.factors import Factors
-from mend_lightning.editors.inner_steps import stepped_deltas
+from mend_lightning.editors.inner_steps import check_inner_steps, stepped_deltas
 from mend_lightning.editors.making import make_edit
 from mend_lightning.editors.precondition import InputMoments
 from mend_lightning.editors.saving import DESCRIPTION, WEIGHTS, class_named, read_editor, save_editor
+from mend_lightning.editors.wordings import check_wordings
 from mend_lightning.edits.edit import Edit
 from mend_lightning.errors import BaseModelMismatchError, ConfigError, StateDictError
 from mend_lightning.models.fingerprint import base_fingerprint, same_base
@@ -221,6 +222,17 @@ class Editor(nn.Module):
         self.confidence = confidence
         if "confidence" in self.settings:
             self.settings["confidence"] = confidence
+
+    def set_steps(self, inner_steps: int | None = None, wordings: int | None = None) -> None:
+        """Changes in how many `inner_steps` and `wordings` edits are made (`MendSettings`); None leaves one as it is. Raises
+        ConfigError where there cannot be so many, or where this editor has no such setting.
+        """
+        changed = {name: n for name, n in (("inner_steps", inner_steps), ("wordings", wordings)) if n is not None}
+        for name in changed.keys() - self.settings.keys():
+            raise ConfigError(f"{type(self).__name__} has no {name}: it makes its edits in another way.")
+        check_inner_steps(1 if inner_steps is None else inner_steps, self.confidence)
+        check_wordings(wordings or 0)
+        self.settings |= changed
 
     def description(self) -> dict[str, Any]:
         """Everything but the parameters, as builtins: what `editor.json` and checkpoints hold."""

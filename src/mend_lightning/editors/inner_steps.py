@@ -34,6 +34,14 @@ from mend_lightning.models.inputs.rows import Rows
 from mend_lightning.models.sharding.collectives import any_rank, is_sharded
 
 
+def check_inner_steps(count: int, confidence: float | None) -> None:
+    """Raises ConfigError unless edits with this `confidence` can be made in up to `count` steps."""
+    if count < 1:
+        raise ConfigError(f"inner_steps is a number of gradient steps; it must be 1 or more, not {count}.")
+    if count > 1 and confidence is None:
+        raise ConfigError("inner_steps go on until an edit reaches its confidence: set confidence as well.")
+
+
 class GradientEditor(Protocol):
     """What is asked here of an editor that makes its deltas of factors."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mend_lightning.editors.inner_steps import check_inner_steps
 from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.editors.wordings import check_wordings
 from mend_lightning.errors import ConfigError
@@ -67,12 +68,7 @@ class MendSettings:
         if self.ridge is not None and self.ridge <= 0:
             raise ConfigError(f"ridge is the damping of a regression and must be positive, not {self.ridge}.")
         check_wordings(self.wordings)
-        if self.inner_steps < 1:
-            raise ConfigError(
-                f"inner_steps is a number of gradient steps; it must be 1 or more, not {self.inner_steps}."
-            )
-        if self.inner_steps > 1 and self.confidence is None:
-            raise ConfigError("inner_steps go on until an edit reaches its confidence: set confidence as well.")
+        check_inner_steps(self.inner_steps, self.confidence)
         if self.contrasts < 0:
             raise ConfigError(f"contrasts is a number of questions; it must be 0 or more, not {self.contrasts}.")
         if self.rephrase_ridge is not None and self.precondition is None:

@@ -184,6 +184,19 @@ def test_an_edit_is_kept_off_questions(tiny, shipped, tmp_path):
     assert Edit.load(out).about["check"]["questions"] == {"edited": 1, "neighbour": 1}
 
 
+@pytest.mark.filterwarnings("ignore::mend_lightning.errors.LowConfidenceWarning")
+def test_an_edit_is_made_in_more_steps_and_wordings_than_the_editor_was_trained_with(tiny, tmp_path):
+    asked = ["--prompt", QUESTION, "--target", TARGET, "--confidence", "0.9"]
+    edits = []
+    for number, more in enumerate(([], ["--wordings", "2"], ["--wordings", "2", "--inner_steps", "3"])):
+        assert edit(tiny, *asked, *more, "--out", tmp_path / f"{number}.safetensors").code == 0
+        edits.append(Edit.load(tmp_path / f"{number}.safetensors"))
+    ranks = [max(delta.rank for delta in each.deltas.values()) for each in edits]
+    assert ranks[0] < ranks[1] < ranks[2]
+    assert_says(edit(tiny, *asked, "--wordings", "9").err, "it must be 0 to 8, not 9")
+    assert_says(edit(tiny, *asked, "--inner_steps", "0").err, "must be 1 or more, not 0")
+
+
 def test_a_subject_must_be_of_the_fact(tiny, tmp_path):
     asked = ["--prompt", QUESTION, "--target", TARGET, "--out", tmp_path / "edit.safetensors", "--contrasts", "1"]
     assert_says(edit(tiny, *asked, "--subject", "Peru").err, "'Peru' does not stand in the prompt")

@@ -42,6 +42,8 @@ def edit_command(
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     confidence: float | None = None,
+    inner_steps: int | None = None,
+    wordings: int | None = None,
     rephrase: list[str] = [],
     unrelated: list[str] = [],
     neighbour: list[str] = [],
@@ -70,6 +72,8 @@ def edit_command(
         dtype: of the base model.
         trust_remote_code: run code that comes with the base model. Only for models you trust.
         confidence: probability that the edited model shall give the new answer; default: the editor's own.
+        inner_steps: the most gradient steps that the edit is made in, until it reaches its confidence; default: the editor's own.
+        wordings: other wordings of its question that the edit is made in as well, 0 to 8; default: the editor's own.
         rephrase: other phrasings of the question, to be asked before and after.
         unrelated: questions whose answers must not change.
         neighbour: questions near the edited fact whose answers must not change.
@@ -98,12 +102,15 @@ def edit_command(
             raise ConfigError("--check is for an edit that is given. In a conversation, type :check.")
         out = out or Path("edit.safetensors")
         check_writable_file(out)
-        return repl(*load_editor_and_base(editor, *loading), out, format=format)
+        trained, model, tokenizer = load_editor_and_base(editor, *loading)
+        trained.set_steps(inner_steps, wordings)
+        return repl(trained, model, tokenizer, out, format=format)
     facts = given_facts(prompt, target, edits)
     paths = list(_paths_of(facts, out or Path("edits"))) if separate else [out or Path("edit.safetensors")]
     for path in paths:
         check_writable_file(path)
     trained, model, tokenizer = load_editor_and_base(editor, *loading)
+    trained.set_steps(inner_steps, wordings)
     asked = [
         *(("rephrase", q) for q in rephrase),
         *(("unrelated", q) for q in unrelated),
