@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import compared, evaluate, phases, plan, scaling, stack, width
+from benchmarks import compared, evaluate, making, phases, plan, scaling, stack, width
 
 # In a file there is room for every column.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="mend-lightning, measured.")
     commands = parser.add_subparsers(dest="command", required=True)
     compared.add_parsers(commands)
-    for module in (evaluate, phases, stack, plan, scaling, width):
+    for module in (evaluate, making, phases, stack, plan, scaling, width):
         module.add_parser(commands)
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")

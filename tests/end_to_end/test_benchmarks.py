@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.bases import run_config
+from helpers.bases import FORMATS, run_config
 from helpers.models import relative_error
 
 pytest_plugins = ["helpers.bases"]
@@ -31,6 +32,7 @@ from benchmarks.workloads import (  # noqa: E402
     warm_up_statistics,
     workload,
 )
+from mend_lightning import make_edit  # noqa: E402
 from mend_lightning.editors.factors import edit_factors  # noqa: E402
 from mend_lightning.evaluation.cost import RESET, resident_peak  # noqa: E402
 from mend_lightning.training.step import edit_step  # noqa: E402
@@ -214,6 +216,29 @@ def test_forwards_are_of_that_many_edits(monkeypatch):
     found = stack.time_forwards(model, edits, [1, 4], torch.ones(1, 5, dtype=torch.long), repeats=3)
     assert on == [0, 0, 1, 1, 4, 4] * 3 and found.keys() == {"0", "1", "4"}
     assert not len(EditStack(model))
+
+
+def test_the_command_for_making_edits(tmp_path, mend, facts, monkeypatch):
+    """Every variant makes an edit of each fact, as it is called, in turn with the others."""
+    from benchmarks import making
+
+    module = mend("llama", confidence=0.5)
+    module.configure_model()
+    module.editor.prompt_format = asdict(FORMATS["causal"])
+    folder, made = module.editor.save_pretrained(tmp_path / "editor"), []
+
+    def watched(editor, model, tokenizer, fact, keep, contrasts, subjects):
+        edit = make_edit(editor, model, tokenizer, fact, keep, contrasts, subjects)
+        made.append((len(edit.about.get("contrasts", [])), editor.inner_steps, editor.wordings))
+        return edit
+
+    monkeypatch.setattr(making, "make_edit", watched)
+    options = ["--facts", str(facts / "test.jsonl"), "--count", "2", "--repeats", "1", "--threads", "1"]
+    line = main(["make", "--editor", str(folder), *options, "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "make.jsonl").read_text()) == line
+    assert made == [settings for settings in making.VARIANTS.values() for _ in range(2)] * 2
+    assert line["making"]["one step"]["ratio"] == 1.0
+    assert all(each["max"] >= each["seconds"] >= each["min"] > 0 for each in line["making"].values())
 
 
 def test_the_command_for_plans(tmp_path, monkeypatch, capsys):
