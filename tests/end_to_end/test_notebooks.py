@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 from helpers.bases import REMARKS
+from matplotlib import rc_context
 
 from mend_lightning.data.datamodule import EditDataModule
+from mend_lightning.errors import LowConfidenceWarning
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.smollm2 import find_smollm2
 from mend_lightning.training.module import MendModule
@@ -25,6 +28,15 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 prepared = pytest.mark.skipif(find_smollm2() is None, reason="SmolLM2 is not prepared: mend-lightning get-smollm2")
 pytestmark = pytest.mark.filterwarnings(*REMARKS)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What a notebook changes for good in the process that runs it."""
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    with rc_context():
+        yield
 
 
 def _runner():
@@ -131,9 +143,24 @@ def test_many_edits(short_editor):
     assert "DependentEditWarning" in found["categories"]
 
 
-def test_a_missing_editor_says_what_to_do(tmp_path):
+@prepared
+def test_the_papers_demonstration(short_editor, in_this_process):
+    """Without a kernel; what a whole run shows is in test_demonstration.py, for this editor edits no better than it was trained."""
+    values = {"EDITOR": str(short_editor), "INNER_STEPS": 1, "CONTRASTS": 2}
+    notebook, found = runner.with_parameters(nbformat.read(NOTEBOOKS[4], 4), values), {}
+    with warnings.catch_warnings(action="ignore", category=LowConfidenceWarning):
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, found)
+    assert len(found["edit"].about["contrasts"]) == 6 and "contrasts" not in found["plain"].about
+    assert len(found["answers"]) == len(found["without"]) == len(found["questions"]) == 18
+    assert found["verdict"](found["base"]) == (0, 7, 11, 11)
+    assert found["before"].shape == found["after"].shape == (18,) and not found["after"].equal(found["before"])
+
+
+def test_a_missing_editor_says_what_to_do(tmp_path, in_this_process):
     says = "Run `make quickstart` first"
-    assert all(says in NOTEBOOKS[number - 1].read_text(encoding="utf-8") for number in (1, 3, 4))
+    assert all(says in NOTEBOOKS[number - 1].read_text(encoding="utf-8") for number in (1, 3, 4, 5))
     notebook = runner.with_parameters(nbformat.read(NOTEBOOKS[0], 4), {"EDITOR": str(tmp_path / "editor")})
     first, second = [cell.source for cell in notebook.cells if cell.cell_type == "code"][:2]
     # Without a kernel, which takes longer to start.
@@ -149,9 +176,9 @@ def test_an_error_in_a_notebook_is_one_here():
         runner.execute(broken, NOTEBOOKS[0].parent, timeout=600)
 
 
-def test_there_are_four():
+def test_there_are_five():
     numbers = [path.name.partition("-")[0] for path in NOTEBOOKS]
-    assert numbers == ["1", "2", "3", "4"]
+    assert numbers == ["1", "2", "3", "4", "5"]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
