@@ -86,8 +86,8 @@ def find_subject(question: str, names: Names) -> str | None:
     known = {name for kind, of_kind in names.items() if kind not in WORD_KINDS for name in of_kind}
     proper = {name for name in known if _has_capital(name)}
     name, run = _longest_known(question, words, proper), _last_capitals(question, words)
-    # "Barack Obama" is about him, and not about the Obama of a list.
-    longer = name is not None and run is not None and name in run
+    # "Barack Obama" is about him, and not about the Obama of a list; but "India's PM" is about India.
+    longer = name is not None and run is not None and name in run and not re.match(rf"{re.escape(name)}['’]s ", run)
     return (run if longer else name) or run or _longest_known(question, words, known)
 
 
