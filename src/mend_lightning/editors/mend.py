@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mend_lightning.editors.editor import Editor
 from mend_lightning.editors.factors import Factors, descent
+from mend_lightning.editors.least_descent import descending
 from mend_lightning.editors.mend_settings import MendSettings
 from mend_lightning.editors.original_checkpoint import converted_state, read_original
 from mend_lightning.editors.precondition import InputMoments, InputPreconditioner
@@ -59,7 +60,8 @@ class MendEditor(Editor):
         )  # fmt: skip
         self.preconditioners: Any = nn.ModuleList()
         if chosen.precondition is not None:
-            settings_of_each = chosen.precondition, chosen.rephrase_ridge, chosen.contrasts > 0
+            keeps_inverse = chosen.contrasts > 0 or chosen.least_descent is not None
+            settings_of_each = chosen.precondition, chosen.rephrase_ridge, keeps_inverse
             self.preconditioners.extend(
                 InputPreconditioner(d_in, *settings_of_each) for d_in, _ in self.layers.values()
             )
@@ -150,7 +152,7 @@ class MendEditor(Editor):
         # An editor is float32 under mixed precision too: `edit` runs without it and must give the same deltas.
         with no_autocast(self.edit_rates.device):
             transformed = self._transform(factors)
-            self._precondition(transformed)
+            self._precondition(transformed, factors)
             return {name: self._delta(i, *transformed[name], factors[name]) for i, name in enumerate(self.layers)}
 
     def _delta(self, layer: int, u: Tensor, delta: Tensor, factors: Factors) -> LowRankDelta:
@@ -168,7 +170,7 @@ class MendEditor(Editor):
             transformed.update(zip(group, transform(pairs, list(range(len(group))), kept)))
         return transformed
 
-    def _precondition(self, transformed: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _precondition(self, transformed: dict[str, tuple[Tensor, Tensor]], factors: Mapping[str, Factors]) -> None:
         """Replaces every ũ by its preconditioned self, in place of the dictionary."""
         transform_of = {name: t for t, group in zip(self.transforms, self.groups) for name in group}
         for name, preconditioner in zip(self.layers, self.preconditioners):
@@ -176,4 +178,7 @@ class MendEditor(Editor):
             transform = transform_of[name]
             # The matrix is in the units of the layer's inputs, ũ in normalised ones.
             u = transform.u_stats.inverse(u) if transform.normalize else u
-            transformed[name] = preconditioner(u), delta
+            own, least = preconditioner(u), self.settings["least_descent"]
+            if least is not None:
+                own = descending(own, u @ preconditioner.inverse, delta, factors[name], least)
+            transformed[name] = own, delta

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mend_lightning.editors.inner_steps import check_inner_steps
+from mend_lightning.editors.least_descent import check_least_descent
 from mend_lightning.editors.transform import Init, Inputs
 from mend_lightning.editors.wordings import check_wordings
 from mend_lightning.errors import ConfigError
@@ -37,11 +38,15 @@ class MendSettings:
             `confidence` (`stepped_deltas`); 1, as in the paper.
         wordings: other wordings of its question that an edit is made in as well (`in_wordings`), at most eight; 0, as in the
             paper: the question alone.
+        least_descent: with `precondition`, least cosine between an edit and the direction of steepest descent, which mends
+            edits of facts unlike the calibration's (`descending`); 0.02 for example. Keeps d_in × d_in numbers more a layer.
+            None, as in the paper: no edit is looked at.
         constant_units: see `RunningNormalizer`.
 
     Raises:
-        ConfigError: `inner_steps` is not positive, or more than 1 without `confidence`; `ridge` is not positive,
-            there are not so many `wordings`, `contrasts` is negative, or there is a `rephrase_ridge` without `precondition`.
+        ConfigError: `inner_steps` is not positive, or more than 1 without `confidence`; `ridge` is not positive;
+            `least_descent` is no cosine; there are not so many `wordings`; `contrasts` is negative; or there is a
+            `rephrase_ridge` or a `least_descent` without `precondition`.
 
     Example:
         >>> MendSettings(rank=256, precondition=1e-3).rephrase_ridge is None
@@ -63,11 +68,13 @@ class MendSettings:
     contrasts: int = 0
     inner_steps: int = 1
     wordings: int = 0
+    least_descent: float | None = None
 
     def __post_init__(self) -> None:
         if self.ridge is not None and self.ridge <= 0:
             raise ConfigError(f"ridge is the damping of a regression and must be positive, not {self.ridge}.")
         check_wordings(self.wordings)
+        check_least_descent(self.least_descent, self.precondition)
         check_inner_steps(self.inner_steps, self.confidence)
         if self.contrasts < 0:
             raise ConfigError(f"contrasts is a number of questions; it must be 0 or more, not {self.contrasts}.")
