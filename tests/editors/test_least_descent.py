@@ -63,20 +63,17 @@ def test_what_is_of_no_use_changes_nothing(given):
     """`plain` that goes up further than `u`; and tokens that are not there, whatever stands in their places."""
     u, plain, delta, factors = given
     assert torch.equal(descending(u, -100 * plain, delta, factors, LEAST)[TASK != 4], u[TASK != 4])
-    if factors.kept is not None:
-        last = TASK == 4
-        absent = Factors(
-            plain.masked_fill(last[:, None], 0),
-            delta.masked_fill(last[:, None], 0),
-            TASK,
-            TASKS,
-            None,
-            ~last,
-            factors.place,
-        )
-        found = descending(u, plain, delta, absent, LEAST)
-        assert torch.equal(found[last], u[last]) and found.isfinite().all()
-        assert torch.equal(found[~last], descending(u, plain, delta, factors, LEAST)[~last])
+    if factors.kept is None:
+        return
+    there = torch.ones(len(TASK), dtype=torch.bool)
+    there[[5, 10]] = False
+    empty = [each.masked_fill(~there[:, None], 0) for each in (plain, factors.delta)]
+    padded = Factors(*empty, TASK, TASKS, None, there, factors.place)
+    alone = Factors(plain[there], factors.delta[there], TASK[there], TASKS)
+    found = descending(u, plain, delta, padded, LEAST)
+    expected = descending(u[there], plain[there], delta[there], alone, LEAST)
+    torch.testing.assert_close(found[there], expected)
+    assert not torch.equal(found[there], u[there]) and found.isfinite().all()
 
 
 def editor_of(model, batch, **settings) -> MendEditor:
