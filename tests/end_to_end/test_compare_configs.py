@@ -43,7 +43,11 @@ def test_one_step_of_training_and_a_test(name, editor, tiny, facts, tmp_path):
     config = dict(run.config)
     files = {split: str(facts / f"{split}.jsonl") for split in SIZES}
     config["data"] |= {**files, "batch_size": 2, "validation_edits": 2, "test_edits": 2, "max_length": 96}
-    config["model"] |= {"rank": 4, "base": {"name": str(tiny(ARCHITECTURE[name])), "dtype": "float32"}}
+    config["model"] |= {
+        "validate_first": False,
+        "rank": 4,
+        "base": {"name": str(tiny(ARCHITECTURE[name])), "dtype": "float32"},
+    }
     config["model"] |= {"calibration_batches": 1} if "calibration_batches" in config["model"] else {}
     config["trainer"] |= {
         "default_root_dir": str(tmp_path), "max_steps": 1, "val_check_interval": 1, "limit_val_batches": 1,

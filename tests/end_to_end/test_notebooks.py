@@ -14,7 +14,6 @@ from helpers.bases import REMARKS
 from matplotlib import rc_context
 
 from mend_lightning.data.datamodule import EditDataModule
-from mend_lightning.errors import LowConfidenceWarning
 from mend_lightning.models.base import BaseModel
 from mend_lightning.models.smollm2 import find_smollm2
 from mend_lightning.training.module import MendModule
@@ -67,8 +66,28 @@ def short_editor(tmp_path_factory) -> Path:
     return module.editor.save_pretrained(folder / "editor")
 
 
-def run(number: int, values: dict, asked: str) -> dict:
-    """Runs a committed notebook with other parameters; returns the value of the expression `asked` at its end."""
+@pytest.fixture
+def run(in_this_process, monkeypatch):
+    """`run(number, values, asked)`: a committed notebook with other parameters; the value of the expression `asked` at its end.
+
+    Without a kernel, which imports everything anew: that is asked of one of them (`in_a_kernel`).
+    """
+    monkeypatch.chdir(NOTEBOOKS[0].parent)
+
+    def result(number: int, values: dict, asked: str) -> dict:
+        notebook, found = runner.with_parameters(nbformat.read(NOTEBOOKS[number - 1], 4), values), {}
+        # What a kernel would print beside its cells.
+        with warnings.catch_warnings(action="ignore"):
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    exec(cell.source, found)
+            return eval(asked, found)
+
+    return result
+
+
+def in_a_kernel(number: int, values: dict, asked: str) -> dict:
+    """The same as scripts/run_notebooks.py runs it."""
     path = NOTEBOOKS[number - 1]
     notebook = runner.with_parameters(nbformat.read(path, 4), values)
     source = f"import json\nprint(json.dumps({asked}))"
@@ -78,7 +97,7 @@ def run(number: int, values: dict, asked: str) -> dict:
 
 
 @prepared
-def test_edit_a_model(short_editor, tmp_path):
+def test_edit_a_model(short_editor, tmp_path, run):
     asked = (
         "{'new': edit.about['probability'], 'old': edit.about['probability_before'], 'saved': path.is_file(), 'same': same, "
         "'equal': torch.equal(base_logits, after_logits), 'moved': not torch.equal(base_logits, edited_logits), "
@@ -99,7 +118,7 @@ def test_train_your_editor(tmp_path):
         "'splits': {name: len(part) for name, part in splits.items()}, "
         "'overlap': len({name for part in splits.values() for name, _ in part})}"
     )
-    found = run(2, values, asked)
+    found = in_a_kernel(2, values, asked)
     assert found["steps"] == 1 and found["learned"] > 0
     assert found["overlap"] == sum(found["splits"].values())
     assert 0 <= found["results"]["test/edit_success"] <= 1 and found["results"]["test/base_accuracy"] > 0
@@ -111,7 +130,7 @@ def test_train_your_editor(tmp_path):
 
 
 @prepared
-def test_how_mend_works(short_editor):
+def test_how_mend_works(short_editor, run):
     asked = (
         "{'gradient': gradient_error, 'stages': list(by_stage), 'compressed': compressed, 'scale': chosen, "
         "'kl': [kl for _, kl in curve.values()], 'energy': energy.tolist(), 'rank': made.rank, 'tokens': len(tokens), "
@@ -120,14 +139,14 @@ def test_how_mend_works(short_editor):
     found = run(3, {"EDITOR": str(short_editor), "OTHERS": 4}, asked)
     assert found["gradient"] < 1e-5
     assert found["stages"] == ["raw", "normalised", "network", "preconditioned"]
-    assert found["full"] == pytest.approx(found["compressed"][str(found["rank"])], rel=1e-3)
+    assert found["full"] == pytest.approx(found["compressed"][found["rank"]], rel=1e-3)
     assert found["full"] == pytest.approx(found["said"], rel=1e-3)
     assert found["rank"] <= found["tokens"] and found["energy"] == sorted(found["energy"])
     assert 2**-8 <= found["scale"] <= 2**8 and found["kl"][-1] > found["kl"][0] > 0
 
 
 @prepared
-def test_many_edits(short_editor):
+def test_many_edits(short_editor, run):
     asked = (
         "{'ways': sorted({way for way, _ in found}), 'shares': [share for shares in found.values() for share in shares], "
         "'diagonal': cosines.diagonal().tolist(), 'symmetric': bool(torch.allclose(cosines, cosines.T, atol=1e-4)), "
@@ -144,17 +163,16 @@ def test_many_edits(short_editor):
 
 
 @prepared
-def test_the_papers_demonstration(short_editor, in_this_process):
-    """Without a kernel; what a whole run shows is in test_demonstration.py, for this editor edits no better than it was trained."""
-    values = {"EDITOR": str(short_editor), "INNER_STEPS": 1, "CONTRASTS": 2}
-    notebook, found = runner.with_parameters(nbformat.read(NOTEBOOKS[4], 4), values), {}
-    with warnings.catch_warnings(action="ignore", category=LowConfidenceWarning):
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                exec(cell.source, found)
-    assert len(found["edit"].about["contrasts"]) == 6 and "contrasts" not in found["plain"].about
-    assert len(found["answers"]) == len(found["without"]) == len(found["questions"]) == 18
-    assert found["verdict"](found["base"]) == (0, 7, 11, 11)
+def test_the_papers_demonstration(short_editor, run):
+    """What a whole run shows is in test_demonstration.py, for this editor edits no better than it was trained."""
+    asked = (
+        "{'off': edit.about['contrasts'], 'plain': plain.about, 'answers': [questions, base, answers, without], "
+        "'of_base': verdict(base), 'before': before, 'after': after}"
+    )
+    found = run(5, {"EDITOR": str(short_editor), "INNER_STEPS": 1, "CONTRASTS": 2}, asked)
+    assert len(found["off"]) == 6 and "contrasts" not in found["plain"]
+    assert [len(each) for each in found["answers"]] == [18] * 4
+    assert found["of_base"] == (0, 7, 11, 11)
     assert found["before"].shape == found["after"].shape == (18,) and not found["after"].equal(found["before"])
 
 
