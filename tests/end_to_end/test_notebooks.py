@@ -1,4 +1,4 @@
-"""The notebooks: each runs through in a fresh kernel, shortened, and the committed ones hold the outputs of a whole run."""
+"""The notebooks: each runs through, shortened, and the committed ones hold the outputs of a whole run."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def short_editor(tmp_path_factory) -> Path:
 def run(in_this_process, monkeypatch):
     """`run(number, values, asked)`: a committed notebook with other parameters; the value of the expression `asked` at its end.
 
-    Without a kernel, which imports everything anew: that is asked of one of them (`in_a_kernel`).
+    Without a kernel, which imports everything anew; `test_an_error_in_a_notebook_is_one_here` starts one.
     """
     monkeypatch.chdir(NOTEBOOKS[0].parent)
 
@@ -84,16 +84,6 @@ def run(in_this_process, monkeypatch):
             return eval(asked, found)
 
     return result
-
-
-def in_a_kernel(number: int, values: dict, asked: str) -> dict:
-    """The same as scripts/run_notebooks.py runs it."""
-    path = NOTEBOOKS[number - 1]
-    notebook = runner.with_parameters(nbformat.read(path, 4), values)
-    source = f"import json\nprint(json.dumps({asked}))"
-    notebook.cells.append(nbformat.v4.new_code_cell(source, id="asked"))
-    done = runner.execute(notebook, path.parent, timeout=600)
-    return json.loads(done.cells[-1].outputs[0].text)
 
 
 @prepared
@@ -110,7 +100,7 @@ def test_edit_a_model(short_editor, tmp_path, run):
 
 
 @prepared
-def test_train_your_editor(tmp_path):
+def test_train_your_editor(tmp_path, run):
     values = {"FOLDER": str(tmp_path), "STEPS": 1, "CHECK_EVERY": 1, "ASKED": 8, "MEASURED": 2}
     asked = (
         "{'steps': trainer.global_step, 'learned': float(module.editor.transforms[0].nets['combined'].layers[0].u.norm()), "
@@ -118,7 +108,7 @@ def test_train_your_editor(tmp_path):
         "'splits': {name: len(part) for name, part in splits.items()}, "
         "'overlap': len({name for part in splits.values() for name, _ in part})}"
     )
-    found = in_a_kernel(2, values, asked)
+    found = run(2, values, asked)
     assert found["steps"] == 1 and found["learned"] > 0
     assert found["overlap"] == sum(found["splits"].values())
     assert 0 <= found["results"]["test/edit_success"] <= 1 and found["results"]["test/base_accuracy"] > 0
