@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.bases import REMARKS, run_config
+from helpers.processes import free_port
 from helpers.training import assert_same_moments, assert_same_training
 
 from mend_lightning.cli.main import main
@@ -150,12 +150,6 @@ def test_one_process_killed_then_all(base_folder, facts, tmp_path, start, whole)
     assert_as_whole(read_checkpoint(last), whole)
     assert [path.name for path in last.parent.glob("last*")] == ["last.ckpt"]
     assert not list(last.parent.glob(".*"))
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def test_a_node_that_dies_and_comes_back(base_folder, facts, tmp_path, start, whole):

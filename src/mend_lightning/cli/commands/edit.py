@@ -94,7 +94,7 @@ def edit_command(
         raise ConfigError("--interactive asks for the facts itself. Give it without --prompt, --target and --edits.")
     if separate and edits is None:
         raise ConfigError("--separate makes an edit of each fact of a file. Give --edits FILE.")
-    loading = (base, dtype, trust_remote_code, confidence)
+    loading = (base, dtype, trust_remote_code, confidence, inner_steps, wordings)
     if interactive or (nothing and sys.stdin.isatty()):
         from mend_lightning.cli.commands.session import repl
 
@@ -102,15 +102,12 @@ def edit_command(
             raise ConfigError("--check is for an edit that is given. In a conversation, type :check.")
         out = out or Path("edit.safetensors")
         check_writable_file(out)
-        trained, model, tokenizer = load_editor_and_base(editor, *loading)
-        trained.set_steps(inner_steps, wordings)
-        return repl(trained, model, tokenizer, out, format=format)
+        return repl(*load_editor_and_base(editor, *loading), out, format=format)
     facts = given_facts(prompt, target, edits)
     paths = list(_paths_of(facts, out or Path("edits"))) if separate else [out or Path("edit.safetensors")]
     for path in paths:
         check_writable_file(path)
     trained, model, tokenizer = load_editor_and_base(editor, *loading)
-    trained.set_steps(inner_steps, wordings)
     asked = [
         *(("rephrase", q) for q in rephrase),
         *(("unrelated", q) for q in unrelated),

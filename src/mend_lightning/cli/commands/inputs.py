@@ -65,13 +65,19 @@ def load_base_of(
 
 
 def load_editor_and_base(
-    folder: Path, base: str | None, dtype: Dtype, trust_remote_code: bool, confidence: float | None = None
+    folder: Path,
+    base: str | None,
+    dtype: Dtype,
+    trust_remote_code: bool,
+    confidence: float | None = None,
+    inner_steps: int | None = None,
+    wordings: int | None = None,
 ) -> tuple[Editor, nn.Module, Any]:
     """A saved editor, its base model (or `base`) on the device that computes, and the tokenizer.
 
     Raises:
         StateDictError: the folder holds no editor.
-        ConfigError: the editor names no base, or has no confidence that could be set.
+        ConfigError: the editor names no base, or has no confidence, inner steps or wordings that could be set.
         ModelLoadError: the base cannot be loaded.
     """
     editor = Editor.from_pretrained(folder)
@@ -79,6 +85,7 @@ def load_editor_and_base(
         raise ConfigError(f"{folder} does not say which base model it is for. Give --base (a model id or folder).")
     if confidence is not None:
         editor.set_confidence(confidence)
+    editor.set_steps(inner_steps, wordings)
     quiet_where_nobody_watches()
     # Another base is loaded as it asks to be; the editor's own as it was for training.
     options: dict[str, Any] = {} if base else editor.base_options
