@@ -32,10 +32,11 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# File by file in their order: otherwise those of few tests come last, which take longest, and leave one core idle.
+# File by file in their order: otherwise those of few tests come last, which take longest, and leave one core idle. Three workers for two
+# cores: tests wait for browsers, kernels and one process for another.
 test: install
 	$(BIN)/mend-lightning get-smollm2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15
 
 # The suite as processors without AVX512 and without AVX2 run it, as oneDNN does without AMX, and with two threads.
 SETTINGS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MEND_TEST_THREADS=2 MEND_TEST_THREADS=1
